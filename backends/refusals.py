@@ -89,7 +89,7 @@ def unavailable(name: str, missing: str, target: Target | None = None) -> Backen
 
 
 KINDS: Mapping[str, frozenset[str]] = {
-    "tvm": frozenset({"cpu", "isa", "cuda", "opencl", "webgpu"}),
+    "tvm": frozenset({"cpu", "isa", "cuda", "opencl", "webgpu", "metal"}),
     "torch": frozenset({"cpu", "cuda"}),
     "numpy": frozenset({"cpu"}),
 }

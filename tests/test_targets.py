@@ -44,7 +44,7 @@ def test_every_kind_of_target_has_a_promise_and_each_level_a_meaning() -> None:
 
 def test_the_command_prints_the_facts() -> None:
     facts = json.loads(CliRunner().invoke(app, ["targets", "--json"]).stdout)
-    assert [each["target"] for each in facts["targets"]] == ["cpu", "cuda", "opencl", "webgpu"]
+    assert [each["target"] for each in facts["targets"]] == ["cpu", "cuda", "opencl", "webgpu", "metal"]
     assert all(bool(each["devices"]) == (each["missing"] is None) for each in facts["targets"])
     assert "h100" in facts["described"] and "cuda" not in facts["described"]
     text = CliRunner().invoke(app, ["targets"]).stdout

@@ -16,7 +16,7 @@ from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.states import ARRAYS, StateKinds, States
 from treadle.backends.tvm.host_machine import HostMachine
 from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_ptx
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
@@ -93,17 +93,23 @@ class KernelExecutable(EntryExecutable):
         return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
-        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is no such
-        kernel, and for a device.
+        """Return the assembly of the kernel with this title in `source`; for an NVIDIA GPU its PTX.
+
+        Raises BackendError if there is no such kernel, for a kernel that the device refuses, for other devices, whose
+        drivers compile the text of kernels, and if NVRTC is not installed.
         """
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
-        if isinstance(self.cache.isa, Device):
-            raise BackendError(
-                f"kernels for {self.cache.isa} are not compiled here", hint="read their text in `source`"
-            )
-        return assembly(titles[title], self.cache.isa)
+        if not isinstance(self.machine, DeviceMachine):
+            return assembly(titles[title], self.cache.isa)
+        target = self.machine.target
+        if self.machine.device.limits.language != "cuda":
+            what = f"kernels for {target} have no assembly: its driver compiles their text"
+            raise BackendError(what, hint="read the text in `source`")
+        if title not in self.device_kernels:
+            raise BackendError(f"{target} does not run the kernel {title}", hint="explain device has the reason")
+        return compile_ptx(self.device_kernels[title].text, architecture_of(target.hardware.capability))
 
     # -- devices ---------------------------------------------------------------------------------------------
 

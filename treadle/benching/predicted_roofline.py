@@ -31,7 +31,7 @@ from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
-from treadle.program.budgets import choose_sizes
+from treadle.program.budgets import choose_sizes, step_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.reporting.counts import human, rate_text, sizes_text
@@ -154,22 +154,6 @@ def predict_step_roofline(model: AnyModel, *, rows: int = 1, past: int = 128, **
     lowered = backend.lower(derived.graph, chosen.where)
     asked = {"rows": rows, "past": past}
     return _predicted(f"a step of {name}", backend, lowered, chosen, "step", step_sizes(derived, rows, past), asked)
-
-
-def step_sizes(derived: DerivedStep, rows: int, past: int) -> dict[str, int]:
-    """Return the sizes of the symbols of a step: one token for each row, and caches that hold it and `past` tokens."""
-    graph = derived.graph
-    sizes = {}
-    for name, bounds in graph.symbols.items():
-        length = past + 1 if name not in derived.memories else bounds.upper or past + 1
-        if name in derived.windows:
-            length = min(length, derived.windows[name] + 1)
-        sizes[name] = length if bounds.upper is None else min(length, bounds.upper)
-    tokens = next(value for value in graph.functions["step"].inputs if value.name == derived.tokens[0])
-    batch = [state.type.shape[0] for state in graph.states.values()] + [tokens.type.shape[0]]
-    sizes |= {size.as_symbol: rows for size in batch if size.as_symbol is not None}
-    sizes[derived.axis] = 1
-    return sizes
 
 
 def _predicted(

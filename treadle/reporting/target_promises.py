@@ -92,6 +92,14 @@ PROMISES = (
         "",
         "drivers of vendors",
     ),
+    Promise(
+        ("metal",),
+        "tvm backend",
+        IN_SOFTWARE,
+        "kernels on the emulator of CUDA, which compiles Metal's text; no launcher yet",
+        "",
+        "Metal's compiler, and runs on Apple GPUs",
+    ),
     Promise(("rocm", "trn", "hexagon"), "", NONE, "", "", "everything"),
 )
 """The promise of each target with each backend."""

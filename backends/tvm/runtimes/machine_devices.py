@@ -101,8 +101,9 @@ LISTS: Mapping[str, Callable[[], list[MachineDevice]]] = {
     "cuda": cuda_devices,
     "opencl": opencl_devices,
     "webgpu": webgpu_devices,
+    "metal": list,
 }
-"""For each kind of device, the function that lists this machine's."""
+"""For each kind of device, the function that lists this machine's. Nothing launches kernels on Metal yet."""
 
 
 def machine_devices(kind: str) -> list[MachineDevice]:
@@ -118,6 +119,7 @@ _DRIVERS = {
     "cuda": "NVIDIA's driver",
     "opencl": "an OpenCL driver; on Debian, pocl-opencl-icd runs OpenCL on the CPU",
     "webgpu": "a driver for Vulkan, Direct3D 12 or Metal; on Debian, mesa-vulkan-drivers runs Vulkan on the CPU",
+    "metal": "a launcher, which Treadle does not have yet: programs can be compiled and inspected",
 }
 
 

@@ -54,12 +54,17 @@ def exceeded_memory(plan: DevicePlan, required: int, free: int | None) -> list[s
     """
     if free is None or required <= free:
         return []
+    parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in bytes_by_kind(plan).items())
+    return [f"memory: {required:,} bytes required, {free:,} bytes free (the run uses: {parts})"]
+
+
+def bytes_by_kind(plan: DevicePlan) -> dict[str, int]:
+    """Return the bytes of the spaces of a plan by their kind, without kinds of which it has none."""
     sums = {
         name: sum(nbytes for space, nbytes in plan.table.spaces.items() if isinstance(space, kinds))
         for name, kinds in _PARTS.items()
     }
-    parts = ", ".join(f"{name} {nbytes:,}" for name, nbytes in sums.items() if nbytes)
-    return [f"memory: {required:,} bytes required, {free:,} bytes free (the run uses: {parts})"]
+    return {name: nbytes for name, nbytes in sums.items() if nbytes}
 
 
 def located(line: str, step: KernelStep) -> str:

@@ -73,10 +73,16 @@ def missing_compiler() -> str | None:
     return f"{' and '.join(absent)} cannot be found: {pip_install('cuda')}" if absent else None
 
 
-def architecture_of(capability: tuple[int, int]) -> str:
+_ASSUMED = (8, 0)
+"""The compute capability of a GPU that is not known: since it, GPUs have bf16."""
+
+
+def architecture_of(capability: tuple[int, int] | None) -> str:
     """Return the architecture, as `sm_90`, for a GPU of a compute capability: the latest one that NVRTC supports and
-    that such a GPU runs. Raises BackendError if there is none, or if NVRTC is missing.
+    that such a GPU runs. For None, a GPU that is not known, return `sm_80`. Raises BackendError if there is none, or if
+    NVRTC is missing.
     """
+    capability = capability or _ASSUMED
     number = 10 * capability[0] + capability[1]
     fitting = [each for each in _architectures() if each <= number]
     if not fitting:
