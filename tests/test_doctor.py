@@ -63,7 +63,7 @@ def test_without_optional_packages_it_says_what_adds_them(bare: None, monkeypatc
         "backend numpy: can be used  (the default)",
         "backend tvm: TVM is not installed: pip install '.[tvm]'",
         "GPU      unknown without PyTorch",
-        "opencl: none; webgpu: none  (treadle targets)",
+        "opencl: none; webgpu: none; metal: none  (treadle targets)",
         "kernels are compiled again in each process",
         "pip install '.[images]'",
     ):
