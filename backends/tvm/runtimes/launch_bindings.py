@@ -97,7 +97,7 @@ def _refuse(launch: Launch, bindings: list[Binding], numbers: list[int], device:
         for each in bindings
         if limits.largest and each.nbytes > limits.largest
     ]
-    exceeded += [f"an index or a size of {n:,}, of {_LARGEST_INDEX:,}" for n in numbers if n > _LARGEST_INDEX]
+    exceeded += [f"an index or a size of {n:,}, of {_LARGEST_INDEX:,}" for n in numbers if abs(n) > _LARGEST_INDEX]
     if exceeded:
         raise BackendError(
             f"kernel {launch.kernel} exceeds the limits of {device}",
