@@ -3,8 +3,9 @@
 Each model has two layers of width 64. Its outputs are compared with NumPy in float32, and with the CPU's kernels in the
 other forms. Then it runs again with 5 orders of threads and 3 grids, and with dead memory filled with NaN, which must
 give the same bits, and its first row runs alone, which must have the same bits as among 7. A model with caches also
-prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run in
-the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a folder.
+prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run
+in the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a
+folder.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Arguments in one buffer share a binding, from the first byte of the least to the last byte of the greatest one. If these
 are more bytes than a binding may have, the buffer is bound in several parts that do not overlap. WebGPU allows it, if
-all of them are `read_write`, or none is.
+all of them are `read_write`, or none is. Limits of the device are checked before (`plan_limits`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing, stored_bytes
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.spaces import Space
-from treadle.ir.errors import BackendError
-
-_LARGEST_INDEX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,8 @@ def bind_launch(
     """Return the bindings of a launch.
 
     buffer_of  returns a key of the buffer of a space; spaces in one buffer have the same key
-
-    Raises BackendError if the launch exceeds a limit of the device.
     """
-    limits = device.limits
+    largest = device.limits.largest
     found: dict[Hashable, list[Argument]] = {}
     for argument in launch.arguments:
         found.setdefault(buffer_of(argument.space), []).append(argument)
@@ -65,7 +60,7 @@ def bind_launch(
     for key, arguments in found.items():
         first = len(parts)
         for argument in sorted(arguments, key=lambda each: each.begin):
-            if len(parts) == first or limits.largest and _end(argument) - parts[-1][1][0].begin > limits.largest:
+            if len(parts) == first or largest and _end(argument) - parts[-1][1][0].begin > largest:
                 parts.append((key, []))
             parts[-1][1].append(argument)
     places = {argument: number for number, (_, arguments) in enumerate(parts) for argument in arguments}
@@ -78,29 +73,8 @@ def bind_launch(
         (argument.begin - bindings[places[argument]].begin) // stored_bytes(memory.dtype) + argument.at
         for argument, memory in zip(launch.arguments, kernel.pointers, strict=True)
     ] + [*launch.sizes, 0]
-    _refuse(launch, bindings, numbers, device)
     return LaunchBindings(sharing, tuple(bindings), tuple(numbers))
 
 
 def _end(argument: Argument) -> int:
     return argument.begin + max(4, -(-argument.nbytes // 4) * 4)
-
-
-def _refuse(launch: Launch, bindings: list[Binding], numbers: list[int], device: Device) -> None:
-    """Raise BackendError with every limit that a launch exceeds."""
-    limits = device.limits
-    exceeded = []
-    if limits.buffers and len(bindings) > limits.buffers:
-        exceeded.append(f"{len(bindings)} buffers, of {limits.buffers}")
-    exceeded += [
-        f"a binding of {each.nbytes:,} bytes, of {limits.largest:,}"
-        for each in bindings
-        if limits.largest and each.nbytes > limits.largest
-    ]
-    exceeded += [f"an index or a size of {n:,}, of {_LARGEST_INDEX:,}" for n in numbers if n > _LARGEST_INDEX]
-    if exceeded:
-        raise BackendError(
-            f"kernel {launch.kernel} exceeds the limits of {device}",
-            received=", ".join(exceeded),
-            hint="smaller inputs, quantized weights, or another target",
-        )

@@ -44,7 +44,7 @@ _REQUIRED = (
 """Limits in which a device may have more than the specification's defaults, if it is asked for."""
 
 _WORD = 4  # copies and bindings have multiples of it
-_UNIFORM = 256  # alignment of a binding of a uniform buffer
+_ALIGNED = 256  # of a binding
 _PIECE = 32 << 20  # bytes that are copied to the device at once
 _PASS = 256  # launches in a compute pass: the device begins while later ones are encoded
 
@@ -109,7 +109,8 @@ class WgpuRuntime:
                 LIMITS["webgpu"],
                 shared=limits["max-compute-workgroup-storage-size"],
                 buffers=limits["max-storage-buffers-per-shader-stage"],
-                largest=min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"]) // 4 * 4,
+                largest=limits["max-storage-buffer-binding-size"] // _ALIGNED * _ALIGNED,
+                allocation=limits["max-buffer-size"] // _ALIGNED * _ALIGNED,
                 groups=limits["max-compute-workgroups-per-dimension"],
             ),
         )
@@ -344,9 +345,9 @@ class WgpuLaunches:
 
 def _uniform(launches: Sequence[LaunchBindings]) -> tuple[Array, list[int]]:
     """Return the content of the uniform buffer, and the byte at which each launch's numbers begin."""
-    sizes = [_up(_WORD * len(launch.numbers), _UNIFORM) for launch in launches]
+    sizes = [_up(_WORD * len(launch.numbers), _ALIGNED) for launch in launches]
     offsets = [0, *np.cumsum(sizes).tolist()]
-    data = np.zeros(max(offsets[-1], _UNIFORM) // _WORD, np.int32)
+    data = np.zeros(max(offsets[-1], _ALIGNED) // _WORD, np.int32)
     for launch, offset in zip(launches, offsets, strict=False):
         data[offset // _WORD :][: len(launch.numbers)] = launch.numbers
     return data, offsets[:-1]

@@ -57,7 +57,7 @@ def _evaluate(node: ThreadNode, known: Mapping[str, int]) -> int | None:
     """Return the value of an expression of sizes, or None."""
     match node.op:
         case "const":
-            return int(node.data) if node.type in ("i32", "i64", "bool") else None
+            return None if isinstance(node.data, float) else int(node.data)
         case "variable":
             return known.get(node.data)
         case "cast":

@@ -133,9 +133,7 @@ class WgslPrinter(KernelPrinter):
             word = "atomic<u32>" if name in self._atomic else "u32"
             globals.append(f"@group(0) @binding({i}) var<storage, {access}> {name}: array<{word}>;\n")
         count = -(-len(numbers) // 4)
-        globals.append(
-            f"@group(0) @binding({len(self.bindings)}) var<uniform> numbers: array<vec4<i32>, {count}>;\n"
-        )
+        globals.append(f"@group(0) @binding({len(self.bindings)}) var<uniform> numbers: array<vec4<i32>, {count}>;\n")
         globals += [f"var<workgroup> {m.name}: array<{self._type(m.dtype.name)}, {m.cells}>;\n" for m in kernel.shared]
         globals += [f"var<workgroup> {name}: i32;\n" for name in self.cells]
         globals += [
@@ -240,7 +238,9 @@ fn {kernel.name}(
             signed = memory.dtype.name in ("i8", "i16") and width == element
             word = self._word(memory, at)
             word, type = (f"bitcast<i32>({word})", "i32") if signed else (word, "u32")
-            self.functions[name] = f"fn {name}(at: i32) -> {type} {{ return extractBits({word}, {shift}, {width}u); }}\n"
+            self.functions[name] = (
+                f"fn {name}(at: i32) -> {type} {{ return extractBits({word}, {shift}, {width}u); }}\n"
+            )
         else:
             mask = f"{2**width - 1}u"
             self.functions[name] = (
