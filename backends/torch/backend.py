@@ -117,6 +117,10 @@ class TorchBackend(StagedBackend):
         inside = "" if op is node.op else f", which is in the body of {node.op.name}"
         return f"PyTorch cannot express {op.name}{inside}"
 
+    def missing_device(self, target: Target) -> BackendError | None:
+        """Return the error of a call if this machine lacks the target's GPU, else None."""
+        return self._device(target).missing
+
     def where_to_add(self, node: Node) -> Hint | None:
         """Return a hint with the table of PyTorch's code."""
         op = _without_code(node)

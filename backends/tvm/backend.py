@@ -31,8 +31,9 @@ from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
+from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.backends.tvm.weight_packing import pack_weights
-from treadle.ir.errors import Hint
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.operation import Op
 from treadle.ir.target import Target
@@ -65,6 +66,20 @@ class TvmBackend(StagedBackend):
     def available(self) -> str | None:
         """Return None if TVM is installed, else a message."""
         return tvm_runtime.missing()
+
+    def missing_device(self, target: Target) -> BackendError | None:
+        """Return the error of a call if this machine lacks the target's device or instruction set, else None. A device
+        is opened.
+        """
+        isa = isa_of(target)
+        try:
+            if isinstance(isa, Device):
+                find_runtime(target)
+            elif not runs_here(isa):
+                KernelCache(isa).refuse_other_machine()
+        except BackendError as error:
+            return error
+        return None
 
     def supports(self, node: Node) -> str | None:
         """Return None if the node can be run, else the reason."""
