@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.golden import FOLDER, Golden
 from treadle.backends.tvm.runtimes import machine_devices as devices
-from treadle.backends.tvm.runtimes.machine_devices import machine_devices, what_to_install
+from treadle.backends.tvm.runtimes.machine_devices import list_devices, what_to_install
 from treadle.cli import app
 from treadle.ir.hardware import HARDWARE
 from treadle.reporting import target_report
@@ -87,7 +87,7 @@ def test_a_package_without_a_driver_names_the_driver(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(devices, "LISTS", {"opencl": fails, "webgpu": list})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert machine_devices("opencl") == machine_devices("webgpu") == []
+    assert list_devices("opencl") == list_devices("webgpu") == []
     assert "pocl-opencl-icd" in what_to_install("opencl") and "mesa-vulkan-drivers" in what_to_install("webgpu")
 
 
@@ -121,12 +121,12 @@ class _Driver:
 
 def test_gpus_are_listed_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cuda_driver", _Driver)
-    assert [str(each) for each in machine_devices("cuda")] == [
+    assert [str(each) for each in list_devices("cuda")] == [
         "NVIDIA H100 80GB HBM3 (CUDA, compute capability 9.0)",
         "NVIDIA L4 (CUDA, compute capability 8.9)",
     ]
     monkeypatch.setattr(devices, "cuda_driver", lambda: _Driver(failure=100))  # CUDA_ERROR_NO_DEVICE
-    assert machine_devices("cuda") == []
+    assert list_devices("cuda") == []
 
 
 def test_pytorch_s_build_is_read_from_its_version_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

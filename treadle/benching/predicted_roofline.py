@@ -163,7 +163,7 @@ def _predicted(
     options: CompileOptions,
     entry: str,
     sizes: Mapping[str, int],
-    shown: Mapping[str, int],
+    title_sizes: Mapping[str, int],
 ) -> PredictedRoofline:
     target = options.where
     plan = needed_plan(lowered.plan, backend.name)
@@ -181,4 +181,4 @@ def _predicted(
         least = target.seconds(row.flops, row.bytes)
         rows.append(replace(row, seconds=least, least=least))
     ordered = tuple(sorted(rows, key=lambda row: -row.total))
-    return PredictedRoofline(name, str(target), dict(shown), hardware, ordered)
+    return PredictedRoofline(name, str(target), dict(title_sizes), hardware, ordered)

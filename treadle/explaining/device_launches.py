@@ -159,20 +159,20 @@ def _memory(entry: EntryLaunches) -> str:
     return f"{entry.title}: {human(sum(entry.memory.values()), 'B')}: {parts}"
 
 
-def explain_launches(model: AnyModel, chosen: CompileOptions) -> LaunchReport:
+def explain_launches(model: AnyModel, options: CompileOptions) -> LaunchReport:
     """Describe the program of a model for a device of the tvm backend. No device is opened, and no weight is read.
 
     Raises as `compile` does, but lists kernels that the device refuses and limits that a call exceeds.
     """
-    target = chosen.where
+    target = options.where
     device = isa_of(target)
     assert isinstance(device, Device)
-    name, graph = optimized_for(model, chosen)
-    budget = budget_of(chosen.memory, chosen.sizes if chosen.memory is not None else None, graph)
-    sizes = choose_sizes(graph, chosen.sizes or {})
+    name, graph = optimized_for(model, options)
+    budget = budget_of(options.memory, options.sizes if options.memory is not None else None, graph)
+    sizes = choose_sizes(graph, options.sizes or {})
     backend = TvmBackend()
     fitting = graph if budget is None else bounded(graph, budget.sizes)
-    lowered = backend.lower(fitting, target, budget=budget, donate=chosen.donate)
+    lowered = backend.lower(fitting, target, budget=budget, donate=options.donate)
     parts = [(lowered, {graph.main.name: sizes})]
     try:
         derived = run(graph, [DeriveStep()]).products[DerivedStep]

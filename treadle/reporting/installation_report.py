@@ -16,7 +16,7 @@ from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.linking import linkers, why_not
 from treadle.backends.tvm.kernels.platforms import this_platform
-from treadle.backends.tvm.runtimes.machine_devices import LISTS, machine_devices
+from treadle.backends.tvm.runtimes.machine_devices import LISTS, list_devices
 from treadle.extras import OPTIONAL_PACKAGES
 from treadle.files.installation import pip_install
 from treadle.files.user_cache import cache_folder
@@ -77,7 +77,7 @@ def _machine() -> Facts:
         "cores": Target("cpu").cores(),
         "memory": _memory_bytes(),
         "gpus": _gpus(),
-        "devices": {kind: [each.name for each in machine_devices(kind)] for kind in LISTS},
+        "devices": {kind: [each.name for each in list_devices(kind)] for kind in LISTS},
     }
     looks: dict[str, Callable[[], str]] = {"isa": lambda: host_isa().name, "cache": lambda: str(cache_folder())}
     for name, look in looks.items():

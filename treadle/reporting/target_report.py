@@ -14,7 +14,7 @@ from rich.table import Table
 
 from treadle.backends.tvm.kernels.devices.cuda_compiler import missing_compiler
 from treadle.backends.tvm.kernels.isa import host_isa
-from treadle.backends.tvm.runtimes.machine_devices import LISTS, MachineDevice, machine_devices, what_to_install
+from treadle.backends.tvm.runtimes.machine_devices import LISTS, MachineDevice, list_devices, what_to_install
 from treadle.files.installation import pip_install
 from treadle.ir.errors import TreadleError
 from treadle.ir.hardware import HARDWARE
@@ -51,7 +51,7 @@ def _cpu() -> Facts:
 
 def _devices(kind: str) -> Facts:
     """Return the devices of a kind, and what to install if there are none."""
-    devices = machine_devices(kind)
+    devices = list_devices(kind)
     return {
         "target": kind,
         "devices": [asdict(each) for each in devices],

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from treadle.files.installation import pip_install
@@ -73,8 +74,7 @@ def opencl_devices() -> list[MachineDevice]:
     """Return the devices of all OpenCL platforms; none without pyopencl."""
     if importlib.util.find_spec("pyopencl") is None:
         return []
-    import pyopencl
-
+    pyopencl = import_module("pyopencl")
     return [
         MachineDevice(
             device.name.strip(), f"OpenCL: {platform.name.strip()}", bool(device.type & pyopencl.device_type.CPU)
@@ -88,9 +88,7 @@ def webgpu_devices() -> list[MachineDevice]:
     """Return the adapters of WebGPU; none without wgpu."""
     if importlib.util.find_spec("wgpu") is None:
         return []
-    import wgpu
-
-    adapters = [adapter.info for adapter in wgpu.gpu.enumerate_adapters_sync()]
+    adapters = [adapter.info for adapter in import_module("wgpu").gpu.enumerate_adapters_sync()]
     return [
         MachineDevice(info["device"], f"WebGPU: {info['backend_type']}", info["adapter_type"] == "CPU")
         for info in adapters
@@ -106,7 +104,7 @@ LISTS: Mapping[str, Callable[[], list[MachineDevice]]] = {
 """For each kind of device, the function that lists this machine's. Nothing launches kernels on Metal yet."""
 
 
-def machine_devices(kind: str) -> list[MachineDevice]:
+def list_devices(kind: str) -> list[MachineDevice]:
     """Return this machine's devices of a kind. A driver that fails counts as no device."""
     try:
         return LISTS[kind]()
