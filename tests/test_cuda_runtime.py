@@ -14,10 +14,13 @@ from tests.support.stand_in_driver import StandInDriver
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import cuda_runtime
+from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_runtime
 from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
+from treadle.backends.tvm.runtimes.runtime import register_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 
@@ -77,6 +80,24 @@ def test_launches_run_in_order_and_only_reads_wait(driver: StandInDriver, graphs
     captured = ["to device", "launch captured", "launch captured", *replay[1:]]
     assert driver.log == (one + captured + 2 * replay if graphs else 4 * one)
     assert driver.count("cuGraphInstantiateWithFlags") == driver.count("cuGraphDestroy") == int(graphs)
+
+
+def test_a_program_runs_by_its_target(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m tests.fuzz.runtime_models --target cuda` runs whole models, with sessions."""
+    from tests.support.gpu_emulator.programs import program_inputs
+
+    monkeypatch.setattr(runtimes, "_RUNTIMES", {})
+    monkeypatch.setattr(runtimes, "_OPEN", {})
+    register_runtime("cuda", lambda _: driver.runtime())
+    graph, inputs, wanted = program_inputs("embedding")
+    exe = compile(graph, backend="tvm", target="cuda")
+    for number in range(3):
+        for output, made in exe(**inputs).items():
+            np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
+        assert driver.count("cuStreamSynchronize") == number + 1
+    assert driver.count("cuMemcpyHtoDAsync_v2") == 3 * len(inputs)
+    assert driver.count("cuLaunchKernel") == 2 * len(exe.executable.launch_table(B=5, S=37).launches)
+    assert driver.count("cuGraphLaunch") == 2
 
 
 def test_everything_is_released(driver: StandInDriver) -> None:

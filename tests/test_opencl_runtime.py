@@ -18,6 +18,7 @@ from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.opencl_runtime import OpenclRuntime, form_of, open_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 
@@ -71,6 +72,17 @@ def test_launches_on_offsets_of_buffers(runtime: OpenclRuntime) -> None:
     del buffers
     gc.collect()
     assert memory.used == before
+
+
+def test_a_program_runs_by_its_target() -> None:
+    """`python -m tests.fuzz.runtime_models` runs whole models, with sessions."""
+    from tests.support.gpu_emulator.programs import program_inputs
+
+    graph, inputs, wanted = program_inputs("embedding")
+    exe = compile(graph, backend="tvm", target="opencl")
+    for _ in range(2):
+        for output, made in exe(**inputs).items():
+            np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
 
 
 def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,9 +416,7 @@ class CudaRuntime:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             images = list(pool.map(self._compiled, absent, absent.values()))
         self.driver.call("cuCtxSetCurrent", self.context)
-        made = {
-            text: _Module(self, *each, data) for (text, each), data in zip(absent.items(), images, strict=True)
-        }
+        made = {text: _Module(self, *each, data) for (text, each), data in zip(absent.items(), images, strict=True)}
         self._modules.update(made)
         return {name: self._modules[kernel.text] for name, kernel in kernels.items()}
 
