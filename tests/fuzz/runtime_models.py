@@ -4,8 +4,9 @@
     cuda    a stand-in for NVIDIA's driver, whose kernels run on the emulator; with --hardware the GPU of this machine
 
 Each model of tests/fuzz/device_models.py, with two layers of width 64, runs forward twice. In float32, a model with
-caches also prefills two rows of a session and takes 20 steps. Results in float32 are compared with NumPy, within 1e-5,
-and those in another form of the weights (`--form`, or `--form all`) with the CPU's kernels. On the stand-in, the driver's counts of copies, launches and waits must equal those of the launch table. Prints one line for each model. The
+caches also prefills two rows of a session and takes 20 steps. Results in float32 are compared with NumPy, within 1e-5;
+those in another form of the weights (`--form bf16`, or `--form all`) with the CPU's kernels. On the stand-in, the
+driver's counts of copies, launches and waits must equal those of the launch table. Prints one line for each model. The
 exit status is 1 if a model fails.
 """
 
