@@ -95,7 +95,8 @@ class DeviceMachine:
         self._aliases: set[Space] = set()
         self._checked: weakref.WeakSet[DevicePlan] = weakref.WeakSet()
         self._prepared: dict[int, _Prepared] = {}
-        self._lost: DeviceLostError | None = None
+        self._is_lost = False
+        self._is_clear = True  # the status words are 0
         self._count_fixed()
 
     def _count_fixed(self) -> None:
@@ -128,8 +129,11 @@ class DeviceMachine:
         """Return the runtime; open the device if necessary. Raises BackendError if there is none, with what to
         install, and DeviceLostError if it was lost.
         """
-        if self._lost is not None:
-            raise self._lost
+        if self._is_lost:
+            raise DeviceLostError(
+                f"{self.name} cannot run any more, because its device was lost",
+                hint="compile it again, which opens the device again",
+            )
         if self._runtime is None:
             runtime = self.open()
             with runtime.lock:
@@ -148,8 +152,8 @@ class DeviceMachine:
         with runtime.lock:
             try:
                 yield runtime
-            except DeviceLostError as error:
-                self._lost = error
+            except DeviceLostError:
+                self._is_lost = True
                 self._prepared.clear()
                 self._buffers.clear()
                 forget_runtime(runtime)
@@ -255,11 +259,14 @@ class DeviceMachine:
         """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
         with self._at_work() as runtime:
             plan, buffers = self._ready(entry, sizes, given, states, runtime)
+            self._is_clear = False
             if poisons():
                 self._run_poisoned(plan, entry, buffers, runtime)
             else:
                 self._run(plan, entry, buffers, runtime, states)
-            return self._results(plan, entry, given, outputs, buffers, runtime)
+            results = self._results(plan, entry, given, outputs, buffers, runtime)
+            self._is_clear = True
+            return results
 
     def timed(
         self,
@@ -275,17 +282,20 @@ class DeviceMachine:
         """
         with self._at_work() as runtime:
             plan, buffers = self._ready(entry, sizes, given, states, runtime)
-            some = next(iter(buffers.values()))
+            self._is_clear = False
+            some = next(iter(buffers.values()), None)
             seconds: list[list[float]] = [[] for _ in plan.steps]
             for _ in range(runs):
                 for number, found in enumerate(seconds):
                     parts = self._prepare(plan, entry, (number, number + 1), buffers)
+                    assert some is not None
                     runtime.memory.read(some, 4)
                     started = time.perf_counter()
                     self._launch(plan, parts, buffers, runtime)
                     runtime.memory.read(some, 4)
                     found.append(time.perf_counter() - started)
                 self._check(plan, buffers, runtime)
+            self._is_clear = True
         return plan, seconds
 
     def _ready(
@@ -348,8 +358,9 @@ class DeviceMachine:
             for space in small:
                 self._needs[space] = shared[space]
                 self._buffers[space] = memory.allocate(shared[space])
-                if isinstance(space, Status):
-                    memory.fill(self._buffers[space], 0, shared[space])
+                self._is_clear = self._is_clear and not isinstance(space, Status)
+        if not self._is_clear and Status() in self._buffers:
+            memory.fill(self._buffers[Status()], 0, self._buffers[Status()].nbytes)
         buffers |= {space: self._buffers[space] for space in shared}
         buffers |= {Output(name): buffers[Input(of)] for name, of in over.items() if Input(of) in buffers}
         return buffers
@@ -445,7 +456,7 @@ class DeviceMachine:
                 parts[name] = Part(buffers[Output(name)], nbytes)
         data = runtime.memory.read_parts([*parts.values(), *status])
         if status:
-            self._raise_reported(plan, data.pop(), buffers, runtime)
+            self._raise_reported(plan, data.pop())
         over, arrays = self.program.entries[entry].over, dict[str, Array]()
         found = dict(zip(parts, data, strict=True))
         for name, dtype in outputs.items():
@@ -459,14 +470,11 @@ class DeviceMachine:
     def _check(self, plan: DevicePlan, buffers: Mapping[Space, DeviceBuffer], runtime: Runtime) -> None:
         if plan.tellers:
             data = runtime.memory.read(buffers[Status()], plan.table.spaces[Status()])
-            self._raise_reported(plan, data, buffers, runtime)
+            self._raise_reported(plan, data)
 
-    def _raise_reported(
-        self, plan: DevicePlan, data: Array, buffers: Mapping[Space, DeviceBuffer], runtime: Runtime
-    ) -> None:
-        """Raise the first error that a kernel reported in its status words, and clear them."""
+    def _raise_reported(self, plan: DevicePlan, data: Array) -> None:
+        """Raise the first error that a kernel reported in its status words, which the next call clears."""
         if data.any():
-            runtime.memory.fill(buffers[Status()], 0, buffers[Status()].nbytes)
             words = data.view(np.int32 if self._form.narrow else np.int64)
             raise reported_error(words, plan.tellers)
 

@@ -153,14 +153,18 @@ class EmulatorLaunches:
 
 
 def emulated(exe: Any, runtime: EmulatorRuntime | None = None) -> Any:
-    """Let an executable of a device run on the emulator, and return it.
+    """Let an executable or a compiled model of a device run on the emulator, and return it.
 
     runtime  the emulator; None: a new one, with the limits of the executable's device
     """
-    machine = exe.executable.machine
+    machine = _machine_of(exe)
     assert isinstance(machine, DeviceMachine)
     machine.open = _opened(runtime or EmulatorRuntime(machine.device))
     return exe
+
+
+def _machine_of(exe: Any) -> Any:
+    return getattr(exe, "executable", exe).machine
 
 
 def _opened(runtime: EmulatorRuntime) -> Callable[[], EmulatorRuntime]:
@@ -169,6 +173,6 @@ def _opened(runtime: EmulatorRuntime) -> Callable[[], EmulatorRuntime]:
 
 def runtime_of(exe: Any) -> EmulatorRuntime:
     """Return the emulator of an executable."""
-    runtime = exe.executable.machine.open()
+    runtime = _machine_of(exe).open()
     assert isinstance(runtime, EmulatorRuntime)
     return runtime
