@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.profiling import time_calls
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes.device_arrays import DeviceAccess, DeviceArray
-from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, HostMemory, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError, HostMemory
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch, LaunchTable
 from treadle.backends.tvm.spaces import Arena, Constant, Held, Input, MemoryForm, Output, State, Status
 from treadle.entry_functions import compile
@@ -243,7 +243,7 @@ def test_a_lost_device_is_opened_again_for_new_executables(monkeypatch: pytest.M
     before = exe(**given)["y"]
     with monkeypatch.context() as patched:
 
-        def lost(parts: Sequence[Part]) -> list[Array]:
+        def lost(parts: Sequence[BufferPart]) -> list[Array]:
             raise DeviceLostError("the device was lost")
 
         patched.setattr(opened[0].memory, "read_parts", lost)

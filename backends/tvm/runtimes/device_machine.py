@@ -35,7 +35,7 @@ from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, ker
 from treadle.backends.tvm.output_memory import stored
 from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls, reported_error
 from treadle.backends.tvm.runtimes.device_arrays import DeviceArray, of_stored, stored_dtype, to_stored
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError
 from treadle.backends.tvm.runtimes.device_plans import DeviceEncoder, DevicePlan, memory_form
 from treadle.backends.tvm.runtimes.plan_limits import exceeded_limits, exceeded_memory, located, refuse
 from treadle.backends.tvm.runtimes.runtime import (
@@ -242,7 +242,7 @@ class DeviceMachine:
             return {space: to_stored(array, self._form, _title(space)) for space, array in self._weights.items()}
         assert self._runtime is not None
         fixed = list(self._fixed_needs)
-        parts = [Part(self._buffers[space], self._buffers[space].nbytes) for space in fixed]
+        parts = [BufferPart(self._buffers[space], self._buffers[space].nbytes) for space in fixed]
         with self._runtime.lock:
             return dict(zip(fixed, self._runtime.memory.read_parts(parts), strict=True))
 
@@ -252,19 +252,19 @@ class DeviceMachine:
         self,
         entry: str,
         sizes: Mapping[str, int],
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
         """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
         with self._at_work() as runtime:
-            plan, buffers = self._ready(entry, sizes, given, states, runtime)
+            plan, buffers = self._ready(entry, sizes, inputs, states, runtime)
             self._is_clear = False
             if poisons():
                 self._run_poisoned(plan, entry, buffers, runtime)
             else:
                 self._run(plan, entry, buffers, runtime, states)
-            results = self._results(plan, entry, given, outputs, buffers, runtime)
+            results = self._results(plan, entry, inputs, outputs, buffers, runtime)
             self._is_clear = True
             return results
 
@@ -272,7 +272,7 @@ class DeviceMachine:
         self,
         entry: str,
         sizes: Mapping[str, int],
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
         runs: int,
@@ -281,7 +281,7 @@ class DeviceMachine:
         from its start until the host knows that it has ended.
         """
         with self._at_work() as runtime:
-            plan, buffers = self._ready(entry, sizes, given, states, runtime)
+            plan, buffers = self._ready(entry, sizes, inputs, states, runtime)
             self._is_clear = False
             some = next(iter(buffers.values()), None)
             seconds: list[list[float]] = [[] for _ in plan.steps]
@@ -299,10 +299,10 @@ class DeviceMachine:
         return plan, seconds
 
     def _ready(
-        self, entry: str, sizes: Mapping[str, int], given: Mapping[str, Array], states: States, runtime: Runtime
+        self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, Array], states: States, runtime: Runtime
     ) -> tuple[DevicePlan, dict[Space, DeviceBuffer]]:
         """Return an entry's plan and the buffers of its spaces, with the inputs in them."""
-        inputs = {name: to_stored(array, self._form, f"input {name}") for name, array in given.items()}
+        stored_inputs = {name: to_stored(array, self._form, f"input {name}") for name, array in inputs.items()}
         plan = self.plan(entry, sizes)
         if plan not in self._checked:
             refuse(self.name, f"{self.target} ({runtime.name})", self.exceeded(entry, sizes))
@@ -311,7 +311,7 @@ class DeviceMachine:
             self._loaded[entry] = runtime.load(self.kernels(entry))
         self._upload(runtime)
         buffers = self._bound(plan, entry, states, runtime)
-        for name, array in inputs.items():
+        for name, array in stored_inputs.items():
             if Input(name) in buffers and array.size:
                 runtime.memory.write(buffers[Input(name)], array)
         return plan, buffers
@@ -442,18 +442,18 @@ class DeviceMachine:
         self,
         plan: DevicePlan,
         entry: str,
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         outputs: Mapping[str, np.dtype[Any]],
         buffers: Mapping[Space, DeviceBuffer],
         runtime: Runtime,
     ) -> dict[str, Array]:
         """Wait for the launches; return the outputs, or raise the error that a kernel reported."""
-        status = [Part(buffers[Status()], plan.table.spaces[Status()])] if plan.tellers else []
+        status = [BufferPart(buffers[Status()], plan.table.spaces[Status()])] if plan.tellers else []
         parts = {}
         for name, dtype in outputs.items():
             nbytes = math.prod(plan.shapes[name]) * stored_dtype(dtype, self._form).itemsize
             if nbytes and Output(name) in buffers:
-                parts[name] = Part(buffers[Output(name)], nbytes)
+                parts[name] = BufferPart(buffers[Output(name)], nbytes)
         data = runtime.memory.read_parts([*parts.values(), *status])
         if status:
             self._raise_reported(plan, data.pop())
@@ -463,8 +463,8 @@ class DeviceMachine:
             shape = plan.shapes[name]
             arrays[name] = of_stored(found.get(name, np.empty(0, np.uint8)), shape, dtype, self._form)
             if name in over:
-                given[over[name]][...] = arrays[name]
-                arrays[name] = given[over[name]]
+                inputs[over[name]][...] = arrays[name]
+                arrays[name] = inputs[over[name]]
         return arrays
 
     def _check(self, plan: DevicePlan, buffers: Mapping[Space, DeviceBuffer], runtime: Runtime) -> None:
