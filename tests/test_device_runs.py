@@ -99,7 +99,7 @@ def test_weights_are_released_on_the_host_and_can_be_read_back() -> None:
     exe = emulated(mapped())
     before = {space: array.tobytes() for space, array in exe.stored_weights().items()}
     exe(**inputs_of(4))
-    assert not exe.machine._weights
+    assert not exe.machine.program.weights
     after = exe.stored_weights()
     assert {space: after[space].tobytes()[: len(data)] for space, data in before.items()} == before
 
@@ -309,7 +309,7 @@ def test_a_session_on_a_device_equals_one_on_the_cpu() -> None:
     machine = there.stepped.executable.machine  # type: ignore[attr-defined]
     states = sum(device.states[name].nbytes for name in device.states)
     assert runtime.memory.used == machine.nbytes + states
-    (step,) = [plan for (entry, _), plan in machine.plans.items() if entry == "step"]
+    (step,) = [plan for (entry, _), plan in machine.program.plans.items() if entry == "step"]
     runtime.memory.forget_counts()
     (row,) = device.rows
     logits = device.step({row: 1})[row]

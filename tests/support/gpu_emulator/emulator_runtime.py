@@ -159,7 +159,7 @@ def emulated(exe: Any, runtime: EmulatorRuntime | None = None) -> Any:
     """
     machine = _machine_of(exe)
     assert isinstance(machine, DeviceMachine)
-    machine.open = _opened(runtime or EmulatorRuntime(machine.device))
+    machine.open = _opened(runtime or EmulatorRuntime(machine.program.device))
     return exe
 
 
