@@ -17,7 +17,7 @@ class DeviceLimits:
     lacks       names of the dtypes with which the device cannot compute
     subgroups   True if threads of a subgroup exchange values by shuffle instructions; otherwise they use shared memory
     matrix_unit True if there is a matrix unit; no kernel uses it yet
-    buffers     largest number of buffers of a kernel; 0: no limit
+    buffers     largest number of buffers that a launch is bound to; pointers into one buffer share it; 0: no limit
     alignment   required alignment of a buffer's offset in bytes
     largest     bytes of the largest part of a buffer that is bound to a kernel; 0: no limit
     allocation  bytes of the largest buffer; 0: no limit

@@ -16,7 +16,7 @@ from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import cuda_runtime
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.runtime import register_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
@@ -125,10 +125,10 @@ def test_copies_through_little_pinned_memory(driver: StandInDriver, monkeypatch:
     memory.fill(first, 7, 5100)
     memory.write(first, data, at=100)
     memory.write(first, np.arange(20, dtype=np.int16), at=50)
-    memory.copy(Part(first, 4000, 1100), second, at=1000)
+    memory.copy(BufferPart(first, 4000, 1100), second, at=1000)
     data[1000:1020] = np.arange(20)
     memory.write(second, data[:1000])
-    parts = memory.read_parts([Part(second, 5000), Part(first, 100), Part(first, 0)])
+    parts = memory.read_parts([BufferPart(second, 5000), BufferPart(first, 100), BufferPart(first, 0)])
     assert driver.log[-4:-1] == ["to device", "to host", "to host"]
     np.testing.assert_array_equal(parts[0], np.concatenate([data[:1000], parts[0][1000:]]))
     np.testing.assert_array_equal(parts[0][1020:], data[1020:])

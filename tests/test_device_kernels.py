@@ -219,11 +219,11 @@ def test_a_word_that_a_device_lacks_is_refused_by_name() -> None:
 
 
 def test_a_program_is_refused_with_the_op_the_word_and_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: with_limits(buffers=2))
-    graph = graph_of(lambda b: b.linear(b.input("x", "f32[B, 40]"), b.input("w", "f32[8, 40]")))
+    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: with_limits(lacks=frozenset({"f64"})))
+    graph = graph_of(lambda b: b.linear(b.input("x", "f64[B, 40]"), b.input("w", "f64[8, 40]")))
     with pytest.raises(LackingWord) as caught:
         find_backend("tvm").compile(graph, Target("cuda"), {})
-    assert "linear does not run on cuda: its kernel matmul_32 uses the word `pointer`" in str(caught.value)
+    assert "linear does not run on cuda: its kernel contraction uses the word `pointer`" in str(caught.value)
     assert "test_device_kernels.py" in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import opencl_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.opencl_runtime import OpenclRuntime, form_of, open_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
@@ -95,9 +95,11 @@ def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None
     memory.write(first, data, at=100)
     for n in range(20):
         memory.write(first, np.asarray([n], np.int16), at=50 + 2 * n)
-    memory.copy(Part(first, 4000, 1100), second, at=1000)
+    memory.copy(BufferPart(first, 4000, 1100), second, at=1000)
     memory.write(second, data[:1000])
-    parts = memory.read_parts([Part(second, 5000), Part(first, 100), Part(first, 0), Part(second, 10, 4990)])
+    parts = memory.read_parts(
+        [BufferPart(second, 5000), BufferPart(first, 100), BufferPart(first, 0), BufferPart(second, 10, 4990)]
+    )
     np.testing.assert_array_equal(parts[0], data)
     np.testing.assert_array_equal(parts[1][50:90].view(np.int16), np.arange(20))
     assert (parts[1][:50] == 7).all()

@@ -56,7 +56,7 @@ class Freed(NamedTuple):
     nbytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlacedCalls:
     """The kernel calls of an entry at one set of sizes.
 

@@ -3,8 +3,9 @@
 Each model has two layers of width 64. Its outputs are compared with NumPy in float32, and with the CPU's kernels in the
 other forms. Then it runs again with 5 orders of threads and 3 grids, and with dead memory filled with NaN, which must
 give the same bits, and its first row runs alone, which must have the same bits as among 7. A model with caches also
-prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run in
-the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a folder.
+prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run
+in the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a
+folder.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def check_session(
         returned = sum(logits.nbytes for logits in made.values())
         counts = runtime.memory
         assert counts.waits == 1, f"a step waits {counts.waits} times"
-        (plan,) = [plan for (entry, _), plan in there.stepped.executable.machine.plans.items() if entry == "step"]
+        (plan,) = [
+            plan for (entry, _), plan in there.stepped.executable.machine.program.plans.items() if entry == "step"
+        ]
         assert counts.bytes_out == returned + plan.table.spaces[Status()], "a step copies more than logits and status"
     return f"off by {worst:.1e} in {steps} steps, {counts.copies_in} copies in and {counts.copies_out} out per step"
 

@@ -1,4 +1,4 @@
-"""Report how kernels access memory, as the emulator counts it: `python -m tests.fuzz.emulator_counters [--only softmax]`.
+"""Report how kernels access memory, counted by the emulator: `python -m tests.fuzz.emulator_counters [--only softmax]`.
 
 The kernels are those of the emulator's programs (tests/support/gpu_emulator/programs.py), or with `--model gpt2` those
 of a model of tests/fuzz/device_models.py. For each kernel, prints the lines with more sectors of global memory than
@@ -65,7 +65,7 @@ def main() -> int:
         runs[options.model] = lambda: model_and_inputs(options.model)
     for name, made in runs.items():
         exe, inputs = made()
-        emulated(exe, CountingRuntime(exe.executable.machine.device))
+        emulated(exe, CountingRuntime(exe.executable.machine.program.device))
         exe(**inputs)
         report(runtime_of(exe), name, everything=options.all)
     return 0

@@ -25,9 +25,9 @@ from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
+    BufferPart,
     DeviceBuffer,
     DeviceLostError,
-    Part,
     failed_allocation,
 )
 from treadle.backends.tvm.runtimes.launch_table import Launch
@@ -211,9 +211,9 @@ class CudaMemory:
             )
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
-        return self.read_parts([Part(buffer, nbytes, at)])[0]
+        return self.read_parts([BufferPart(buffer, nbytes, at)])[0]
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         """See `DeviceMemory`. Parts that pinned memory cannot hold are copied without it."""
         self._enter()
         copies = []
@@ -227,7 +227,7 @@ class CudaMemory:
         self._wait()
         return [to.copy() if pinned else to for to, pinned in copies]
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         if source.nbytes:
             self._enter()
             begin = source.buffer.handle + source.at

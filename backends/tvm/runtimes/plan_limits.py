@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from treadle.backends.refusals import listed
 from treadle.backends.tvm.lowering.program import KernelStep
 from treadle.backends.tvm.runtimes.device_plans import DevicePlan
-from treadle.backends.tvm.runtimes.launch_table import space_text
+from treadle.backends.tvm.runtimes.launch_table import Launch, space_text
 from treadle.backends.tvm.spaces import Arena, Constant, Held, Input, Output, Space, State, Status
 from treadle.ir.builder import describe_source
 from treadle.ir.device_limits import DeviceLimits
@@ -27,7 +27,7 @@ _PARTS: Mapping[str, tuple[type[Space], ...]] = {
 
 def exceeded_limits(plan: DevicePlan, limits: DeviceLimits) -> list[str]:
     """Return a line for each limit that a plan exceeds, with the op and the user's line: the size of a buffer, the part
-    of it that a kernel is bound to, and the largest index.
+    of it that a kernel is bound to, the number of buffers of a launch, and the largest index.
     """
     lines: dict[str, None] = {}
     for space, nbytes in plan.table.spaces.items():
@@ -41,9 +41,25 @@ def exceeded_limits(plan: DevicePlan, limits: DeviceLimits) -> list[str]:
                 seen.add(key)
                 what = f"{argument.nbytes:,} bytes of {space_text(argument.space)} are bound to {launch.kernel}"
                 lines[located(f"{what}, the device binds {limits.largest:,}", step)] = None
+        count = _buffers(launch, limits.largest)
+        if limits.buffers and count > limits.buffers:
+            lines[located(f"{launch.kernel} is bound to {count} buffers, the device allows {limits.buffers}", step)] = (
+                None
+            )
         if limits.index == "i32" and max((*launch.sizes, *[a.at for a in launch.arguments], 0)) > _MOST_INDEX:
             lines[located(f"an index of {launch.kernel} exceeds 32 bits, the device's largest", step)] = None
     return list(lines)
+
+
+def _buffers(launch: Launch, largest: int) -> int:
+    """Return the number of buffers that a launch is bound to. Pointers into one buffer share it, if their storages are
+    not further apart than the largest part that is bound.
+    """
+    count, space, begin = 0, None, 0
+    for argument in sorted(launch.arguments, key=lambda a: (space_text(a.space), a.begin)):
+        if argument.space != space or (largest and argument.begin + argument.nbytes - begin > largest):
+            count, space, begin = count + 1, argument.space, argument.begin
+    return count
 
 
 def exceeded_memory(plan: DevicePlan, required: int, free: int | None) -> list[str]:

@@ -22,6 +22,7 @@ from treadle.backends.tvm.kernels.cpu_features import cpu_flags
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.kernel_text import stored_type
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
+from treadle.ir.types import i64
 
 HERE = Path(__file__).parent
 FILES = ("emulator.h", "emulator.cpp", "checked_memory.h", "metal_stdlib")
@@ -60,13 +61,19 @@ class EmulatedKernel:
         """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it.
 
         Of Metal, only buffers and registers are replaced, so that accesses are checked; the rest of the text is the
-        device's own. `metal_stdlib` defines its names.
+        device's own. `metal_stdlib` defines its names. If the device's indices have 32 bits, 64-bit integers are stored
+        in 32 bits.
         """
         written = self.kernel.group_kernel
-        buffers = []
+        narrow, text, buffers = written.device.limits.index == "i32", self.text, []
+        if narrow:
+            text = re.sub(r"TREADLE_GLOBAL\((const )?treadle_i64\)", r"TREADLE_GLOBAL(\1int)", text)
+        if self.counts:
+            text = re.sub(r"(?m)^( *for \(.*\{)$", r"\1 emulator::tick();", text)
         for n, memory in enumerate(written.pointers):
             const = "" if memory.is_written else "const "
-            buffers.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
+            stored = "int" if narrow and memory.dtype is i64 else stored_type(memory)
+            buffers.append(f'emulator::global<{const}{stored}>(a->buffers[{n}], "{memory.name}")')
         numbers = [f"a->numbers[{n}]" for n in range(len(written.numbers))]
         count = len(buffers)
         if written.device.limits.language == "metal":
@@ -77,7 +84,6 @@ class EmulatedKernel:
             start = lane_functions_text(written, "c")
             pairs = zip(buffers, numbers[:count], strict=True)
             given = [*(each for pair in pairs for each in pair), *numbers[count:]]
-        text = re.sub(r"(?m)^( *for \(.*\{)$", r"\1 emulator::tick();", self.text) if self.counts else self.text
         return f"""{"#define EMULATOR_COUNTS" if self.counts else ""}
 #include "emulator.h"
 {start}
