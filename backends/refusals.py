@@ -10,6 +10,7 @@ import numpy as np
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.target import Target
 from treadle.ir.types import Type
 
 
@@ -67,6 +68,14 @@ def misfit(name: str, wanted: Type, received: str) -> BackendError:
 def out_of_memory(count: int, purpose: str) -> BackendError:
     """Return the error for an allocation of `count` bytes that failed."""
     return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
+
+
+def refuse_other_gpu(target: Target, name: str) -> None:
+    """Raise BackendError if a target names a GPU, and this machine's has another name."""
+    if target.is_elsewhere and target.name.upper() not in name.upper().replace(" ", ""):
+        raise BackendError(
+            f"the GPU of this machine is not {target}", received=name, hint=Hint('target="cuda"', "--target cuda")
+        )
 
 
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:

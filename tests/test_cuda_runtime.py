@@ -167,6 +167,8 @@ def test_no_gpu_and_no_driver_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert open_runtime(Target("cuda:0")).name == "stand-in GPU"
     with pytest.raises(BackendError, match=r"there is no NVIDIA GPU 1\n.*the driver lists 1"):
         open_runtime(Target("cuda:1"))
+    with pytest.raises(BackendError, match=r"the GPU of this machine is not h100\n.*stand-in GPU"):
+        open_runtime(Target("h100"))
     monkeypatch.undo()
     monkeypatch.setattr(cuda_runtime.sys, "platform", "win32")
     with pytest.raises(BackendError, match="there is no NVIDIA driver on this machine"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.refusals import refuse_other_gpu
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_cuda, compile_ptx
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
@@ -443,8 +444,12 @@ def image(text: str, capability: tuple[int, int]) -> bytes:
 
 
 def open_runtime(target: Target) -> CudaRuntime:
-    """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU."""
-    return CudaRuntime(CudaDriver(_library()), target.index or 0)
+    """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU, or
+    if the target names another GPU.
+    """
+    runtime = CudaRuntime(CudaDriver(_library()), target.index or 0)
+    refuse_other_gpu(target, runtime.name)
+    return runtime
 
 
 def _library() -> ctypes.CDLL:
