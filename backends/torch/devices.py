@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from treadle.backends.refusals import refuse_other_gpu
+from treadle.backends.refusals import other_gpu
 from treadle.files.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
@@ -198,8 +198,4 @@ def _missing(target: Target) -> BackendError | None:
     count = torch.cuda.device_count()
     if target.index is not None and target.index >= count:
         return BackendError(f"this machine has no CUDA device {target.index}", received=f"{count} devices", hint=hint)
-    try:
-        refuse_other_gpu(target, torch.cuda.get_device_name())
-    except BackendError as other:
-        return other
-    return None
+    return other_gpu(target, torch.cuda.get_device_name()) if target.is_elsewhere else None

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.refusals import refuse_other_gpu
+from treadle.backends.refusals import other_gpu
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_cuda, compile_ptx
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
@@ -448,7 +448,8 @@ def open_runtime(target: Target) -> CudaRuntime:
     if the target names another GPU.
     """
     runtime = CudaRuntime(CudaDriver(_library()), target.index or 0)
-    refuse_other_gpu(target, runtime.name)
+    if (other := other_gpu(target, runtime.name)) is not None:
+        raise other
     return runtime
 
 
