@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,11 @@ NBYTES = 4 * ROWS * WIDE
 
 
 @pytest.fixture
-def driver() -> StandInDriver:
-    return StandInDriver()
+def driver() -> Iterator[StandInDriver]:
+    """A driver. After each test, the thread's own context is current again, also after a failure."""
+    driver = StandInDriver()
+    yield driver
+    assert driver.depth == 0
 
 
 def _softmax_of_softmax() -> list[Launch]:

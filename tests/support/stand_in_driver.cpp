@@ -52,7 +52,7 @@ static std::string log_text, message;
 static int devices, attributes[128], version, lost, context_token;
 static size_t capacity, used;
 static unsigned launches;
-static thread_local void* current;
+static thread_local std::vector<void*> current;  // a stack
 
 static int begin(const char* name, bool needs_context) {
   ++counts[name];
@@ -63,7 +63,7 @@ static int begin(const char* name, bool needs_context) {
     return number;
   }
   if (lost) return lost;
-  return needs_context && current != &context_token ? NO_CONTEXT : OK;
+  return needs_context && (current.empty() || current.back() != &context_token) ? NO_CONTEXT : OK;
 }
 #define BEGIN(needs_context)                                       \
   std::lock_guard<std::recursive_mutex> locked(lock);              \
@@ -133,6 +133,7 @@ void stand_in_fail(const char* name, int number, long after) { failures[name] = 
 long stand_in_count(const char* name) { return counts[name]; }
 long stand_in_used() { return (long)used; }
 long stand_in_handles() { return (long)(handles.size() + pinned.size()); }
+long stand_in_depth() { return (long)current.size(); }
 const char* stand_in_log() { return log_text.c_str(); }
 const char* stand_in_message() { return message.c_str(); }
 
@@ -166,10 +167,17 @@ int cuDevicePrimaryCtxRetain(void** made, int device) {
   *made = &context_token;
   return device == 70 ? OK : BAD_DEVICE;
 }
-int cuCtxSetCurrent(void* context) {
+int cuCtxPushCurrent_v2(void* context) {
   BEGIN(false);
-  current = context;
-  return context == &context_token ? OK : NO_CONTEXT;
+  if (context != &context_token) return NO_CONTEXT;
+  current.push_back(context);
+  return OK;
+}
+int cuCtxPopCurrent_v2(void** context) {  // works after a loss, too
+  if (current.empty()) return NO_CONTEXT;
+  *context = current.back();
+  current.pop_back();
+  return OK;
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
   BEGIN(true);

@@ -19,7 +19,7 @@ def _library() -> ctypes.CDLL:
     library.stand_in_register.argtypes = (ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 3)
     library.stand_in_fail.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_long)
     library.stand_in_reset.argtypes = (*[ctypes.c_int] * 3, ctypes.c_size_t, ctypes.c_int)
-    for name in ("count", "used", "handles"):
+    for name in ("count", "used", "handles", "depth"):
         getattr(library, f"stand_in_{name}").restype = ctypes.c_long
     for name in ("log", "message"):
         getattr(library, f"stand_in_{name}").restype = ctypes.c_char_p
@@ -67,6 +67,11 @@ class StandInDriver:
     def handles(self) -> int:
         """Number of streams, modules, graphs and pinned arrays that exist."""
         return int(self.library.stand_in_handles())
+
+    @property
+    def depth(self) -> int:
+        """Number of contexts that are current in this thread, one above the other."""
+        return int(self.library.stand_in_depth())
 
     @property
     def log(self) -> list[str]:

@@ -140,7 +140,7 @@ class OpenclMemory:
 
     def __init__(self, runtime: OpenclRuntime) -> None:
         self._runtime, self._cl = runtime, runtime.cl
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()  # a buffer may be released at any time, in this thread, too
         self._pending: list[Any] = []  # events of copies, which own the memory that they read
         self.used = self.peak = 0
 
