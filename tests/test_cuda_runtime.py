@@ -12,6 +12,7 @@ import pytest
 from tests.backend_checks import needs_tvm
 from tests.support.gpu_emulator.emulation import compiler
 from tests.support.stand_in_driver import StandInDriver
+from treadle.backends.tvm.kernels.devices.cuda_compiler import missing_compiler
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import cuda_runtime
@@ -84,6 +85,22 @@ def test_launches_run_in_order_and_only_reads_wait(driver: StandInDriver, graphs
     captured = ["to device", "launch captured", "launch captured", *replay[1:]]
     assert driver.log == (one + captured + 2 * replay if graphs else 4 * one)
     assert driver.count("cuGraphInstantiateWithFlags") == driver.count("cuGraphDestroy") == int(graphs)
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.parametrize("capability", [(9, 0), (99, 0)])
+def test_kernels_are_compiled_for_the_gpu_or_to_ptx(capability: tuple[int, int]) -> None:
+    """A GPU that is later than NVRTC gets PTX."""
+    images = []
+
+    def compiler(text: str, capability: tuple[int, int]) -> bytes:
+        images.append(cuda_runtime.image(text, capability))
+        return images[-1]
+
+    prepared, _ = _prepared(StandInDriver(capability=capability).runtime(compiler=compiler))
+    prepared.run()
+    (image,) = images
+    assert image.startswith(b"\x7fELF") if capability == (9, 0) else b".entry kernel_of_softmax(" in image
 
 
 def test_a_program_runs_by_its_target(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:

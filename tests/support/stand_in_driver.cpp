@@ -289,8 +289,9 @@ int cuModuleUnload(void* module) { BEGIN(true); return handles.erase(module) ? O
 int cuModuleGetFunction(void** made, void* module, const char* name) {
   BEGIN(true);
   if (!handles.count(module)) return BAD_HANDLE;
-  if (((std::string*)module)->find(std::string(name) + "(") == std::string::npos || !functions.count(name))
-    return NOT_FOUND;
+  const std::string& image = *(std::string*)module;  // machine code, or text that has the kernel
+  bool has = image.compare(0, 4, "\x7f" "ELF") == 0 || image.find(std::string(name) + "(") != std::string::npos;
+  if (!has || !functions.count(name)) return NOT_FOUND;
   *made = functions[name];
   return OK;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.gpu_emulator.emulation import EmulatedKernel, built
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
-from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime
+from treadle.backends.tvm.runtimes.cuda_runtime import Compiler, CudaDriver, CudaRuntime
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -39,9 +39,9 @@ class StandInDriver:
         self.library = _library()
         self.library.stand_in_reset(devices, *capability, memory, version)
 
-    def runtime(self, *, graphs: bool = True) -> CudaRuntime:
-        """Return a runtime whose kernels are not compiled by NVRTC: the stand-in gets their text."""
-        return StandInRuntime(self, graphs)
+    def runtime(self, *, graphs: bool = True, compiler: Compiler = lambda text, _: text.encode()) -> CudaRuntime:
+        """Return a runtime. By default, its kernels are not compiled by NVRTC: the stand-in gets their text."""
+        return StandInRuntime(self, graphs, compiler)
 
     def register(self, kernel: DeviceKernel) -> None:
         """Let the emulator run a kernel under its name."""
@@ -82,8 +82,8 @@ class StandInDriver:
 class StandInRuntime(CudaRuntime):
     """A runtime of the stand-in, which registers the kernels that it loads."""
 
-    def __init__(self, driver: StandInDriver, graphs: bool) -> None:
-        super().__init__(CudaDriver(driver.library), graphs=graphs, compiler=lambda text, _: text.encode())
+    def __init__(self, driver: StandInDriver, graphs: bool, compiler: Compiler) -> None:
+        super().__init__(CudaDriver(driver.library), graphs=graphs, compiler=compiler)
         self._stand_in = driver
 
     def load(self, kernels):  # type: ignore[no-untyped-def]
