@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from treadle.backends.tvm.kernels.devices.statements import Let, Loop, Statement, When
 from treadle.backends.tvm.kernels.devices.values import ThreadNode
 
+_INTEGERS = ("i64", "i32", "bool")
 _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -54,14 +55,16 @@ def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
 
 
 def _evaluate(node: ThreadNode, numbers: Mapping[str, int]) -> int | None:
-    """Return the value of an expression of sizes, or None."""
+    """Return the value of an expression of sizes; None if it is a float or depends on the content of memory."""
+    if node.type not in _INTEGERS:
+        return None
     match node.op:
         case "const":
             return int(node.data)
         case "variable":
             return numbers.get(node.data)
         case "cast":
-            return _evaluate(node.args[0], numbers) if node.type in ("i32", "i64") else None
+            return _evaluate(node.args[0], numbers)
         case "select":
             condition = _evaluate(node.args[0], numbers)
             return None if condition is None else _evaluate(node.args[1 if condition else 2], numbers)
