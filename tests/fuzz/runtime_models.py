@@ -6,8 +6,9 @@
 Each model of tests/fuzz/device_models.py, with two layers of width 64, runs forward twice. In float32, a model with
 caches also prefills two rows of a session and takes 20 steps. Results in float32 are compared with NumPy, within 1e-5;
 those in another form of the weights (`--form bf16`, or `--form all`) with the CPU's kernels. On the stand-in, the
-driver's counts of copies, launches and waits must equal those of the launch table. Prints one line for each model. The
-exit status is 1 if a model fails.
+driver's counts of copies, launches and waits must equal those of the launch table. `--file` names a GGUF file of a
+Llama, whose session is compared with the CPU's kernels instead. Prints one line for each model. The exit status is 1 if
+a model fails.
 """
 
 from __future__ import annotations
@@ -100,6 +101,31 @@ def check_session(model: Any, target: str, inputs: Mapping[str, Any], driver: St
     return f"session off by {worst:.1e} in 20 steps, {1000 * float(np.median(seconds)):.1f} ms a step"
 
 
+def check_file(path: str, target: str) -> str:
+    """Compare a session of a model's file with the CPU's kernels: a prefill of five tokens, then 20 steps. Return a
+    line about it. Raises AssertionError for a difference, and for another most likely token.
+    """
+    sessions = [
+        treadle.compile(path, backend="tvm", target=where).session(rows=1, capacity=64, chunk=16)
+        for where in ("cpu", target)
+    ]
+    worst, begin = 0.0, time.perf_counter()
+    for session in sessions:
+        session.open()
+    wanted, made = (session.prefill({0: [504, 3575, 282, 4649, 314]})[0] for session in sessions)
+    first, seconds = time.perf_counter() - begin, []
+    for _ in range(21):
+        worst = max(worst, _off(made, wanted))
+        assert worst <= BOUND, f"off by {worst:.1e}"
+        token = int(wanted.argmax())
+        assert token == int(made.argmax())
+        wanted = sessions[0].step({0: token})[0]
+        begin = time.perf_counter()
+        made = sessions[1].step({0: token})[0]
+        seconds.append(time.perf_counter() - begin)
+    return f"off by {worst:.1e} in 20 steps, {first:.0f} s to prefill, {1000 * float(np.median(seconds)):.0f} ms a step"
+
+
 def _off(made: Any, expected: Any) -> float:
     """Return the difference, relative to the largest result; NaN counts as infinite."""
     off = np.abs(np.asarray(made, np.float64) - expected).max(initial=0) / max(1.0, float(np.abs(expected).max()))
@@ -111,6 +137,7 @@ def main() -> int:
     parser.add_argument("--target", default="opencl", help="opencl or cuda")
     parser.add_argument("--only", default="", help="only models whose name contains this text")
     parser.add_argument("--form", default="f32", help="form of the weights, or all")
+    parser.add_argument("--file", default="", help="a GGUF file of a Llama, instead of the small models")
     parser.add_argument("--hardware", action="store_true", help="the GPU of this machine, not a stand-in")
     options = parser.parse_args()
     driver = StandInDriver() if options.target == "cuda" and not options.hardware else None
@@ -118,6 +145,9 @@ def main() -> int:
         runtime = driver.runtime()
         register_runtime("cuda", lambda _: runtime)
     print(find_runtime(Target(options.target)))
+    if options.file:
+        print(f"{options.file}: {check_file(options.file, options.target)}")
+        return 0
     failed = 0
     for form, name in [(form, name) for form in FORMS for name in MODELS]:
         if options.only not in name or options.form not in (form, "all"):
