@@ -70,6 +70,16 @@ def out_of_memory(count: int, purpose: str) -> BackendError:
     return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
 
 
+def other_gpu(target: Target, name: str) -> BackendError | None:
+    """Return the error for a target that names another GPU than the machine's, whose name is `name`; None if it names
+    this one, or any.
+    """
+    if not target.is_elsewhere or target.name.upper() in name.upper().replace(" ", ""):
+        return None
+    hint = Hint('target="cuda"', "--target cuda")
+    return BackendError(f"the GPU of this machine is not {target}", received=name, hint=hint)
+
+
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
     """Return True if a shape matches a type; symbolic dimensions match any size."""
     sizes = [size.constant for size in wanted.shape]

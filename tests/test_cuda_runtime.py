@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,17 @@ import pytest
 from tests.backend_checks import needs_tvm
 from tests.support.gpu_emulator.emulation import compiler
 from tests.support.stand_in_driver import StandInDriver
+from treadle.backends.tvm.kernels.devices.cuda_compiler import missing_compiler
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import cuda_runtime
+from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
+from treadle.backends.tvm.runtimes.runtime import register_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 
@@ -28,8 +33,11 @@ NBYTES = 4 * ROWS * WIDE
 
 
 @pytest.fixture
-def driver() -> StandInDriver:
-    return StandInDriver()
+def driver() -> Iterator[StandInDriver]:
+    """A driver. After each test, the thread's own context is current again, also after a failure."""
+    driver = StandInDriver()
+    yield driver
+    assert driver.depth == 0
 
 
 def _softmax_of_softmax() -> list[Launch]:
@@ -79,6 +87,40 @@ def test_launches_run_in_order_and_only_reads_wait(driver: StandInDriver, graphs
     assert driver.count("cuGraphInstantiateWithFlags") == driver.count("cuGraphDestroy") == int(graphs)
 
 
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.parametrize("capability", [(9, 0), (99, 0)])
+def test_kernels_are_compiled_for_the_gpu_or_to_ptx(capability: tuple[int, int]) -> None:
+    """A GPU that is later than NVRTC gets PTX."""
+    images = []
+
+    def compiler(text: str, capability: tuple[int, int]) -> bytes:
+        images.append(cuda_runtime.image(text, capability))
+        return images[-1]
+
+    prepared, _ = _prepared(StandInDriver(capability=capability).runtime(compiler=compiler))
+    prepared.run()
+    (image,) = images
+    assert image.startswith(b"\x7fELF") if capability == (9, 0) else b".entry kernel_of_softmax(" in image
+
+
+def test_a_program_runs_by_its_target(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m tests.fuzz.runtime_models --target cuda` runs whole models, with sessions."""
+    from tests.support.gpu_emulator.programs import program_inputs
+
+    monkeypatch.setattr(runtimes, "_RUNTIMES", {})
+    monkeypatch.setattr(runtimes, "_OPEN", {})
+    register_runtime("cuda", lambda _: driver.runtime())
+    graph, inputs, wanted = program_inputs("embedding")
+    exe = compile(graph, backend="tvm", target="cuda")
+    for number in range(3):
+        for output, made in exe(**inputs).items():
+            np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
+        assert driver.count("cuStreamSynchronize") == number + 1
+    assert driver.count("cuMemcpyHtoDAsync_v2") == 3 * len(inputs)
+    assert driver.count("cuLaunchKernel") == 2 * len(exe.executable.launch_table(B=5, S=37).launches)
+    assert driver.count("cuGraphLaunch") == 2
+
+
 def test_everything_is_released(driver: StandInDriver) -> None:
     runtime = driver.runtime()
     prepared, buffers = _prepared(runtime)
@@ -104,10 +146,10 @@ def test_copies_through_little_pinned_memory(driver: StandInDriver, monkeypatch:
     memory.fill(first, 7, 5100)
     memory.write(first, data, at=100)
     memory.write(first, np.arange(20, dtype=np.int16), at=50)
-    memory.copy(Part(first, 4000, 1100), second, at=1000)
+    memory.copy(BufferPart(first, 4000, 1100), second, at=1000)
     data[1000:1020] = np.arange(20)
     memory.write(second, data[:1000])
-    parts = memory.read_parts([Part(second, 5000), Part(first, 100), Part(first, 0)])
+    parts = memory.read_parts([BufferPart(second, 5000), BufferPart(first, 100), BufferPart(first, 0)])
     assert driver.log[-4:-1] == ["to device", "to host", "to host"]
     np.testing.assert_array_equal(parts[0], np.concatenate([data[:1000], parts[0][1000:]]))
     np.testing.assert_array_equal(parts[0][1020:], data[1020:])
@@ -146,6 +188,8 @@ def test_no_gpu_and_no_driver_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert open_runtime(Target("cuda:0")).name == "stand-in GPU"
     with pytest.raises(BackendError, match=r"there is no NVIDIA GPU 1\n.*the driver lists 1"):
         open_runtime(Target("cuda:1"))
+    with pytest.raises(BackendError, match=r"the GPU of this machine is not h100\n.*stand-in GPU"):
+        open_runtime(Target("h100"))
     monkeypatch.undo()
     monkeypatch.setattr(cuda_runtime.sys, "platform", "win32")
     with pytest.raises(BackendError, match="there is no NVIDIA driver on this machine"):

@@ -14,10 +14,11 @@ from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import opencl_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.opencl_runtime import OpenclRuntime, form_of, open_runtime
 from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 
@@ -73,6 +74,17 @@ def test_launches_on_offsets_of_buffers(runtime: OpenclRuntime) -> None:
     assert memory.used == before
 
 
+def test_a_program_runs_by_its_target() -> None:
+    """`python -m tests.fuzz.runtime_models` runs whole models, with sessions."""
+    from tests.support.gpu_emulator.programs import program_inputs
+
+    graph, inputs, wanted = program_inputs("embedding")
+    exe = compile(graph, backend="tvm", target="opencl")
+    for _ in range(2):
+        for output, made in exe(**inputs).items():
+            np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
+
+
 def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = runtime.memory
     monkeypatch.setattr(opencl_runtime, "_BLOCKING", 3000)
@@ -83,9 +95,11 @@ def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None
     memory.write(first, data, at=100)
     for n in range(20):
         memory.write(first, np.asarray([n], np.int16), at=50 + 2 * n)
-    memory.copy(Part(first, 4000, 1100), second, at=1000)
+    memory.copy(BufferPart(first, 4000, 1100), second, at=1000)
     memory.write(second, data[:1000])
-    parts = memory.read_parts([Part(second, 5000), Part(first, 100), Part(first, 0), Part(second, 10, 4990)])
+    parts = memory.read_parts(
+        [BufferPart(second, 5000), BufferPart(first, 100), BufferPart(first, 0), BufferPart(second, 10, 4990)]
+    )
     np.testing.assert_array_equal(parts[0], data)
     np.testing.assert_array_equal(parts[1][50:90].view(np.int16), np.arange(20))
     assert (parts[1][:50] == 7).all()

@@ -20,8 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import treadle
-from tests.backend_checks import graph_of
-from tests.support.gpu_emulator.programs import PROGRAMS
+from tests.support.gpu_emulator.programs import PROGRAMS, program_inputs
 from treadle.backends.tvm.kernels.devices.cuda_compiler import Resources, compile_cuda
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
@@ -42,8 +41,7 @@ def name_of(kernel: Kernel) -> str:
 
 def program_kernels(name: str) -> list[Kernel]:
     """Return the kernels of a program of the emulator."""
-    graph = graph_of(lambda b: PROGRAMS[name](b, b.input("x", "f32[B, 70]")))
-    return list(treadle.compile(graph, backend="tvm", target="cuda").executable.kernels)
+    return list(treadle.compile(program_inputs(name)[0], backend="tvm", target="cuda").executable.kernels)
 
 
 def resources(kernel: Kernel, architecture: str) -> Resources:

@@ -52,7 +52,7 @@ static std::string log_text, message;
 static int devices, attributes[128], version, lost, context_token;
 static size_t capacity, used;
 static unsigned launches;
-static thread_local void* current;
+static thread_local std::vector<void*> current;  // a stack
 
 static int begin(const char* name, bool needs_context) {
   ++counts[name];
@@ -63,7 +63,7 @@ static int begin(const char* name, bool needs_context) {
     return number;
   }
   if (lost) return lost;
-  return needs_context && current != &context_token ? NO_CONTEXT : OK;
+  return needs_context && (current.empty() || current.back() != &context_token) ? NO_CONTEXT : OK;
 }
 #define BEGIN(needs_context)                                       \
   std::lock_guard<std::recursive_mutex> locked(lock);              \
@@ -133,6 +133,7 @@ void stand_in_fail(const char* name, int number, long after) { failures[name] = 
 long stand_in_count(const char* name) { return counts[name]; }
 long stand_in_used() { return (long)used; }
 long stand_in_handles() { return (long)(handles.size() + pinned.size()); }
+long stand_in_depth() { return (long)current.size(); }
 const char* stand_in_log() { return log_text.c_str(); }
 const char* stand_in_message() { return message.c_str(); }
 
@@ -166,10 +167,17 @@ int cuDevicePrimaryCtxRetain(void** made, int device) {
   *made = &context_token;
   return device == 70 ? OK : BAD_DEVICE;
 }
-int cuCtxSetCurrent(void* context) {
+int cuCtxPushCurrent_v2(void* context) {
   BEGIN(false);
-  current = context;
-  return context == &context_token ? OK : NO_CONTEXT;
+  if (context != &context_token) return NO_CONTEXT;
+  current.push_back(context);
+  return OK;
+}
+int cuCtxPopCurrent_v2(void** context) {  // works after a loss, too
+  if (current.empty()) return NO_CONTEXT;
+  *context = current.back();
+  current.pop_back();
+  return OK;
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
   BEGIN(true);
@@ -281,8 +289,9 @@ int cuModuleUnload(void* module) { BEGIN(true); return handles.erase(module) ? O
 int cuModuleGetFunction(void** made, void* module, const char* name) {
   BEGIN(true);
   if (!handles.count(module)) return BAD_HANDLE;
-  if (((std::string*)module)->find(std::string(name) + "(") == std::string::npos || !functions.count(name))
-    return NOT_FOUND;
+  const std::string& image = *(std::string*)module;  // machine code, or text that has the kernel
+  bool has = image.compare(0, 4, "\x7f" "ELF") == 0 || image.find(std::string(name) + "(") != std::string::npos;
+  if (!has || !functions.count(name)) return NOT_FOUND;
   *made = functions[name];
   return OK;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.gpu_emulator.emulation import EmulatedKernel, built
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
-from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime
+from treadle.backends.tvm.runtimes.cuda_runtime import Compiler, CudaDriver, CudaRuntime
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -19,7 +19,7 @@ def _library() -> ctypes.CDLL:
     library.stand_in_register.argtypes = (ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 3)
     library.stand_in_fail.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_long)
     library.stand_in_reset.argtypes = (*[ctypes.c_int] * 3, ctypes.c_size_t, ctypes.c_int)
-    for name in ("count", "used", "handles"):
+    for name in ("count", "used", "handles", "depth"):
         getattr(library, f"stand_in_{name}").restype = ctypes.c_long
     for name in ("log", "message"):
         getattr(library, f"stand_in_{name}").restype = ctypes.c_char_p
@@ -39,9 +39,9 @@ class StandInDriver:
         self.library = _library()
         self.library.stand_in_reset(devices, *capability, memory, version)
 
-    def runtime(self, *, graphs: bool = True) -> CudaRuntime:
-        """Return a runtime whose kernels are not compiled by NVRTC: the stand-in gets their text."""
-        return StandInRuntime(self, graphs)
+    def runtime(self, *, graphs: bool = True, compiler: Compiler = lambda text, _: text.encode()) -> CudaRuntime:
+        """Return a runtime. By default, its kernels are not compiled by NVRTC: the stand-in gets their text."""
+        return StandInRuntime(self, graphs, compiler)
 
     def register(self, kernel: DeviceKernel) -> None:
         """Let the emulator run a kernel under its name."""
@@ -69,6 +69,11 @@ class StandInDriver:
         return int(self.library.stand_in_handles())
 
     @property
+    def depth(self) -> int:
+        """Number of contexts that are current in this thread, one above the other."""
+        return int(self.library.stand_in_depth())
+
+    @property
     def log(self) -> list[str]:
         """The operations of all streams, in order: copies, launches, graphs and waits."""
         return str(self.library.stand_in_log().decode()).splitlines()
@@ -77,8 +82,8 @@ class StandInDriver:
 class StandInRuntime(CudaRuntime):
     """A runtime of the stand-in, which registers the kernels that it loads."""
 
-    def __init__(self, driver: StandInDriver, graphs: bool) -> None:
-        super().__init__(CudaDriver(driver.library), graphs=graphs, compiler=lambda text, _: text.encode())
+    def __init__(self, driver: StandInDriver, graphs: bool, compiler: Compiler) -> None:
+        super().__init__(CudaDriver(driver.library), graphs=graphs, compiler=compiler)
         self._stand_in = driver
 
     def load(self, kernels):  # type: ignore[no-untyped-def]

@@ -22,6 +22,7 @@ from treadle.backends.tvm.kernels.attention.attention_masks import (
     SegmentsWriter,
     TermWriter,
     near_offsets,
+    row_of_offsets,
 )
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
@@ -199,12 +200,11 @@ class _KernelTerms(TermVisitor[View, None]):
 
     def t5_relative(self, term: T5Relative, table: View) -> None:
         if not self.cached:
-            count = self.queries + self.keys + 2 * self.w.isa.lanes()
+            count = row_of_offsets(self.queries, self.keys, self.w.isa)
             self._add(OffsetsWriter, self._by_offset(term, table, self.first + self.queries, count))
             return
-        lanes = self.w.isa.lanes()
-        reach = Size.of(term.max_distance + lanes)
-        self._add(NearOffsetsWriter, self._by_offset(term, table, reach + 1, near_offsets(reach, lanes)))
+        reach = Size.of(term.max_distance + self.w.isa.widest)
+        self._add(NearOffsetsWriter, self._by_offset(term, table, reach + 1, near_offsets(reach, self.w.isa)))
         self.strides.append(reach)
 
     def alibi(self, term: Alibi, slopes: View) -> None:

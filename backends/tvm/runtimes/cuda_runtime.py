@@ -14,20 +14,22 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
+from treadle.backends.refusals import other_gpu
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_cuda, compile_ptx
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
+    BufferPart,
     DeviceBuffer,
     DeviceLostError,
-    Part,
     failed_allocation,
 )
 from treadle.backends.tvm.runtimes.launch_table import Launch
@@ -52,7 +54,8 @@ FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "cuDeviceGetName": (_POINTER, _INT, _INT),
     "cuDeviceGetAttribute": (_POINTER, _INT, _INT),
     "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
-    "cuCtxSetCurrent": (_POINTER,),
+    "cuCtxPushCurrent_v2": (_POINTER,),
+    "cuCtxPopCurrent_v2": (_POINTER,),
     "cuMemGetInfo_v2": (_POINTER, _POINTER),
     "cuMemAlloc_v2": (_POINTER, _SIZE),
     "cuMemFree_v2": (_ADDRESS,),
@@ -144,11 +147,19 @@ class CudaDriver:
         self.call(name, ctypes.byref(made), *arguments)
         return made.value or 0
 
+    @contextmanager
+    def within(self, context: int) -> Iterator[None]:
+        """A context manager in which a context is current in this thread. The caller's is current again after it."""
+        self.call("cuCtxPushCurrent_v2", context)
+        try:
+            yield
+        finally:
+            self._functions["cuCtxPopCurrent_v2"](ctypes.byref(ctypes.c_void_p()))
+
     def release(self, name: str, handle: int, context: int) -> None:
         """Release a handle. A failure is ignored: the context may be lost, or the process may end."""
-        if self._loss is None:
-            self._functions["cuCtxSetCurrent"](context)
-            self._functions[name](handle)
+        with suppress(BackendError), self.within(context):
+            self.call(name, handle)
 
     def describe(self, number: int) -> str:
         """Return the name and the description of an error."""
@@ -172,22 +183,22 @@ class CudaMemory:
     def __init__(self, driver: CudaDriver, context: int, stream: int) -> None:
         self._driver, self._context, self._stream = driver, context, stream
         self.used = self.peak = 0
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()  # a buffer may be released at any time, in this thread, too
         self._pinned: Array | None = None
         self._filled = 0  # bytes of pinned memory that copies may still access
         weakref.finalize(self, driver.release, "cuStreamDestroy_v2", stream, context).atexit = False
 
     @property
     def free(self) -> int | None:
-        self._enter()
-        return self._free()
+        with self._within():
+            return self._free()
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
-        self._enter()
         address = ctypes.c_uint64()
-        number = self._driver.result("cuMemAlloc_v2", ctypes.byref(address), max(1, nbytes))
-        if number == OUT_OF_MEMORY:
-            raise failed_allocation(nbytes, self._free())
+        with self._within():
+            number = self._driver.result("cuMemAlloc_v2", ctypes.byref(address), max(1, nbytes))
+            if number == OUT_OF_MEMORY:
+                raise failed_allocation(nbytes, self._free())
         if number:
             raise BackendError("NVIDIA's driver failed", received=f"cuMemAlloc: {self._driver.describe(number)}")
         buffer = DeviceBuffer(address.value, nbytes)
@@ -198,49 +209,47 @@ class CudaMemory:
         return buffer
 
     def write(self, buffer: DeviceBuffer, data: Array, at: int = 0) -> None:
-        self._enter()
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        for begin in range(0, flat.size, STAGING):
-            piece = flat[begin : begin + STAGING]
-            if self._filled + piece.size > STAGING:
-                self._wait()
-            pinned = self._reserve(piece.size)
-            pinned[:] = piece
-            self._driver.call(
-                "cuMemcpyHtoDAsync_v2", buffer.handle + at + begin, pinned.ctypes.data, piece.size, self._stream
-            )
+        with self._within():
+            for begin in range(0, flat.size, STAGING):
+                piece = flat[begin : begin + STAGING]
+                if self._filled + piece.size > STAGING:
+                    self._wait()
+                pinned = self._reserve(piece.size)
+                pinned[:] = piece
+                to = buffer.handle + at + begin
+                self._driver.call("cuMemcpyHtoDAsync_v2", to, pinned.ctypes.data, piece.size, self._stream)
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
-        return self.read_parts([Part(buffer, nbytes, at)])[0]
+        return self.read_parts([BufferPart(buffer, nbytes, at)])[0]
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         """See `DeviceMemory`. Parts that pinned memory cannot hold are copied without it."""
-        self._enter()
         copies = []
-        for part in parts:
-            fits = self._filled + part.nbytes <= STAGING
-            to = self._reserve(part.nbytes) if fits else np.empty(part.nbytes, np.uint8)
-            copies.append((to, fits))
-            if part.nbytes:
-                source = part.buffer.handle + part.at
-                self._driver.call("cuMemcpyDtoHAsync_v2", to.ctypes.data, source, part.nbytes, self._stream)
-        self._wait()
+        with self._within():
+            for part in parts:
+                fits = self._filled + part.nbytes <= STAGING
+                to = self._reserve(part.nbytes) if fits else np.empty(part.nbytes, np.uint8)
+                copies.append((to, fits))
+                if part.nbytes:
+                    source = part.buffer.handle + part.at
+                    self._driver.call("cuMemcpyDtoHAsync_v2", to.ctypes.data, source, part.nbytes, self._stream)
+            self._wait()
         return [to.copy() if pinned else to for to, pinned in copies]
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         if source.nbytes:
-            self._enter()
             begin = source.buffer.handle + source.at
-            self._driver.call("cuMemcpyDtoDAsync_v2", to.handle + at, begin, source.nbytes, self._stream)
+            with self._within():
+                self._driver.call("cuMemcpyDtoDAsync_v2", to.handle + at, begin, source.nbytes, self._stream)
 
     def fill(self, buffer: DeviceBuffer, byte: int, nbytes: int, at: int = 0) -> None:
         if nbytes:
-            self._enter()
-            self._driver.call("cuMemsetD8Async", buffer.handle + at, byte, nbytes, self._stream)
+            with self._within():
+                self._driver.call("cuMemsetD8Async", buffer.handle + at, byte, nbytes, self._stream)
 
-    def _enter(self) -> None:
-        """Make the context current in this thread."""
-        self._driver.call("cuCtxSetCurrent", self._context)
+    def _within(self) -> AbstractContextManager[None]:
+        return self._driver.within(self._context)
 
     def _free(self) -> int:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -301,13 +310,13 @@ class CudaLaunches:
         if not self._launches:
             return
         driver, stream = self._runtime.driver, self._runtime.stream
-        driver.call("cuCtxSetCurrent", self._runtime.context)
-        if self._has_run and not self._graph and self._runtime.graphs:
-            self._graph = self._captured(driver, stream)
-        if self._graph:
-            driver.call("cuGraphLaunch", self._graph, stream)
-        else:
-            self._start_all(driver, stream)
+        with driver.within(self._runtime.context):
+            if self._has_run and not self._graph and self._runtime.graphs:
+                self._graph = self._captured(driver, stream)
+            if self._graph:
+                driver.call("cuGraphLaunch", self._graph, stream)
+            else:
+                self._start_all(driver, stream)
         self._has_run = True
 
     def _start_all(self, driver: CudaDriver, stream: int) -> None:
@@ -316,16 +325,17 @@ class CudaLaunches:
 
     def _captured(self, driver: CudaDriver, stream: int) -> int:
         """Return the launches as an instantiated graph."""
-        driver.call("cuStreamBeginCapture_v2", stream, _RELAXED)
         graph = ctypes.c_void_p()
+        driver.call("cuStreamBeginCapture_v2", stream, _RELAXED)
         try:
-            self._start_all(driver, stream)
-        finally:  # a stream in capture mode accepts nothing else
-            driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
-        try:
+            try:
+                self._start_all(driver, stream)
+            finally:  # a stream in capture mode accepts nothing else
+                driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
             made = driver.handle("cuGraphInstantiateWithFlags", graph, 0)
         finally:
-            driver.call("cuGraphDestroy", graph)
+            if graph.value:
+                driver.release("cuGraphDestroy", graph.value, self._runtime.context)
         weakref.finalize(self, driver.release, "cuGraphExecDestroy", made, self._runtime.context).atexit = False
         return made
 
@@ -400,8 +410,8 @@ class CudaRuntime:
         )
         self.device = Device.of("cuda", limits)
         self.context = driver.handle("cuDevicePrimaryCtxRetain", device)
-        driver.call("cuCtxSetCurrent", self.context)
-        self.stream = driver.handle("cuStreamCreate", _NON_BLOCKING)
+        with driver.within(self.context):
+            self.stream = driver.handle("cuStreamCreate", _NON_BLOCKING)
         self.memory = CudaMemory(driver, self.context, self.stream)
         self._compiler = compiler or image
         self._modules: weakref.WeakValueDictionary[str, _Module] = weakref.WeakValueDictionary()  # by text
@@ -412,15 +422,14 @@ class CudaRuntime:
 
     def modules(self, kernels: Mapping[str, DeviceKernel]) -> dict[str, _Module]:
         """Compile and load kernels. Kernels with the same text are loaded once."""
-        absent = {kernel.text: (name, kernel) for name, kernel in kernels.items() if kernel.text not in self._modules}
+        loaded = {kernel.text: self._modules.get(kernel.text) for kernel in kernels.values()}
+        absent = {kernel.text: (name, kernel) for name, kernel in kernels.items() if loaded[kernel.text] is None}
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             images = list(pool.map(self._compiled, absent, absent.values()))
-        self.driver.call("cuCtxSetCurrent", self.context)
-        made = {
-            text: _Module(self, *each, data) for (text, each), data in zip(absent.items(), images, strict=True)
-        }
+        with self.driver.within(self.context):
+            made = {text: _Module(self, *each, data) for (text, each), data in zip(absent.items(), images, strict=True)}
         self._modules.update(made)
-        return {name: self._modules[kernel.text] for name, kernel in kernels.items()}
+        return {name: loaded[kernel.text] or made[kernel.text] for name, kernel in kernels.items()}
 
     def _compiled(self, text: str, named: tuple[str, DeviceKernel]) -> bytes:
         try:
@@ -445,8 +454,13 @@ def image(text: str, capability: tuple[int, int]) -> bytes:
 
 
 def open_runtime(target: Target) -> CudaRuntime:
-    """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU."""
-    return CudaRuntime(CudaDriver(_library()), target.index or 0)
+    """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU, or
+    if the target names another GPU.
+    """
+    runtime = CudaRuntime(CudaDriver(_library()), target.index or 0)
+    if (other := other_gpu(target, runtime.name)) is not None:
+        raise other
+    return runtime
 
 
 def _library() -> ctypes.CDLL:

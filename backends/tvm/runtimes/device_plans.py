@@ -54,8 +54,13 @@ class DevicePlan:
         return [(a, b) for a, b in [*found, (begin, end)] if b > a]
 
     def addresses(self, number: int) -> tuple[int, ...]:
-        """Return no address: a device's memory has none on the host."""
-        return ()
+        """Return a number for the storage of each pointer of a launch, as if all spaces were consecutive in one memory.
+        Addresses of a device's memory are not known on the host.
+        """
+        starts, end = dict[Space, int](), 0
+        for space, nbytes in self.table.spaces.items():
+            starts[space], end = end, end + nbytes
+        return tuple([starts[a.space] + a.begin for a in self.table.launches[number].arguments])
 
 
 class DeviceEncoder:
@@ -64,7 +69,6 @@ class DeviceEncoder:
     device   the device
     titles   the names of the kernels
     kernels  the device's kernels by name. A collective has none, nor has a kernel that the device refuses
-    fixed    bytes of each weight and constant
     """
 
     def __init__(
@@ -72,10 +76,9 @@ class DeviceEncoder:
         device: Device,
         titles: Mapping[Kernel, str],
         kernels: Mapping[str, DeviceKernel],
-        fixed: Mapping[Space, int],
     ) -> None:
         self.form = memory_form(device)
-        self.titles, self.kernels, self.fixed = titles, kernels, fixed
+        self.titles, self.kernels = titles, kernels
 
     def plan(self, placed: PlacedCalls, sizes: Mapping[str, int]) -> DevicePlan:
         """Return the plan of calls that were placed for these sizes, in the form of the device's memory."""
@@ -93,7 +96,7 @@ class DeviceEncoder:
                 return Argument(space, 0, 0, offset // element + STATUS_WORDS * (len(tellers) - 1))
             if storage not in known:
                 known[storage] = self.form.nbytes(storage).evaluate(sizes)
-            spaces[space] = max(spaces.get(space) or self.fixed.get(space, 0), begin + known[storage])
+            spaces[space] = max(spaces.get(space, 0), begin + known[storage])
             return Argument(space, begin, known[storage], offset // element)
 
         for step, pointers, numbers in placed.calls:

@@ -25,9 +25,9 @@ from treadle.backends.tvm.kernels.devices.device import SLOW_TASKS, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
+    BufferPart,
     DeviceBuffer,
     DeviceLostError,
-    Part,
     failed_allocation,
 )
 from treadle.backends.tvm.runtimes.launch_table import Launch
@@ -140,7 +140,7 @@ class OpenclMemory:
 
     def __init__(self, runtime: OpenclRuntime) -> None:
         self._runtime, self._cl = runtime, runtime.cl
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()  # a buffer may be released at any time, in this thread, too
         self._pending: list[Any] = []  # events of copies, which own the memory that they read
         self.used = self.peak = 0
 
@@ -182,9 +182,9 @@ class OpenclMemory:
             self._pending.append(event)
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
-        return self.read_parts([Part(buffer, nbytes, at)])[0]
+        return self.read_parts([BufferPart(buffer, nbytes, at)])[0]
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         made = [np.empty(part.nbytes, np.uint8) for part in parts]
         with self._runtime.errors("read a buffer"):
             copies = [
@@ -196,7 +196,7 @@ class OpenclMemory:
         del copies
         return made
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         if source.nbytes:
             offsets = {"src_offset": source.at, "dst_offset": at, "byte_count": source.nbytes}
             with self._runtime.errors("copy a buffer"):

@@ -14,6 +14,7 @@ from treadle.entry_functions import compile
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 
 Array = np.ndarray[Any, Any]
@@ -56,12 +57,17 @@ PROGRAMS: Mapping[str, Callable[[Builder, Expr], Expr]] = {
 SIZES = {"B": 5, "S": 37}
 
 
-def build(name: str, target: str = "cuda") -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
-    """Return a program compiled for the emulator, its inputs, and its results as the interpreter computes them."""
+def program_inputs(name: str) -> tuple[Graph, Mapping[str, Array], Mapping[str, Array]]:
+    """Return a program, its inputs, and its results as the interpreter computes them."""
     graph = graph_of(lambda b: PROGRAMS[name](b, b.input("x", "f32[B, 70]")))
     inputs = draw_inputs(graph, {s: n for s, n in SIZES.items() if s in graph.symbols}, [0])
-    exe = emulated(compile(graph, backend="tvm", target=target))
-    return exe, inputs, interpret(graph, inputs)
+    return graph, inputs, interpret(graph, inputs)
+
+
+def build(name: str, target: str = "cuda") -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
+    """Return a program compiled for the emulator, its inputs, and its results as the interpreter computes them."""
+    graph, inputs, wanted = program_inputs(name)
+    return emulated(compile(graph, backend="tvm", target=target)), inputs, wanted
 
 
 program = cache(build)

@@ -26,7 +26,7 @@ from treadle.backends.tvm.kernels.stored_kernels import read_stored, version_fol
 from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError
 
-OPTIONS = ("--std=c++17", "--fmad=false", "--device-as-default-execution-space")
+OPTIONS = ("--std=c++17", "--fmad=false")
 """Options of NVRTC. A product and a sum are one operation only where the text says so."""
 
 _NVRTC, _PTXAS = "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvcc-cu12"
