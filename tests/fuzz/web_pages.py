@@ -1,0 +1,120 @@
+"""Run exported pages in headless Chromium: `python -m tests.fuzz.web_pages [--model minilm] [--sizes B=1,S=16]`.
+
+A model is exported by `treadle export MODEL --to web`, served from this machine, and run on SwiftShader with the page's
+own example. Its outputs are compared with NumPy's, within 1e-4. Prints the seconds that the browser takes to compile
+each kernel; one that takes more than a minute ends the run. The exit status is 1 for a difference. `playwright` and
+`chromium` must be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+)
+"""Flags of Chromium for WebGPU without a GPU."""
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine, and yield its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://localhost:{server.server_port}"  # a browser has WebGPU only for a secure origin
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def run_page(folder: Path, inputs: Mapping[str, list[float]], seconds: int = 60) -> tuple[dict[str, Array], Any]:
+    """Run an exported page in Chromium on inputs. Return its outputs, flat, and the seconds of each kernel's
+    compilation, by the kernel's file.
+    """
+    from playwright.sync_api import sync_playwright
+
+    facts = json.loads((folder / "model.json").read_text())
+    with served(folder) as address, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        page = chromium.new_page()
+        page.set_default_timeout(1000 * seconds)
+        page.goto(f"{address}/index.html")
+        last = None
+        while not page.evaluate("'ready' in document.documentElement.dataset"):
+            state = page.inner_text("#state")
+            try:
+                page.wait_for_function("text => document.getElementById('state').textContent !== text", arg=state)
+            except Exception as error:
+                raise AssertionError(f"no progress in {seconds} s: {state}") from error
+            last = state
+        state = page.inner_text("#state")
+        assert state == "ready", f"{state}, after {last}"
+        made = page.evaluate(
+            """async (inputs) => Object.fromEntries(Object.entries(await model.run(inputs))
+                   .map(([name, array]) => [name, Array.from(array)]))""",
+            dict(inputs),
+        )
+        times = page.evaluate("model.kernels.map((kernel) => kernel.seconds)")
+        chromium.close()
+    arrays = {name: np.array(values, np.float64) for name, values in made.items()}
+    return arrays, {kernel["file"]: seconds for kernel, seconds in zip(facts["kernels"], times, strict=True)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--sizes", default="B=1,S=16")
+    options = parser.parse_args()
+    import treadle
+    from treadle.__main__ import main as command
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sys.argv = ["treadle", "export", options.model, "--to", "web", "-o", name, "--sizes", options.sizes]
+        try:
+            command()
+        except SystemExit as ended:
+            assert not ended.code
+        facts = json.loads((folder / "model.json").read_text())
+        made, times = run_page(folder, {port["name"]: port["example"] for port in facts["inputs"]})
+        for kernel in facts["kernels"]:
+            print(f"{kernel['entry']}: compiled in {times[kernel['file']]:.1f} s")
+        kinds = {"i64": np.int64, "f32": np.float32}
+        inputs = {
+            port["name"]: np.array(port["example"], kinds[port["dtype"]]).reshape(port["shape"])
+            for port in facts["inputs"]
+        }
+        expected = treadle.compile(options.model, backend="numpy")(**inputs)
+    worst = max(float(np.abs(made[name] - np.asarray(expected[name]).reshape(-1)).max()) for name in made)
+    print(f"{options.model} in Chromium: off by {worst:.1e}")
+    return not worst <= 1e-4
+
+
+if __name__ == "__main__":
+    sys.exit(main())
