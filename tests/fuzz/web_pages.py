@@ -1,9 +1,9 @@
-"""Run exported pages in headless Chromium: `python -m tests.fuzz.web_pages [--model minilm] [--sizes B=1,S=16]`.
+"""Run MiniLM's exported page in headless Chromium: `python -m tests.fuzz.web_pages [--text TEXT] [--tokens 32]`.
 
-A model is exported by `treadle export MODEL --to web`, served from this machine, and run on SwiftShader with the page's
-own example. Its outputs are compared with NumPy's, within 1e-4. Prints the seconds that the browser takes to compile
-each kernel; one that takes more than a minute ends the run. The exit status is 1 for a difference. `playwright` and
-`chromium` must be installed.
+The model is exported by `treadle export minilm --inputs lengths --to web`, served from this machine, and run on
+SwiftShader on one text, padded to a number of tokens. The hidden states of the text's tokens are compared with NumPy's,
+within 1e-4. Prints the seconds that the browser takes to compile each kernel; one that takes more than a minute ends
+the run. The exit status is 1 for a difference. `playwright` and `chromium` must be installed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from treadle.__main__ import main as command
+from treadle.sentence_embedding import SentenceEmbedder
 
 Array = np.ndarray[Any, Any]
 
@@ -88,31 +91,27 @@ def run_page(folder: Path, inputs: Mapping[str, list[float]], seconds: int = 60)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="minilm")
-    parser.add_argument("--sizes", default="B=1,S=16")
+    parser.add_argument("--text", default="A compiler for transformers runs this text in a browser.")
+    parser.add_argument("--tokens", type=int, default=32, help="number of tokens of the page")
     options = parser.parse_args()
-    import treadle
-    from treadle.__main__ import main as command
-
+    embedder = SentenceEmbedder.open("minilm", backend="numpy")
+    batch = embedder.tokenizer.batch([options.text])
+    (count,) = batch.lengths.tolist()
+    tokens = np.zeros((1, options.tokens), np.int64)
+    tokens[0, :count] = batch.ids[0, :count]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sys.argv = ["treadle", "export", options.model, "--to", "web", "-o", name, "--sizes", options.sizes]
+        sizes = f"B=1,S={options.tokens}"
+        sys.argv = ["treadle", "export", "minilm", "--inputs", "lengths", "--to", "web", "-o", name, "--sizes", sizes]
         try:
             command()
         except SystemExit as ended:
             assert not ended.code
-        facts = json.loads((folder / "model.json").read_text())
-        made, times = run_page(folder, {port["name"]: port["example"] for port in facts["inputs"]})
-        for kernel in facts["kernels"]:
-            print(f"{kernel['entry']}: compiled in {times[kernel['file']]:.1f} s")
-        kinds = {"i64": np.int64, "f32": np.float32}
-        inputs = {
-            port["name"]: np.array(port["example"], kinds[port["dtype"]]).reshape(port["shape"])
-            for port in facts["inputs"]
-        }
-        expected = treadle.compile(options.model, backend="numpy")(**inputs)
-    worst = max(float(np.abs(made[name] - np.asarray(expected[name]).reshape(-1)).max()) for name in made)
-    print(f"{options.model} in Chromium: off by {worst:.1e}")
+        made, times = run_page(Path(name), {"tokens": tokens[0].tolist(), "lengths": [count]})
+    for file, seconds in times.items():
+        print(f"{file}: compiled in {seconds:.1f} s")
+    expected = np.asarray(embedder.model(tokens=tokens, lengths=np.array([count]))["hidden"])
+    worst = float(np.abs(made["hidden"].reshape(expected.shape) - expected)[:, :count].max())
+    print(f"{count} tokens in Chromium: off by {worst:.1e}")
     return not worst <= 1e-4
 
 
