@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -56,9 +56,23 @@ def served(folder: Path) -> Iterator[str]:
         thread.join()
 
 
-def run_page(folder: Path, inputs: Mapping[str, list[float]], seconds: int = 60) -> tuple[dict[str, Array], Any]:
-    """Run an exported page in Chromium on inputs. Return its outputs, flat, and the seconds of each kernel's
-    compilation, by the kernel's file.
+_CHANGED = """(text) => 'ready' in document.documentElement.dataset
+    || document.getElementById('state').textContent !== text"""
+_RUN = """async (inputs) => {
+    try {
+        return Object.fromEntries(
+            Object.entries(await model.run(inputs)).map(([name, array]) => [name, Array.from(array)]));
+    } catch (error) {
+        return error.message;
+    }
+}"""
+
+
+def run_page(
+    folder: Path, runs: Sequence[Mapping[str, list[float]]], seconds: int = 60
+) -> tuple[list[dict[str, Array] | str], dict[str, float]]:
+    """Run an exported page in Chromium, once for each set of inputs. Return the outputs of each run, flat, or the text
+    of its error, and the seconds of each kernel's compilation, by the kernel's file.
     """
     from playwright.sync_api import sync_playwright
 
@@ -68,25 +82,22 @@ def run_page(folder: Path, inputs: Mapping[str, list[float]], seconds: int = 60)
         page = chromium.new_page()
         page.set_default_timeout(1000 * seconds)
         page.goto(f"{address}/index.html")
-        last = None
         while not page.evaluate("'ready' in document.documentElement.dataset"):
             state = page.inner_text("#state")
             try:
-                page.wait_for_function("text => document.getElementById('state').textContent !== text", arg=state)
+                page.wait_for_function(_CHANGED, arg=state)
             except Exception as error:
                 raise AssertionError(f"no progress in {seconds} s: {state}") from error
-            last = state
         state = page.inner_text("#state")
-        assert state == "ready", f"{state}, after {last}"
-        made = page.evaluate(
-            """async (inputs) => Object.fromEntries(Object.entries(await model.run(inputs))
-                   .map(([name, array]) => [name, Array.from(array)]))""",
-            dict(inputs),
-        )
+        assert state == "ready", state
+        made = [page.evaluate(_RUN, dict(inputs)) for inputs in runs]
         times = page.evaluate("model.kernels.map((kernel) => kernel.seconds)")
         chromium.close()
-    arrays = {name: np.array(values, np.float64) for name, values in made.items()}
-    return arrays, {kernel["file"]: seconds for kernel, seconds in zip(facts["kernels"], times, strict=True)}
+    arrays = [
+        each if isinstance(each, str) else {name: np.array(values, np.float64) for name, values in each.items()}
+        for each in made
+    ]
+    return arrays, {kernel["file"]: time for kernel, time in zip(facts["kernels"], times, strict=True)}
 
 
 def main() -> int:
@@ -106,7 +117,8 @@ def main() -> int:
             command()
         except SystemExit as ended:
             assert not ended.code
-        made, times = run_page(Path(name), {"tokens": tokens[0].tolist(), "lengths": [count]})
+        (made,), times = run_page(Path(name), [{"tokens": tokens[0].tolist(), "lengths": [count]}])
+    assert not isinstance(made, str), made
     for file, seconds in times.items():
         print(f"{file}: compiled in {seconds:.1f} s")
     expected = np.asarray(embedder.model(tokens=tokens, lengths=np.array([count]))["hidden"])

@@ -234,9 +234,8 @@ class DeviceMachine:
 
     def weights(self) -> dict[Space, Array]:
         """Return weights and constants as the device stores them."""
-        if self._weights:
+        if self._weights or self._runtime is None:
             return {space: to_stored(array, self._form, _title(space)) for space, array in self._weights.items()}
-        assert self._runtime is not None
         fixed = list(self._fixed_needs)
         parts = [Part(self._buffers[space], self._buffers[space].nbytes) for space in fixed]
         with self._runtime.lock:
