@@ -88,7 +88,7 @@ def test_a_folder_has_the_table_the_kernels_and_the_weights(tmp_path: Path, monk
 def test_a_model_that_exceeds_the_limits_of_browsers_is_refused(graph: Graph, tmp_path: Path) -> None:
     executable = compiled(graph)
     assert isinstance(executable.machine, DeviceMachine)
-    executable.machine._device = Device.of("webgpu", replace(DEVICES["webgpu"].limits, largest=1024))
+    executable.machine.program.use(Device.of("webgpu", replace(DEVICES["webgpu"].limits, largest=1024)))
     with pytest.raises(BackendError, match="exceeds the limits of browsers"):
         export_web("embedding", graph, executable, SIZES, tmp_path / "page")
     assert not (tmp_path / "page").exists()

@@ -23,7 +23,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes import wgpu_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, HostMemory, Part
+from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, HostMemory, BufferPart
 from treadle.backends.tvm.runtimes.launch_bindings import Binding, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.wgpu_runtime import WgpuRuntime, open_runtime
@@ -201,8 +201,8 @@ def test_memory_behaves_as_the_hosts(runtime: WgpuRuntime) -> None:
             elif kind == 1:
                 memory.fill(second, 7 * int(which), count, at)
             elif abs(at - to) >= count or which:
-                memory.copy(Part(first, count, at), second if which else first, to)
-        read = [memory.read_parts([Part(b[i], size) for b in pairs]) for i, memory in enumerate(memories)]
+                memory.copy(BufferPart(first, count, at), second if which else first, to)
+        read = [memory.read_parts([BufferPart(b[i], size) for b in pairs]) for i, memory in enumerate(memories)]
         for a, b in zip(*read, strict=True):
             np.testing.assert_array_equal(a, b)
     assert runtime.memory.used == used + 2 * size

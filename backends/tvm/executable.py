@@ -28,7 +28,7 @@ from treadle.backends.tvm.runtimes.device_arrays import DeviceAccess
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
 from treadle.backends.tvm.runtimes.device_plans import DevicePlan
 from treadle.backends.tvm.runtimes.launch_table import LaunchTable
-from treadle.backends.tvm.spaces import Space
+from treadle.backends.tvm.spaces import Fixed
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -110,7 +110,7 @@ class KernelExecutable(EntryExecutable):
     @property
     def device_kernels(self) -> dict[str, DeviceKernel]:
         """The kernels of the device by their titles in `source`. Raises BackendError for a CPU."""
-        return self._device_machine().kernels()
+        return self._device_machine().program.kernels()
 
     def launch_table(self, entry: str | None = None, **sizes: int) -> LaunchTable:
         """Return the launches of an entry, by default the last one, at these sizes of its symbols. No device is needed.
@@ -126,9 +126,9 @@ class KernelExecutable(EntryExecutable):
                 received=", ".join(f"{symbol}={size}" for symbol, size in sizes.items()) or "no sizes",
                 hint="launch_table(" + ", ".join(f"{symbol}=..." for symbol in missing) + ")",
             )
-        return machine.plan(name, sizes).table
+        return machine.program.plan(name, sizes).table
 
-    def stored_weights(self) -> dict[Space, Array]:
+    def stored_weights(self) -> dict[Fixed, Array]:
         """Return weights and constants by their spaces in a launch table, as the device stores them. Raises
         BackendError for a CPU.
         """

@@ -92,13 +92,13 @@ class HostMachine:
         self,
         entry: str,
         sizes: Mapping[str, int],
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
         """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
         with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
+            runner, plan, table, made = self._ready(entry, sizes, inputs, states, outputs)
             with tvm_runtime.at_work():
                 failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
             self._check(plan, failed)
@@ -108,14 +108,14 @@ class HostMachine:
         self,
         entry: str,
         sizes: Mapping[str, int],
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
         runs: int,
     ) -> tuple[Plan, list[list[float]]]:
         """Run an entry `runs` times, call by call. Return its plan and, for each run, the seconds of every call."""
         with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
+            runner, plan, table, made = self._ready(entry, sizes, inputs, states, outputs)
             calls = [table[i : i + 1] for i in range(len(table))]
             seconds: list[list[float]] = [[] for _ in calls]
             for _ in range(runs):
@@ -131,7 +131,7 @@ class HostMachine:
         self,
         entry: str,
         sizes: Mapping[str, int],
-        given: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
@@ -144,12 +144,12 @@ class HostMachine:
         plan = self._plan(entry, sizes)
         over = self.program.entries[entry].over
         made = {
-            name: given[over[name]]
+            name: inputs[over[name]]
             if name in over
             else self._outputs.array(name, plan.shapes[name], dtype, aligned=name == plan.host)
             for name, dtype in outputs.items()
         }
-        return self._runner, plan, self._place(plan, given, states, made), made
+        return self._runner, plan, self._place(plan, inputs, states, made), made
 
     def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
         key = entry, tuple(sorted(sizes.items()))
@@ -169,13 +169,13 @@ class HostMachine:
             self.plans.popitem(last=False)
         return plan
 
-    def _place(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
+    def _place(self, plan: Plan, inputs: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
         """Fill in the addresses of inputs, states and outputs in a plan; return its table."""
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             size = plan.arena + ALIGNMENT
             self._arena = allocated(size, (size,))
         plan.put(Arena(), aligned(address(self._arena), ALIGNMENT))
-        for name, array in given.items():
+        for name, array in inputs.items():
             plan.put(Input(name), address(array))
         for name, array in made.items():
             plan.put(Output(name), address(array))

@@ -53,8 +53,10 @@ def check(model: Any, *, run: bool = True, **limits: Any) -> str:
         assert runtime.launches == 0
         assert all(line in str(caught.value) for line in exceeded[:20]), caught.value
         return "refused\n    " + "\n    ".join(exceeded)
-    slow = "".join(f"\n    slow: {n}, {each.why_slow}" for n, each in machine.kernels(entry).items() if each.why_slow)
-    table = machine.plan(entry, sizes).table
+    slow = "".join(
+        f"\n    slow: {n}, {each.why_slow}" for n, each in machine.program.kernels(entry).items() if each.why_slow
+    )
+    table = machine.program.plan(entry, sizes).table
     text = f"{len(table.launches)} launches, {table.nbytes:,} bytes"
     if not run:
         return f"{text}{slow}"

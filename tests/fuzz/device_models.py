@@ -151,7 +151,9 @@ def check_session(
         returned = sum(logits.nbytes for logits in made.values())
         counts = runtime.memory
         assert counts.waits == 1, f"a step waits {counts.waits} times"
-        (plan,) = [plan for (entry, _), plan in there.stepped.executable.machine.plans.items() if entry == "step"]
+        (plan,) = [
+            plan for (entry, _), plan in there.stepped.executable.machine.program.plans.items() if entry == "step"
+        ]
         assert counts.bytes_out == returned + plan.table.spaces[Status()], "a step copies more than logits and status"
     return f"off by {worst:.1e} in {steps} steps, {counts.copies_in} copies in and {counts.copies_out} out per step"
 

@@ -59,6 +59,7 @@ def main() -> int:
     for name in TESTED:
         if options.only not in name:
             continue
+        print(f"{name}, after {time.perf_counter() - begin:.0f} s: {dict(counts)}", flush=True)
         for held in cases(name, dtypes=options.dtypes):
             try:
                 if refusal("tvm", held.graph) is not None:

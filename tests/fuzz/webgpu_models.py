@@ -22,7 +22,7 @@ import numpy as np
 import treadle
 from tests.fuzz.device_models import MODELS
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.runtimes.device_memory import Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart
 from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.target import Target
@@ -51,7 +51,7 @@ class Reads:
     def __exit__(self, *_: object) -> None:
         del self._memory.read_parts
 
-    def _counted(self, parts: Sequence[Part]) -> list[Array]:
+    def _counted(self, parts: Sequence[BufferPart]) -> list[Array]:
         self.nbytes += sum(part.nbytes for part in parts)
         self.waits += 1
         made: list[Array] = self._read_parts(parts)

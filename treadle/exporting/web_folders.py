@@ -40,7 +40,7 @@ _EXAMPLE = 4096
 
 
 def export_web(name: str, graph: Graph, executable: KernelExecutable, sizes: Mapping[str, int], folder: Path) -> list[Path]:
-    """Write the main entry of an executable for target webgpu, and return the files.
+    """Write the main entry of an executable for target webgpu, which has not run, and return the files.
 
     sizes  sizes of the entry's symbols
 
@@ -51,18 +51,19 @@ def export_web(name: str, graph: Graph, executable: KernelExecutable, sizes: Map
     assert isinstance(machine, DeviceMachine)
     if executable.program.entries[entry].states:
         raise UsageError("a page runs a model without states", received=f"entry {entry}", hint="the model's main entry")
-    refuse(name, "browsers", machine.exceeded(entry, sizes))
-    plan = machine.plan(entry, sizes)
+    program = machine.program
+    plan = program.plan(entry, sizes)
+    refuse(name, "browsers", program.exceeded(plan))
     table, numbers = plan.table, {space: i for i, space in enumerate(plan.table.spaces)}
     kernels: dict[tuple[str, Sharing], int] = {}
     launches = []
     for launch in table.launches:
         device_kernel = executable.device_kernels[launch.kernel]
-        bound = bind_launch(launch, device_kernel.group_kernel, machine.device, lambda space: space)
+        bound = bind_launch(launch, device_kernel.group_kernel, program.device, lambda space: space)
         kernel = kernels.setdefault((launch.kernel, bound.sharing), len(kernels))
         launches.append({"kernel": kernel, "blocks": launch.blocks, **_bound(bound, numbers)})
     texts = {f"kernel_{i:02}.wgsl": key for key, i in kernels.items()}
-    weights = {space: array for space, array in executable.stored_weights().items() if space in numbers}
+    weights = {space: program.stored_weight(space) for space in program.weights if space in numbers}
     pieces = {f"weights_{i:02}.bin": piece for i, piece in enumerate(_pieces(weights))}
     example = draw_inputs(graph, dict(sizes), [0])
     record = {

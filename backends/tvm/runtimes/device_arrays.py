@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.states import Index
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer
 from treadle.backends.tvm.runtimes.runtime import Runtime
 from treadle.backends.tvm.spaces import MemoryForm
 from treadle.ir.errors import BackendError
@@ -55,7 +55,7 @@ class DeviceArray:
     it.
 
     shape  the sizes
-    dtype  NumPy dtype of the elements; the device may store them in fewer bits
+    dtype  NumPy dtype of the elements; the device may store them as smaller integers
     """
 
     runtime: Runtime
@@ -69,7 +69,7 @@ class DeviceArray:
         """Bytes on the device."""
         return self.buffer.nbytes
 
-    def parts(self, index: Index) -> tuple[list[Part], tuple[int, ...]]:
+    def parts(self, index: Index) -> tuple[list[BufferPart], tuple[int, ...]]:
         """Return the consecutive bytes of a part in order, and the part's shape."""
         item = stored_dtype(self.dtype, self.form).itemsize
         full = (*index, *[slice(None)] * (len(self.shape) - len(index)))
@@ -87,7 +87,7 @@ class DeviceArray:
         starts = np.zeros(1, np.int64) + sum(begin * stride for (begin, _), stride in zip(spans, strides, strict=True))
         for count, stride in zip(counts[:split], strides[:split], strict=True):
             starts = (starts[:, None] + stride * np.arange(count)).reshape(-1)
-        return [Part(self.buffer, run, int(at)) for at in starts], shape
+        return [BufferPart(self.buffer, run, int(at)) for at in starts], shape
 
 
 class DeviceAccess:

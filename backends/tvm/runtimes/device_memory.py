@@ -34,7 +34,7 @@ class DeviceBuffer:
         return f"<{self.nbytes:,} bytes of a device>"
 
 
-class Part(NamedTuple):
+class BufferPart(NamedTuple):
     """`nbytes` bytes of a buffer, from byte `at`."""
 
     buffer: DeviceBuffer
@@ -92,11 +92,11 @@ class DeviceMemory(Protocol):
         """Wait for all launches, and return `nbytes` bytes of the buffer, from byte `at`, as a new array of uint8."""
         ...
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         """Wait once for all launches, and return the bytes of each part as a new array of uint8."""
         ...
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         """Copy bytes within the device, to byte `at` of a buffer, after the launches that were enqueued before. The
         source may be in the same buffer, where it does not overlap with the copy.
         """
@@ -143,10 +143,10 @@ class HostMemory:
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
         return np.array(buffer.handle[at : at + nbytes])
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         return [self.read(*part) for part in parts]
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         to.handle[at : at + source.nbytes] = self.read(*source)
 
     def fill(self, buffer: DeviceBuffer, byte: int, nbytes: int, at: int = 0) -> None:

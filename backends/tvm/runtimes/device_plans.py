@@ -64,7 +64,6 @@ class DeviceEncoder:
     device   the device
     titles   the names of the kernels
     kernels  the device's kernels by name. A collective has none, nor has a kernel that the device refuses
-    fixed    bytes of each weight and constant
     """
 
     def __init__(
@@ -72,10 +71,9 @@ class DeviceEncoder:
         device: Device,
         titles: Mapping[Kernel, str],
         kernels: Mapping[str, DeviceKernel],
-        fixed: Mapping[Space, int],
     ) -> None:
         self.form = memory_form(device)
-        self.titles, self.kernels, self.fixed = titles, kernels, fixed
+        self.titles, self.kernels = titles, kernels
 
     def plan(self, placed: PlacedCalls, sizes: Mapping[str, int]) -> DevicePlan:
         """Return the plan of calls that were placed for these sizes, in the form of the device's memory."""
@@ -93,7 +91,7 @@ class DeviceEncoder:
                 return Argument(space, 0, 0, offset // element + STATUS_WORDS * (len(tellers) - 1))
             if storage not in known:
                 known[storage] = self.form.nbytes(storage).evaluate(sizes)
-            spaces[space] = max(spaces.get(space) or self.fixed.get(space, 0), begin + known[storage])
+            spaces[space] = max(spaces.get(space, 0), begin + known[storage])
             return Argument(space, begin, known[storage], offset // element)
 
         for step, pointers, numbers in placed.calls:

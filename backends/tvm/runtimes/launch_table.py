@@ -180,5 +180,5 @@ def space_text(space: Space) -> str:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no number of bytes, blocks or elements")
+        raise ValueError(f"{value!r} is not a count of bytes, blocks or elements")
     return value

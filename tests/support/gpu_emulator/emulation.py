@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 from treadle.backends.tvm.kernels.cpu_features import cpu_flags
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.kernel_text import stored_type
+from treadle.ir.types import i64
 
 HERE = Path(__file__).parent
 Array = np.ndarray[Any, Any]
@@ -53,18 +55,25 @@ class EmulatedKernel:
 
     @property
     def source(self) -> str:
-        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it."""
+        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it.
+
+        If the device's indices have 32 bits, 64-bit integers are stored in 32 bits.
+        """
         written, given = self.kernel.group_kernel, []
+        narrow, text = written.device.limits.index == "i32", self.text
+        if narrow:
+            text = re.sub(r"TREADLE_GLOBAL\((const )?treadle_i64\)", r"TREADLE_GLOBAL(\1int)", text)
         for n, memory in enumerate(written.pointers):
             const = "" if memory.is_written else "const "
-            given.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
+            stored = "int" if narrow and memory.dtype is i64 else stored_type(memory)
+            given.append(f'emulator::global<{const}{stored}>(a->buffers[{n}], "{memory.name}")')
             given.append(f"a->numbers[{n}]")
         count = len(written.pointers)
         given += [f"a->numbers[{count + n}]" for n in range(len(written.sizes))]
         return f"""#include "emulator.h"
 {lane_functions_text(written, "c")}
 #line 1 "{written.name}"
-{self.text}
+{text}
 namespace emulator {{ const char* launch(void (*)(void*), void*, Index, int, unsigned); }}
 struct Arguments {{ const emulator::Buffer* buffers; const long long* numbers; }};
 static void call(void* given) {{

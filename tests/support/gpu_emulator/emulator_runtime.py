@@ -22,7 +22,7 @@ from treadle.backends.poison import BYTE
 from treadle.backends.tvm.kernels.devices.device import DEVICES, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, HostMemory, Part
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, HostMemory
 from treadle.backends.tvm.runtimes.launch_table import Launch
 from treadle.backends.tvm.spaces import Space
 
@@ -57,15 +57,15 @@ class EmulatorMemory(HostMemory):
         self.bytes_in += data.nbytes
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
-        return self.read_parts([Part(buffer, nbytes, at)])[0]
+        return self.read_parts([BufferPart(buffer, nbytes, at)])[0]
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         self.waits += 1
         self.copies_out += len(parts)
         self.bytes_out += sum(part.nbytes for part in parts)
         return [super(EmulatorMemory, self).read(*part) for part in parts]
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         to.handle[at : at + source.nbytes] = source.buffer.handle[source.at : source.at + source.nbytes].copy()
 
 
@@ -153,14 +153,18 @@ class EmulatorLaunches:
 
 
 def emulated(exe: Any, runtime: EmulatorRuntime | None = None) -> Any:
-    """Let an executable of a device run on the emulator, and return it.
+    """Let an executable or a compiled model of a device run on the emulator, and return it.
 
     runtime  the emulator; None: a new one, with the limits of the executable's device
     """
-    machine = exe.executable.machine
+    machine = _machine_of(exe)
     assert isinstance(machine, DeviceMachine)
-    machine.open = _opened(runtime or EmulatorRuntime(machine.device))
+    machine.open = _opened(runtime or EmulatorRuntime(machine.program.device))
     return exe
+
+
+def _machine_of(exe: Any) -> Any:
+    return getattr(exe, "executable", exe).machine
 
 
 def _opened(runtime: EmulatorRuntime) -> Callable[[], EmulatorRuntime]:
@@ -169,6 +173,6 @@ def _opened(runtime: EmulatorRuntime) -> Callable[[], EmulatorRuntime]:
 
 def runtime_of(exe: Any) -> EmulatorRuntime:
     """Return the emulator of an executable."""
-    runtime = exe.executable.machine.open()
+    runtime = _machine_of(exe).open()
     assert isinstance(runtime, EmulatorRuntime)
     return runtime

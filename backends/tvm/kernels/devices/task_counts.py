@@ -33,39 +33,39 @@ def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
 
     Return None if a number depends on the content of memory.
     """
-    known, most = dict(sizes), 0
+    numbers, most = dict(sizes), 0
     for statement in body:
         match statement:
             case Let(variable, value):
-                result = _evaluate(value, known)
+                result = _evaluate(value, numbers)
                 if result is not None:
-                    known[str(variable.data)] = result
+                    numbers[str(variable.data)] = result
             case Loop(_, count, inner, _, tasks):
-                found = _evaluate(count, known) if tasks else count_tasks(inner, known)
+                found = _evaluate(count, numbers) if tasks else count_tasks(inner, numbers)
                 if found is None:
                     return None
                 most = max(most, found)
             case When(_, inner):
-                found = count_tasks(inner, known)
+                found = count_tasks(inner, numbers)
                 if found is None:
                     return None
                 most = max(most, found)
     return most
 
 
-def _evaluate(node: ThreadNode, known: Mapping[str, int]) -> int | None:
+def _evaluate(node: ThreadNode, numbers: Mapping[str, int]) -> int | None:
     """Return the value of an expression of sizes, or None."""
     match node.op:
         case "const":
             return None if isinstance(node.data, float) else int(node.data)
         case "variable":
-            return known.get(node.data)
+            return numbers.get(node.data)
         case "cast":
-            return _evaluate(node.args[0], known) if node.type in ("i32", "i64") else None
+            return _evaluate(node.args[0], numbers) if node.type in ("i32", "i64") else None
         case "select":
-            condition = _evaluate(node.args[0], known)
-            return None if condition is None else _evaluate(node.args[1 if condition else 2], known)
+            condition = _evaluate(node.args[0], numbers)
+            return None if condition is None else _evaluate(node.args[1 if condition else 2], numbers)
     if node.op not in _OPERATIONS:
         return None
-    a, b = (_evaluate(arg, known) for arg in node.args)
+    a, b = (_evaluate(arg, numbers) for arg in node.args)
     return None if a is None or b is None else int(_OPERATIONS[node.op](a, b))
