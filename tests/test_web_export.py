@@ -102,7 +102,9 @@ def test_a_page_computes_the_same_in_a_browser(graph: Graph, tmp_path: Path) -> 
     inputs = draw_inputs(graph, SIZES, [0])
     wrong = inputs["tokens"].copy()
     wrong[1, 2] = 7
-    runs = [{name: x.reshape(-1).tolist() for name, x in given.items()} for given in (inputs, {**inputs, "tokens": wrong})]
+    runs = [
+        {name: x.reshape(-1).tolist() for name, x in given.items()} for given in (inputs, {**inputs, "tokens": wrong})
+    ]
     (made, error, again), _ = run_page(tmp_path, [*runs, runs[0]])
     for name, expected in interpret(graph, inputs).items():
         np.testing.assert_allclose(made[name], expected.reshape(-1).astype(np.float64), rtol=0, atol=1e-6)

@@ -23,7 +23,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes import wgpu_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, HostMemory, BufferPart
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError, HostMemory
 from treadle.backends.tvm.runtimes.launch_bindings import Binding, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.wgpu_runtime import WgpuRuntime, open_runtime

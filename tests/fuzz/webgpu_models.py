@@ -21,7 +21,6 @@ import numpy as np
 
 import treadle
 from tests.fuzz.device_models import MODELS
-from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.runtimes.device_memory import BufferPart
 from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.ir.analysis.drawn_inputs import draw_inputs

@@ -35,7 +35,8 @@ _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 def export_model(
     model: ModelName,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; for compressed-tensors and web a folder.")
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write; for compressed-tensors and web a folder."),
     ],
     to: Annotated[
         str,

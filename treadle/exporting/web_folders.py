@@ -11,7 +11,7 @@ A browser needs a server, since it reads no files next to a page of a file: `pyt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
 from treadle.backends.tvm.runtimes.launch_bindings import LaunchBindings, bind_launch
 from treadle.backends.tvm.runtimes.plan_limits import located, refuse
-from treadle.backends.tvm.spaces import Input, Output, Space, Status
+from treadle.backends.tvm.spaces import Fixed, Input, Output, Space, Status
 from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
@@ -39,7 +39,9 @@ _EXAMPLE = 4096
 """Largest number of elements of an input for which the page has an example."""
 
 
-def export_web(name: str, graph: Graph, executable: KernelExecutable, sizes: Mapping[str, int], folder: Path) -> list[Path]:
+def export_web(
+    name: str, graph: Graph, executable: KernelExecutable, sizes: Mapping[str, int], folder: Path
+) -> list[Path]:
     """Write the main entry of an executable for target webgpu, which has not run, and return the files.
 
     sizes  sizes of the entry's symbols
@@ -105,7 +107,7 @@ def export_web(name: str, graph: Graph, executable: KernelExecutable, sizes: Map
     for file, (title, sharing) in texts.items():
         written.append(_write(folder / file, executable.device_kernels[title].shared_text(sharing).encode()))
     for file, piece in pieces.items():
-        written.append(_write(folder / file, *(data for *_, data in piece)))
+        written.append(_write(folder / file, *(data.data for *_, data in piece)))
     return written
 
 
@@ -130,11 +132,11 @@ def _port(
     return made
 
 
-def _pieces(weights: Mapping[Space, Array]) -> Iterator[list[tuple[Space, int, int, Array]]]:
+def _pieces(weights: Mapping[Fixed, Array]) -> Iterator[list[tuple[Fixed, int, int, Array]]]:
     """Divide weights into files. Yield the parts of each file: the space, the byte in the space, the byte in the file,
     and the bytes, a multiple of 4.
     """
-    parts: list[tuple[Space, int, int, Array]] = []
+    parts: list[tuple[Fixed, int, int, Array]] = []
     begin = 0
     for space, array in weights.items():
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -151,7 +153,7 @@ def _pieces(weights: Mapping[Space, Array]) -> Iterator[list[tuple[Space, int, i
         yield parts
 
 
-def _write(path: Path, *data: bytes | Array) -> Path:
+def _write(path: Path, *data: bytes | memoryview) -> Path:
     with reporting_failed_writes("the file", path), replacing(path) as file:
         for each in data:
             file.write(each)

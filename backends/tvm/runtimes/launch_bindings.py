@@ -60,7 +60,7 @@ def bind_launch(
     for key, arguments in found.items():
         first = len(parts)
         for argument in sorted(arguments, key=lambda each: each.begin):
-            if len(parts) == first or largest and _end(argument) - parts[-1][1][0].begin > largest:
+            if len(parts) == first or (largest and _end(argument) - parts[-1][1][0].begin > largest):
                 parts.append((key, []))
             parts[-1][1].append(argument)
     places = {argument: number for number, (_, arguments) in enumerate(parts) for argument in arguments}
