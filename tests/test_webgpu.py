@@ -14,6 +14,7 @@ import pytest
 
 from tests.backend_checks import graph_of, needs_tvm
 from tests.error_texts import raises_freely
+from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.devices.device import DEVICES, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
 from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
@@ -143,6 +144,16 @@ def test_loops_stay_loops_on_a_cpu() -> None:
     kept = kernel.shared_text(keeps_loops=True)
     assert "< 4 + zero; " in kept
     assert "< 4; " not in kept
+
+
+def test_a_kernel_is_not_named_as_a_lane_function_that_it_calls() -> None:
+    graph = graph_of(lambda b: b.logical_and(b.input("x", "bool[B]"), b.input("y", "bool[B]")))
+    executable = compile(graph, backend="tvm", target="webgpu").executable
+    assert isinstance(executable, KernelExecutable)
+    (kernel,) = executable.device_kernels.values()
+    names = re.findall(r"fn (\w+)\(", kernel.text)
+    assert len(set(names)) == len(names)
+    assert kernel.group_kernel.name in names
 
 
 def test_numbers_that_webgpu_lacks_are_refused_by_name() -> None:
