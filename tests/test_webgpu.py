@@ -25,7 +25,7 @@ from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes import wgpu_runtime
 from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError, HostMemory
-from treadle.backends.tvm.runtimes.launch_bindings import Binding, bind_launch
+from treadle.backends.tvm.runtimes.launch_bindings import BufferRange, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.wgpu_runtime import WgpuRuntime, open_runtime
 from treadle.backends.tvm.spaces import Arena, Held, Output, Space
@@ -164,7 +164,7 @@ def test_numbers_that_webgpu_lacks_are_refused_by_name() -> None:
 # -- bindings ----------------------------------------------------------------------------------------------------------
 
 
-def _bound(arguments: list[Argument], largest: int) -> tuple[Sharing, tuple[Binding, ...], tuple[int, ...]]:
+def _bound(arguments: list[Argument], largest: int) -> tuple[Sharing, tuple[BufferRange, ...], tuple[int, ...]]:
     device = Device.of("webgpu", replace(WEBGPU.limits, largest=largest))
     launch = Launch("doubled", 1, tuple(arguments), (5,))
     found = bind_launch(launch, written("doubled").group_kernel, device, lambda space: space)
@@ -175,7 +175,7 @@ def test_arguments_in_one_buffer_share_a_binding() -> None:
     arguments = [Argument(Arena(), 1024, 5, 2), Argument(Arena(), 256, 5)]
     sharing, bindings, numbers = _bound(arguments, 2048)
     assert sharing == Sharing((0, 0), (True,))
-    assert bindings == (Binding(Arena(), 256, 1024 + 8 - 256),)
+    assert bindings == (BufferRange(Arena(), 256, 1024 + 8 - 256),)
     assert numbers == (768 + 2, 0, 5, 0)
     sharing, bindings, _ = _bound([arguments[0], Argument(Output("y"), 0, 5)], 2048)
     assert sharing == Sharing((0, 1), (False, True))
@@ -185,7 +185,7 @@ def test_a_range_that_is_too_large_is_bound_in_parts() -> None:
     """All parts of a buffer that is written are `read_write`: WebGPU refuses a buffer that is also bound to be read."""
     sharing, bindings, numbers = _bound([Argument(Arena(), 1024, 5, 2), Argument(Arena(), 256, 5)], 512)
     assert sharing == Sharing((1, 0), (True, True))
-    assert bindings == (Binding(Arena(), 256, 8), Binding(Arena(), 1024, 8))
+    assert bindings == (BufferRange(Arena(), 256, 8), BufferRange(Arena(), 1024, 8))
     assert numbers == (2, 0, 5, 0)
 
 

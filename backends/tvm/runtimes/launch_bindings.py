@@ -18,7 +18,7 @@ from treadle.backends.tvm.spaces import Space
 
 
 @dataclass(frozen=True)
-class Binding:
+class BufferRange:
     """A range of a buffer, in bytes. `begin` is a multiple of the device's alignment, and `nbytes` of 4."""
 
     space: Space
@@ -36,7 +36,7 @@ class LaunchBindings:
     """
 
     sharing: Sharing
-    bindings: tuple[Binding, ...]
+    bindings: tuple[BufferRange, ...]
     numbers: tuple[int, ...]
 
 
@@ -65,7 +65,7 @@ def bind_launch(
             parts[-1][1].append(argument)
     places = {argument: number for number, (_, arguments) in enumerate(parts) for argument in arguments}
     bindings = [
-        Binding(arguments[0].space, arguments[0].begin, max(map(_end, arguments)) - arguments[0].begin)
+        BufferRange(arguments[0].space, arguments[0].begin, max(map(_end, arguments)) - arguments[0].begin)
         for _, arguments in parts
     ]
     sharing = Sharing(tuple(places[a] for a in launch.arguments), tuple(key in is_written for key, _ in parts))
