@@ -23,7 +23,7 @@ from treadle.backends.tvm.lowering.program import KernelStep
 @dataclass(frozen=True)
 class TimedCall:
     """A kernel call: its step, the median of its times in seconds, the sizes of the run's symbols, and the address of
-    each of its pointers (none on a device).
+    each of its pointers; on a device, numbers that differ for different storages.
     """
 
     step: KernelStep

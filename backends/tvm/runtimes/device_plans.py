@@ -54,8 +54,13 @@ class DevicePlan:
         return [(a, b) for a, b in [*found, (begin, end)] if b > a]
 
     def addresses(self, number: int) -> tuple[int, ...]:
-        """Return no address: a device's memory has none on the host."""
-        return ()
+        """Return a number for the storage of each pointer of a launch, as if all spaces were consecutive in one memory.
+        Addresses of a device's memory are not known on the host.
+        """
+        starts, end = dict[Space, int](), 0
+        for space, nbytes in self.table.spaces.items():
+            starts[space], end = end, end + nbytes
+        return tuple([starts[a.space] + a.begin for a in self.table.launches[number].arguments])
 
 
 class DeviceEncoder:
