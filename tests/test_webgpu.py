@@ -14,6 +14,7 @@ import pytest
 
 from tests.backend_checks import graph_of, needs_tvm
 from tests.error_texts import raises_freely
+from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.devices.device import DEVICES, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
 from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
@@ -23,8 +24,8 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes import wgpu_runtime
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, HostMemory, Part
-from treadle.backends.tvm.runtimes.launch_bindings import Binding, bind_launch
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError, HostMemory
+from treadle.backends.tvm.runtimes.launch_bindings import BufferRange, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.wgpu_runtime import WgpuRuntime, open_runtime
 from treadle.backends.tvm.spaces import Arena, Held, Output, Space
@@ -145,6 +146,16 @@ def test_loops_stay_loops_on_a_cpu() -> None:
     assert "< 4; " not in kept
 
 
+def test_a_kernel_is_not_named_as_a_lane_function_that_it_calls() -> None:
+    graph = graph_of(lambda b: b.logical_and(b.input("x", "bool[B]"), b.input("y", "bool[B]")))
+    executable = compile(graph, backend="tvm", target="webgpu").executable
+    assert isinstance(executable, KernelExecutable)
+    (kernel,) = executable.device_kernels.values()
+    names = re.findall(r"fn (\w+)\(", kernel.text)
+    assert len(set(names)) == len(names)
+    assert kernel.group_kernel.name in names
+
+
 def test_numbers_that_webgpu_lacks_are_refused_by_name() -> None:
     with pytest.raises(LackingWord, match=r"the device lacks the word `pointer`\n.*f64 numbers"):
         written("wide")
@@ -153,7 +164,7 @@ def test_numbers_that_webgpu_lacks_are_refused_by_name() -> None:
 # -- bindings ----------------------------------------------------------------------------------------------------------
 
 
-def _bound(arguments: list[Argument], largest: int) -> tuple[Sharing, tuple[Binding, ...], tuple[int, ...]]:
+def _bound(arguments: list[Argument], largest: int) -> tuple[Sharing, tuple[BufferRange, ...], tuple[int, ...]]:
     device = Device.of("webgpu", replace(WEBGPU.limits, largest=largest))
     launch = Launch("doubled", 1, tuple(arguments), (5,))
     found = bind_launch(launch, written("doubled").group_kernel, device, lambda space: space)
@@ -164,7 +175,7 @@ def test_arguments_in_one_buffer_share_a_binding() -> None:
     arguments = [Argument(Arena(), 1024, 5, 2), Argument(Arena(), 256, 5)]
     sharing, bindings, numbers = _bound(arguments, 2048)
     assert sharing == Sharing((0, 0), (True,))
-    assert bindings == (Binding(Arena(), 256, 1024 + 8 - 256),)
+    assert bindings == (BufferRange(Arena(), 256, 1024 + 8 - 256),)
     assert numbers == (768 + 2, 0, 5, 0)
     sharing, bindings, _ = _bound([arguments[0], Argument(Output("y"), 0, 5)], 2048)
     assert sharing == Sharing((0, 1), (False, True))
@@ -174,7 +185,7 @@ def test_a_range_that_is_too_large_is_bound_in_parts() -> None:
     """All parts of a buffer that is written are `read_write`: WebGPU refuses a buffer that is also bound to be read."""
     sharing, bindings, numbers = _bound([Argument(Arena(), 1024, 5, 2), Argument(Arena(), 256, 5)], 512)
     assert sharing == Sharing((1, 0), (True, True))
-    assert bindings == (Binding(Arena(), 256, 8), Binding(Arena(), 1024, 8))
+    assert bindings == (BufferRange(Arena(), 256, 8), BufferRange(Arena(), 1024, 8))
     assert numbers == (2, 0, 5, 0)
 
 
@@ -201,8 +212,8 @@ def test_memory_behaves_as_the_hosts(runtime: WgpuRuntime) -> None:
             elif kind == 1:
                 memory.fill(second, 7 * int(which), count, at)
             elif abs(at - to) >= count or which:
-                memory.copy(Part(first, count, at), second if which else first, to)
-        read = [memory.read_parts([Part(b[i], size) for b in pairs]) for i, memory in enumerate(memories)]
+                memory.copy(BufferPart(first, count, at), second if which else first, to)
+        read = [memory.read_parts([BufferPart(b[i], size) for b in pairs]) for i, memory in enumerate(memories)]
         for a, b in zip(*read, strict=True):
             np.testing.assert_array_equal(a, b)
     assert runtime.memory.used == used + 2 * size

@@ -1,8 +1,9 @@
 """Run every op on every sample as device text: `python -m tests.fuzz.device_ops [--only softmax] [--target webgpu]`.
 
-The target is `cuda` on the emulator, or `webgpu` by `wgpu` (on lavapipe some 20 minutes). Results are held to the bounds of the op suite (tests/test_op_suite.py), in the samples' own dtypes, or with `--dtypes`
-in every dtype. Prints each failure, the ops that the device refuses with the word it lacks, the kernels in the slow
-form, and at the end the numbers of cases. The exit status is 1 if a result is outside its bounds.
+The target is `cuda` on the emulator, or `webgpu` by `wgpu` (on lavapipe some 20 minutes). Results are held to the
+bounds of the op suite (tests/test_op_suite.py), in the samples' own dtypes, or with `--dtypes` in every dtype. Prints
+each failure, the ops that the device refuses with the word it lacks, the kernels in the slow form, and at the end the
+numbers of cases. The exit status is 1 if a result is outside its bounds.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def main() -> int:
     for name in TESTED:
         if options.only not in name:
             continue
+        print(f"{name}, after {time.perf_counter() - begin:.0f} s: {dict(counts)}", flush=True)
         for held in cases(name, dtypes=options.dtypes):
             try:
                 if refusal("tvm", held.graph) is not None:

@@ -1,7 +1,8 @@
 """Run whole models on WebGPU: `python -m tests.fuzz.webgpu_models [--only llama] [--steps 20]`.
 
 gpt2, bert and llama (two layers of width 64) are compared with NumPy in float32: a forward run, and for gpt2 and llama
-a prefill and steps of a session. A Llama of SmolLM2's shape with two layers, whose weights are in Q4_1 blocks, is
+a prefill and steps of a session. A forward run of llama in each other form of weights is compared with the CPU's
+kernels. A Llama of SmolLM2's shape with two layers, whose weights are in Q4_1 blocks, is
 compared with the CPU's kernels; its states are on the device, so only logits and status words may be read back, which
 is counted. Prints a line for each run. The exit status is 1 for a difference. On lavapipe, most of the time is the
 compilation of kernels, which Mesa keeps in its cache: some 10 minutes without it.
@@ -20,9 +21,9 @@ from typing import Any
 import numpy as np
 
 import treadle
-from tests.fuzz.device_models import MODELS
-from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.runtimes.device_memory import Part
+from tests.fuzz.device_models import APART as DISTANCES
+from tests.fuzz.device_models import FORMS, MODELS
+from treadle.backends.tvm.runtimes.device_memory import BufferPart
 from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.target import Target
@@ -51,7 +52,7 @@ class Reads:
     def __exit__(self, *_: object) -> None:
         del self._memory.read_parts
 
-    def _counted(self, parts: Sequence[Part]) -> list[Array]:
+    def _counted(self, parts: Sequence[BufferPart]) -> list[Array]:
         self.nbytes += sum(part.nbytes for part in parts)
         self.waits += 1
         made: list[Array] = self._read_parts(parts)
@@ -64,10 +65,10 @@ def distance(made: Array, expected: Array) -> float:
     return float("inf") if np.isnan(off) else float(off / max(1.0, float(np.abs(expected).max(initial=0))))
 
 
-def forward(model: Any) -> tuple[float, str]:
-    """Compare a model's outputs with NumPy's. Return the distance and the times as text."""
-    here = treadle.compile(model, backend="numpy", seed=3)
-    there = treadle.compile(model, backend="tvm", target="webgpu", seed=3)
+def forward(model: Any, backend: str = "numpy", **options: Any) -> tuple[float, str]:
+    """Compare a model's outputs with another backend's. Return the distance and the times as text."""
+    here = treadle.compile(model, backend=backend, seed=3, **options)
+    there = treadle.compile(model, backend="tvm", target="webgpu", seed=3, **options)
     symbols = {axis for port in here.inputs for axis in port.axes if not axis.isdigit()}
     inputs = draw_inputs(here.graph, {symbol: 3 if symbol in ("B", "N") else 6 for symbol in symbols}, [0])
     expected = here(**inputs)
@@ -134,6 +135,14 @@ def main() -> int:
             **{
                 f"{name} steps": lambda m=models[name]: (*stepped(m, options.steps, "numpy", seed=3), APART)
                 for name in ("gpt2", "llama")
+            },
+            **{
+                f"llama {form}": lambda form=form: (
+                    *forward(models["llama"], "tvm", **FORMS[form]),
+                    DISTANCES.get(form, APART),
+                )
+                for form in FORMS
+                if form != "f32"
             },
             "q4_1 llama steps": lambda: (
                 *stepped(smollm2_file(Path(folder)), options.steps, "tvm"),

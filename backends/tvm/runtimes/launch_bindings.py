@@ -18,7 +18,7 @@ from treadle.backends.tvm.spaces import Space
 
 
 @dataclass(frozen=True)
-class Binding:
+class BufferRange:
     """A range of a buffer, in bytes. `begin` is a multiple of the device's alignment, and `nbytes` of 4."""
 
     space: Space
@@ -36,7 +36,7 @@ class LaunchBindings:
     """
 
     sharing: Sharing
-    bindings: tuple[Binding, ...]
+    bindings: tuple[BufferRange, ...]
     numbers: tuple[int, ...]
 
 
@@ -60,12 +60,12 @@ def bind_launch(
     for key, arguments in found.items():
         first = len(parts)
         for argument in sorted(arguments, key=lambda each: each.begin):
-            if len(parts) == first or largest and _end(argument) - parts[-1][1][0].begin > largest:
+            if len(parts) == first or (largest and _end(argument) - parts[-1][1][0].begin > largest):
                 parts.append((key, []))
             parts[-1][1].append(argument)
     places = {argument: number for number, (_, arguments) in enumerate(parts) for argument in arguments}
     bindings = [
-        Binding(arguments[0].space, arguments[0].begin, max(map(_end, arguments)) - arguments[0].begin)
+        BufferRange(arguments[0].space, arguments[0].begin, max(map(_end, arguments)) - arguments[0].begin)
         for _, arguments in parts
     ]
     sharing = Sharing(tuple(places[a] for a in launch.arguments), tuple(key in is_written for key, _ in parts))

@@ -1,7 +1,7 @@
 """The runtime of WebGPU, by the package `wgpu`: Vulkan, Metal or D3D12.
 
-A run encodes its launches as one compute pass, in which WebGPU orders launches that use the same buffer. Pipelines, bind
-groups and the uniform buffer of a prepared table are created once. The arguments of a launch that are in one buffer
+A run encodes its launches as compute passes, in which WebGPU orders launches that use the same buffer. Pipelines, bind
+groups and the uniform buffer of prepared launches are created once. The arguments of a launch that are in one buffer
 share a binding: `launch_bindings` and `treadle.backends.tvm.kernels.devices.wgsl_kernel_text`.
 
 `wgpu` raises an error in the call that causes it, and logs errors that belong to no call, such as the loss of a device.
@@ -24,7 +24,7 @@ import numpy as np
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing
-from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceLostError, Part, failed_allocation
+from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError, failed_allocation
 from treadle.backends.tvm.runtimes.launch_bindings import LaunchBindings, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Launch
 from treadle.backends.tvm.spaces import Space
@@ -199,9 +199,9 @@ class WgpuMemory:
                     self._queue.submit([])  # releases the memory from which the piece is copied
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
-        return self.read_parts([Part(buffer, nbytes, at)])[0]
+        return self.read_parts([BufferPart(buffer, nbytes, at)])[0]
 
-    def read_parts(self, parts: Sequence[Part]) -> list[Array]:
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
         usage, gpu = self._runtime.wgpu.BufferUsage, self._runtime.gpu
         ranges = [(part.at // _WORD * _WORD, _up(part.at + part.nbytes) if part.nbytes else 0) for part in parts]
         sizes = [max(0, end - begin) for begin, end in ranges]
@@ -224,7 +224,7 @@ class WgpuMemory:
             made.append(np.array(data[first : first + part.nbytes]))
         return made
 
-    def copy(self, source: Part, to: DeviceBuffer, at: int = 0) -> None:
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
         if source.at % _WORD or at % _WORD or source.nbytes % _WORD:
             self.write(to, self.read(*source), at)
             return

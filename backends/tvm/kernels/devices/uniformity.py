@@ -2,8 +2,8 @@
 
 WGSL requires that all threads of a group reach a barrier, and that a compiler can see it: a loop or a branch with a
 barrier inside may depend on constants, sizes, the block's number, and what these index in read-only buffers. In our
-kernels every scalar is the same in all threads, also if it was read from other memory. `with_uniform_control` gives such
-a scalar to the compiler as the result of `workgroupUniformLoad`.
+kernels every scalar is the same in all threads, also if it was read from other memory. `with_uniform_control` passes
+such a scalar to the compiler as the result of `workgroupUniformLoad`.
 """
 
 from __future__ import annotations
