@@ -55,7 +55,7 @@ def test_launches_and_bytes_are_those_of_the_executable(target: str) -> None:
     main = explained(target=target, sizes=sizes).entries[0]
     assert sum(main.launches.values()) == len(table.launches)
     assert main.blocks == sum(launch.blocks for launch in table.launches)
-    assert main.memory == bytes_by_kind(exe.machine.plan("main", sizes))  # type: ignore[attr-defined]
+    assert main.memory == bytes_by_kind(exe.machine.program.plan("main", sizes))  # type: ignore[attr-defined]
     assert (main.inputs, main.outputs) == (("tokens i64[B, S]",), ("logits f32[B, S, 100]",))
     assert main.reports and main.sizes == sizes
 

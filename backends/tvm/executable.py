@@ -104,7 +104,7 @@ class KernelExecutable(EntryExecutable):
         if not isinstance(self.machine, DeviceMachine):
             return assembly(titles[title], self.cache.isa)
         target = self.machine.target
-        if self.machine.device.limits.language != "cuda":
+        if self.machine.program.device.limits.language != "cuda":
             what = f"kernels for {target} have no assembly: its driver compiles their text"
             raise BackendError(what, hint="read the text in `source`")
         if title not in self.device_kernels:

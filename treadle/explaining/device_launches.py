@@ -19,16 +19,11 @@ from treadle.backends.staged import needed_plan
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_cuda, missing_compiler
 from treadle.backends.tvm.kernels.devices.device import Device
-from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.kernels.isa import isa_of
-from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.listing import unique_titles
-from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
-from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls
-from treadle.backends.tvm.runtimes.device_plans import DeviceEncoder, DevicePlan, memory_form
-from treadle.backends.tvm.runtimes.plan_limits import bytes_by_kind, exceeded_limits, located
-from treadle.backends.tvm.spaces import Constant, Held, MemoryForm, Space
+from treadle.backends.tvm.runtimes.device_program import DeviceProgram
+from treadle.backends.tvm.runtimes.plan_limits import bytes_by_kind
 from treadle.explaining.layouts import optimized_for
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import PassError
@@ -179,18 +174,17 @@ def explain_launches(model: AnyModel, options: CompileOptions) -> LaunchReport:
         parts.append((backend.lower(derived.graph, target), _step_sizes(derived)))
     except PassError:
         pass
-    programs = [
-        (each.graph, backend.program_of(each.graph, target, needed_plan(each.plan, backend.name)), at)
-        for each, at in parts
-    ]
-    kernels = dict.fromkeys(kernel for _, program, _ in programs for kernel in kernels_of(program))
-    printed = _Printed(list(kernels), device)
+    programs = {}
+    for each, at in parts:
+        program = backend.program_of(each.graph, target, needed_plan(each.plan, backend.name))
+        programs[DeviceProgram(name, program, device)] = each.graph, at
+    titles = unique_titles(list(dict.fromkeys(kernel for program in programs for kernel in program.titles)))
+    for program in programs:
+        program.titles = titles  # one name for a kernel of both programs
     entries = [
-        _entry(graph, program, entry, at, device, printed)
-        for graph, program, of_entries in programs
-        for entry, at in of_entries.items()
+        _entry(program, graph, entry, sizes) for program, (graph, at) in programs.items() for entry, sizes in at.items()
     ]
-    forms, compiler = _forms(printed, [program for _, program, _ in programs], target, device)
+    forms, compiler = _forms(list(programs), target, device)
     return LaunchReport(name, str(target), compiler, tuple(forms), tuple(entries))
 
 
@@ -206,34 +200,14 @@ def _step_sizes(derived: DerivedStep) -> dict[str, dict[str, int]]:
     return {each.name: step if each.name == "step" else prefill for each in derived.graph.later_entries}
 
 
-class _Printed:
-    """The kernels of a device as text, and those that it refuses."""
-
-    def __init__(self, kernels: Sequence[Kernel], device: Device) -> None:
-        self.titles = unique_titles(kernels)
-        self.kernels: dict[str, DeviceKernel] = {}
-        self.lacking: dict[Kernel, LackingWord] = {}
-        for kernel, title in self.titles.items():
-            if not kernel.on_host:
-                try:
-                    self.kernels[title] = device_kernel(kernel, device, f"treadle_{title}")
-                except LackingWord as lacking:
-                    self.lacking[kernel] = lacking
-
-
-def _entry(
-    graph: Graph, program: KernelProgram, name: str, sizes: Mapping[str, int], device: Device, printed: _Printed
-) -> EntryLaunches:
-    form, spaces, entry = memory_form(device), FixedSpaces(program), program.entries[name]
-    encoder = DeviceEncoder(device, printed.titles, printed.kernels, _fixed_bytes(program, spaces, sizes, form))
-    plan = encoder.plan(place_calls(entry, sizes, spaces.of(entry), form), sizes)
+def _entry(program: DeviceProgram, graph: Graph, name: str, sizes: Mapping[str, int]) -> EntryLaunches:
+    entry, plan = program.entries[name], program.plan(name, sizes)
     on_host = [step.kernel.on_host for step in plan.steps]
     launches = [launch for launch, host in zip(plan.table.launches, on_host, strict=True) if not host]
     function = graph.functions[name]
-    shown = {symbol: size for symbol, size in sizes.items() if symbol in entry.symbols}
     return EntryLaunches(
         name,
-        shown,
+        {symbol: size for symbol, size in sizes.items() if symbol in entry.symbols},
         dict(Counter(launch.kernel for launch in launches)),
         sum(launch.blocks for launch in launches),
         sum(on_host),
@@ -241,45 +215,22 @@ def _entry(
         tuple(f"{output} {v.type}" for output, v in function.outputs.items()),
         bool(plan.tellers),
         bytes_by_kind(plan),
-        tuple(_exceeded(plan, device, printed)),
+        tuple(program.exceeded(plan)),
     )
 
 
-def _fixed_bytes(
-    program: KernelProgram, spaces: FixedSpaces, sizes: Mapping[str, int], form: MemoryForm
-) -> dict[Space, int]:
-    """Return the bytes of each weight and constant."""
-    fixed: dict[Space, int] = {
-        Held(name): form.nbytes(storage).evaluate(sizes)
-        for entry in program.entries.values()
-        for name, storage in entry.weights.items()
-    }
-    for number, (dtype, content) in enumerate(spaces.constants):
-        fixed[Constant(number)] = len(content) // dtype.bytes * form.element(dtype)
-    return fixed
-
-
-def _exceeded(plan: DevicePlan, device: Device, printed: _Printed) -> Iterator[str]:
-    lines = dict.fromkeys(
-        located(f"{printed.titles[step.kernel]} uses the word `{lacking.word}`: {lacking.why}", step)
-        for step in plan.steps
-        if (lacking := printed.lacking.get(step.kernel)) is not None
-    )
-    yield from [*lines, *exceeded_limits(plan, device.limits)]
-
-
-def _forms(
-    printed: _Printed, programs: Sequence[KernelProgram], target: Target, device: Device
-) -> tuple[list[KernelForm], str]:
+def _forms(programs: Sequence[DeviceProgram], target: Target, device: Device) -> tuple[list[KernelForm], str]:
     """Return the form of each kernel, and what compiled them."""
     readers: dict[str, dict[str, None]] = {}
+    kernels: dict[str, DeviceKernel] = {}
     for program in programs:
+        kernels |= program.kernels()
         for routine in program.routines:
             for step in routine.walk():
                 place = "" if step.node is None else describe_source(step.node.source, step.node.scope)
                 op = "" if step.node is None else f": {step.node.op.name}"
                 line = f"{routine.name}{op}" + (f" ({place})" if place else "")
-                readers.setdefault(printed.titles[step.kernel], {})[line] = None
+                readers.setdefault(program.titles[step.kernel], {})[line] = None
     compiler, resources = "", {}
     if device.limits.language == "cuda":
         missing = missing_compiler()
@@ -288,11 +239,11 @@ def _forms(
             architecture = architecture_of(target.hardware.capability)
             compiler = f"as ptxas reports them for {architecture}"
             with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-                texts = [kernel.text for kernel in printed.kernels.values()]
+                texts = [kernel.text for kernel in kernels.values()]
                 made = pool.map(lambda text: compile_cuda(text, architecture).resources, texts)
-                resources = dict(zip(printed.kernels, made, strict=True))
+                resources = dict(zip(kernels, made, strict=True))
     forms = []
-    for title, kernel in printed.kernels.items():
+    for title, kernel in kernels.items():
         group, taken = kernel.group_kernel, resources.get(title)
         forms.append(
             KernelForm(

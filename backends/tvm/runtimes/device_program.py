@@ -39,13 +39,19 @@ class DeviceProgram:
     plans    plans by entry and sizes, least recently used first
     """
 
-    def __init__(self, name: str, program: KernelProgram, device: Device, weights: Mapping[str, Array]) -> None:
+    def __init__(
+        self, name: str, program: KernelProgram, device: Device, weights: Mapping[str, Array] | None = None
+    ) -> None:
+        """Create a program. `weights` may be None if the program is only inspected."""
         self.name, self.entries, self.routines = name, program.entries, program.routines
         self.titles = unique_titles(kernels_of(program))
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], DevicePlan] = OrderedDict()
         self._spaces = FixedSpaces(program)
         self.weights: dict[Fixed, Array] = {
-            Held(name): weights[name] for entry in program.entries.values() for name in entry.weights
+            Held(name): weights[name]
+            for entry in program.entries.values()
+            for name in entry.weights
+            if weights is not None
         }
         for number, (dtype, content) in enumerate(self._spaces.constants):
             data = np.frombuffer(content, np.uint8)
