@@ -176,8 +176,8 @@ def explain_launches(model: AnyModel, options: CompileOptions) -> LaunchReport:
         pass
     programs = {}
     for each, at in parts:
-        program = backend.program_of(each.graph, target, needed_plan(each.plan, backend.name))
-        programs[DeviceProgram(name, program, device)] = each.graph, at
+        routines = backend.program_of(each.graph, target, needed_plan(each.plan, backend.name))
+        programs[DeviceProgram(name, routines, device)] = each.graph, at
     titles = unique_titles(list(dict.fromkeys(kernel for program in programs for kernel in program.titles)))
     for program in programs:
         program.titles = titles  # one name for a kernel of both programs
