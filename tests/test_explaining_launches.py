@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_limits_that_a_call_exceeds_are_listed() -> None:
     ]
     assert f"{LIMITS['webgpu'].allocation:,}" in line or f"{LIMITS['webgpu'].largest:,}" in line
     assert not explained(target="opencl", sizes=sizes).entries[0].exceeded
+
+
+def test_an_arena_on_a_device_keeps_to_its_budget() -> None:
+    """Storages of a device are aligned to 256 bytes, those of the host to 64."""
+    small, sizes = {"layers": 2, "dim": 36, "heads": 3, "vocab": 31}, {"B": 1, "S": 33}
+    with pytest.raises(BackendError, match="does not fit into its memory limit") as caught:
+        explain_device("gpt2", target="webgpu", memory=3000, sizes=sizes, **small)
+    (least,) = re.findall(r"memory=(\d+)", str(caught.value.hint))
+    found = explain_device("gpt2", target="webgpu", memory=int(least), sizes=sizes, **small)
+    assert isinstance(found, LaunchReport)
+    assert found.entries[0].memory["arena"] <= int(least)
 
 
 def test_the_command_prints_the_report() -> None:

@@ -31,7 +31,7 @@ from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
@@ -48,7 +49,7 @@ from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks
 from treadle.passes.lowering.round_sooner import RoundSooner
-from treadle.passes.memory.frames import Frame
+from treadle.passes.memory.frames import ALIGNMENT, Frame
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -137,8 +138,9 @@ class TvmBackend(StagedBackend):
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""
-        program = self.program_of(graph, target, plan)
-        return {routine.name: routine.frame for routine in program.routines}
+        program, isa = self.program_of(graph, target, plan), isa_of(target)
+        alignment = isa.limits.alignment if isinstance(isa, Device) else ALIGNMENT
+        return {routine.name: replace(routine.frame, alignment=alignment) for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
         """Return the kernels that each routine calls."""

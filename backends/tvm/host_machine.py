@@ -34,8 +34,7 @@ from treadle.backends.tvm.spaces import Arena, Constant, Held, Input, Output, St
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.types import DType
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.frames import ALIGNMENT, aligned
 
 Array = np.ndarray[Any, Any]
 

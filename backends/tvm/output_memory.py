@@ -17,7 +17,7 @@ import numpy as np
 from treadle.backends.refusals import out_of_memory
 from treadle.backends.tvm.kernels.calling import address
 from treadle.ir.types import DType
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 

@@ -13,8 +13,7 @@ from treadle.backends.tvm.planning import Plan
 from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceMemory
 from treadle.backends.tvm.runtimes.device_plans import DevicePlan
 from treadle.backends.tvm.spaces import Arena, Output, Space
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.frames import ALIGNMENT, aligned
 
 Array = np.ndarray[Any, Any]
 

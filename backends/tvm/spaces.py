@@ -17,7 +17,7 @@ from typing import NamedTuple
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage
 from treadle.ir.types import DType, i64
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)

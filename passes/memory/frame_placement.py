@@ -21,12 +21,9 @@ import numpy as np
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage
 from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.frames import Frame, aligned
+from treadle.passes.memory.frames import ALIGNMENT, Frame, aligned
 from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
-
-ALIGNMENT = 64
-"""The alignment in bytes: a cache line, and the widest vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +53,20 @@ def _as_declared(storage: Storage) -> Size:
 def place_frames(
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
-    alignment: int = ALIGNMENT,
+    alignment: int | None = None,
     nbytes: Callable[[Storage], Size] = _as_declared,
 ) -> dict[str, PlacedFrame]:
     """Return the placed frame of each function, checked. In `frames`, callees come first.
 
-    alignment  every offset is a multiple of this number of bytes
+    alignment  every offset is a multiple of this number of bytes; None: the alignment of the frames
     nbytes     returns the bytes of a storage, for a memory whose elements are smaller than their dtypes
 
     Raises OverflowError if the bytes do not fit into 64 bits.
     """
     placed: dict[str, PlacedFrame] = {}
+    asked = alignment
     for name, frame in frames.items():
+        alignment = asked or frame.alignment
         lives = [Lifetime(x.storage.name, x.first, x.last + 1, nbytes(x.storage).evaluate(sizes)) for x in frame.lives]
         calls = [
             (at, placed[call.callee], Lifetime(f"{call.callee} at {at}", at, at + 1, placed[call.callee].size))
