@@ -52,10 +52,10 @@ def show_roofline(
     from treadle.explaining.memory_drawing import write_drawing
     from treadle.fitting import fit_prose, fitted
     from treadle.ir.errors import BackendError, UsageError
+    from treadle.ir.target import Target
     from treadle.program.backend_choice import AUTO
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
-    from treadle.program.options import CompileOptions
     from treadle.progress import working
 
     if entry not in ("main", "step"):
@@ -70,7 +70,8 @@ def show_roofline(
         what = "a roofline needs the kernels of the tvm backend, which is not available"
         raise BackendError(what, received=reason, hint=remedy or None)
     asked = parse_sizes(sizes)
-    if CompileOptions.of("compile", {"target": keywords.get("target")}).where.kind not in ("cpu", "isa"):
+    target = keywords.get("target", "cpu")
+    if (target if isinstance(target, Target) else Target(target)).kind not in ("cpu", "isa"):
         if svg is not None or rounds is not None:
             raise UsageError("a prediction for a device has no measured times", hint="leave out --svg and --rounds")
         with working(f"lowering {model}", shown=not as_json):
