@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.backends.protocol import Entry, Outputs, Port
-from treadle.backends.states import Allocate, StateKinds, States
+from treadle.backends.states import ARRAYS, Allocate, StateAccess, StateKinds, States
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 
@@ -19,12 +19,16 @@ class EntryExecutable:
     exact_rows = False
     captures_calls = False
 
-    def __init__(self, graph: Graph, backend: str, allocate: Allocate) -> None:
-        """Store the graph as declared. The subclass fills `called` with the entries by name."""
+    def __init__(self, graph: Graph, backend: str, allocate: Allocate, access: StateAccess = ARRAYS) -> None:
+        """Store the graph as declared. The subclass fills `called` with the entries by name.
+
+        allocate  returns an array of zeros for a state
+        access    accesses parts of such arrays
+        """
         self.name = graph.name
         self.state_kinds = StateKinds(graph, backend)
         self.called: dict[str, Entry] = {}
-        self._allocate = allocate
+        self._allocate, self._access = allocate, access
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -53,7 +57,7 @@ class EntryExecutable:
 
         Raises BackendError for a size that is missing or wrong, or if there is not enough memory.
         """
-        return self.state_kinds.new(sizes, self._allocate)
+        return self.state_kinds.new(sizes, self._allocate, self._access)
 
     def state_bytes(self, **sizes: int) -> int:
         """Return the size in bytes of the states at these sizes. Raises BackendError for a size that is missing or

@@ -10,6 +10,7 @@ import numpy as np
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.target import Target
 from treadle.ir.types import Type
 
 
@@ -41,7 +42,8 @@ _LISTED = 20
 """Maximum number of problems that an error lists; it states the number of further ones."""
 
 
-def _listed(lines: Sequence[str]) -> str:
+def listed(lines: Sequence[str]) -> str:
+    """Return lines as text: the first ones, and the number of the others."""
     more = len(lines) - _LISTED
     return "\n".join([*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])])
 
@@ -53,7 +55,7 @@ def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str
         raise BackendError(
             f"{title} lacks weights",
             received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
-            within=_listed(missing),
+            within=listed(missing),
         )
 
 
@@ -68,20 +70,60 @@ def out_of_memory(count: int, purpose: str) -> BackendError:
     return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
 
 
+def other_gpu(target: Target, name: str) -> BackendError | None:
+    """Return the error for a target that names another GPU than the machine's, whose name is `name`; None if it names
+    this one, or any.
+    """
+    if not target.is_elsewhere or target.name.upper() in name.upper().replace(" ", ""):
+        return None
+    hint = Hint('target="cuda"', "--target cuda")
+    return BackendError(f"the GPU of this machine is not {target}", received=name, hint=hint)
+
+
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
     """Return True if a shape matches a type; symbolic dimensions match any size."""
     sizes = [size.constant for size in wanted.shape]
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
 
 
-def unavailable(name: str, missing: str) -> BackendError:
+def unavailable(name: str, missing: str, target: Target | None = None) -> BackendError:
     """Return the error for an unavailable backend. `missing` is the result of `Backend.available`: the reason, and the
-    command that installs the backend.
+    command that installs the backend. The hint names NumPy, too, if it runs on the target.
     """
     reason, _, remedy = missing.partition(": ")
-    first = f"{remedy}, or " if remedy else ""
-    hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
+    hint: str | None = remedy or None
+    if target is None or target.kind in KINDS["numpy"]:
+        first = f"{remedy}, or " if remedy else ""
+        hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
     return BackendError(f"the {name} backend is not available", received=reason, hint=hint)
+
+
+KINDS: Mapping[str, frozenset[str]] = {
+    "tvm": frozenset({"cpu", "isa", "cuda", "opencl", "webgpu", "metal"}),
+    "torch": frozenset({"cpu", "cuda"}),
+    "numpy": frozenset({"cpu"}),
+}
+"""The kinds of targets for which each of our backends generates code."""
+
+_KIND_NAMES = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+
+
+def refuse_target(name: str, target: Target) -> None:
+    """Raise BackendError if a backend of ours generates no code for a target. The hint names a backend that does."""
+    kinds = KINDS[name]
+    if target.kind in kinds:
+        return
+    own = [kind for kind in _KIND_NAMES if kind in kinds]
+    others = [other for other, takes in KINDS.items() if target.kind in takes]
+    ways = [("target", kind) for kind in own] + [("backend", other) for other in others]
+    raise BackendError(
+        f"the {name} backend runs on {' and '.join(_KIND_NAMES[kind] for kind in own)} only",
+        received=str(target),
+        hint=Hint(
+            ", or ".join(f'{option}="{value}"' for option, value in ways),
+            ", or ".join(f"--{option} {value}" for option, value in ways),
+        ),
+    )
 
 
 def code_hint(op: str, place: str) -> Hint:
@@ -104,7 +146,7 @@ def refuse_nodes(
     """
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
         what = f"the {backend} backend does not support quantized states"
-        raise BackendError(what, received=_listed(encoded), hint="states of numbers")
+        raise BackendError(what, received=listed(encoded), hint="states of numbers")
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:
         return
@@ -114,7 +156,7 @@ def refuse_nodes(
         lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
     raise BackendError(
         f"the {backend} backend cannot run {graph.name}",
-        received=_listed(lines),
+        received=listed(lines),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
         hint=hint(refused[0][0]) if callable(hint) else hint,
     )

@@ -77,6 +77,14 @@ class StagedBackend(ABC):
         """Return None if the backend can be used here, else the reason. By default return None."""
         return None
 
+    def missing_device(self, target: Target) -> BackendError | None:
+        """Return the error of a call if this machine lacks the target's device, else None. Programs for it can be
+        compiled and inspected.
+
+        By default return None.
+        """
+        return None
+
     def supports(self, node: Node) -> str | None:
         """Return None if the backend can run this node, else the reason. For a call, the nodes of the called function
         are not checked.

@@ -10,8 +10,10 @@ executable may have any number of states at a time; a call works on the states t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from treadle.backends.protocol import Port
 from treadle.ir.errors import BackendError
@@ -22,20 +24,74 @@ from treadle.ir.types import DType
 Allocate = Callable[[tuple[int, ...], DType], Any]
 """A function that allocates an array of zeros in a backend's own memory."""
 
+Index = tuple[int | slice, ...]
+"""A part of a state: its slot, and the positions along the other axes. Slices have no step."""
+
+
+class StateAccess(Protocol):
+    """Access to parts of states in a backend's memory."""
+
+    def read(self, parts: Sequence[tuple[Any, Index]]) -> list[Any]:
+        """Return a copy of each part in host memory, an array or a tensor."""
+        ...
+
+    def write(self, array: Any, index: Index, value: Any) -> None:
+        """Write a part, a copy that `read` returned."""
+        ...
+
+    def copy(self, array: Any, source: Index, to: Index) -> None:
+        """Copy a part to another part of the same shape, which does not overlap with it."""
+        ...
+
+
+class ArrayAccess:
+    """Access to NumPy arrays and tensors, which are indexed."""
+
+    def read(self, parts: Sequence[tuple[Any, Index]]) -> list[Any]:
+        copies = []
+        for array, index in parts:
+            part = array[index]
+            copies.append(part.copy() if isinstance(part, np.ndarray) else part.to("cpu", copy=True))
+        return copies
+
+    def write(self, array: Any, index: Index, value: Any) -> None:
+        array[index] = value
+
+    def copy(self, array: Any, source: Index, to: Index) -> None:
+        array[to] = array[source]
+
+
+ARRAYS = ArrayAccess()
+
 
 class States(Mapping[str, Any]):
     """The states of one executable at one set of sizes. `states[name]` is the array itself, not a copy.
 
-    A state is a NumPy array, or a tensor in the torch backend. The tvm backend stores bf16 as uint16 bits.
+    A state is a NumPy array, or a tensor in the torch backend. The tvm backend stores bf16 as uint16 bits. On a device,
+    a state is a `treadle.backends.tvm.runtimes.device_arrays.DeviceArray`, which `read`, `write` and `copy` access.
 
     kinds   the names and types of the states
     sizes   the sizes of the symbols in their types
     nbytes  the total size in bytes
     """
 
-    def __init__(self, kinds: StateKinds, sizes: Mapping[str, int], arrays: Mapping[str, Any]) -> None:
-        self.kinds, self.sizes, self._arrays = kinds, dict(sizes), dict(arrays)
+    def __init__(
+        self, kinds: StateKinds, sizes: Mapping[str, int], arrays: Mapping[str, Any], access: StateAccess = ARRAYS
+    ) -> None:
+        self.kinds, self.sizes, self._arrays, self._access = kinds, dict(sizes), dict(arrays), access
         self.nbytes = kinds.nbytes(sizes)
+
+    def read(self, parts: Sequence[tuple[str, Index]]) -> list[Any]:
+        """Return copies of parts of states in host memory, in order."""
+        return self._access.read([(self[name], index) for name, index in parts])
+
+    def write(self, name: str, index: Index, value: Any) -> None:
+        """Write a part of a state, as `read` returned it."""
+        self._access.write(self[name], index, value)
+
+    def copy(self, name: str, source: Index, to: Index) -> None:
+        """Copy a part of a state to another part of the same shape, within the backend's memory."""
+        self._access.copy(self[name], source, to)
 
     def __getitem__(self, name: str) -> Any:
         return self._arrays[name]
@@ -71,9 +127,9 @@ class StateKinds:
         self.check_sizes(sizes)
         return sum(port.type.bytes_at(sizes) for port in self.ports)
 
-    def new(self, sizes: Mapping[str, int], allocate: Allocate) -> States:
-        """Return states of zeros. Raises BackendError for a size that is missing or wrong, or if there is not enough
-        memory.
+    def new(self, sizes: Mapping[str, int], allocate: Allocate, access: StateAccess = ARRAYS) -> States:
+        """Return states of zeros, in a memory with this access. Raises BackendError for a size that is missing or
+        wrong, or if there is not enough memory.
         """
         nbytes = self.nbytes(sizes)
         try:
@@ -85,7 +141,7 @@ class StateKinds:
                 received=f"{nbytes / 2**30:.3g} GiB, where {sizes_text}",
                 hint=f"smaller {' or '.join(self.symbols)}",
             ) from error
-        return States(self, sizes, arrays)
+        return States(self, sizes, arrays, access)
 
     def check_sizes(self, sizes: Mapping[str, Any]) -> None:
         """Raise BackendError if a symbol of the states has no size or a size out of bounds, or if another symbol is

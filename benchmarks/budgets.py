@@ -35,7 +35,7 @@ from treadle.compiled import Compiled
 from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 from treadle.program.flag_values import parse_config
 from treadle.program.options import declared_options
 

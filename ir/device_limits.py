@@ -17,9 +17,10 @@ class DeviceLimits:
     lacks       names of the dtypes with which the device cannot compute
     subgroups   True if threads of a subgroup exchange values by shuffle instructions; otherwise they use shared memory
     matrix_unit True if there is a matrix unit; no kernel uses it yet
-    buffers     largest number of buffers of a kernel; 0: no limit
+    buffers     largest number of buffers that a launch is bound to; pointers into one buffer share it; 0: no limit
     alignment   required alignment of a buffer's offset in bytes
-    largest     bytes of the largest buffer; 0: no limit
+    largest     bytes of the largest part of a buffer that is bound to a kernel; 0: no limit
+    allocation  bytes of the largest buffer; 0: no limit
     groups      largest number of thread blocks along one dimension of the grid
     """
 
@@ -34,6 +35,7 @@ class DeviceLimits:
     buffers: int = 0
     alignment: int = 256
     largest: int = 0
+    allocation: int = 0
     groups: int = 65535
 
 
@@ -42,7 +44,7 @@ _MIB = 1 << 20
 LIMITS: dict[str, DeviceLimits] = {
     "cuda": DeviceLimits("cuda", matrix_unit=True, groups=2**31 - 1),
     "opencl": DeviceLimits("opencl", subgroups=False, shared=32 * 1024, groups=2**31 - 1),
-    "metal": DeviceLimits("metal", shared=32 * 1024, lacks=frozenset({"f64"})),
+    "metal": DeviceLimits("metal", shared=32 * 1024, lacks=frozenset({"f64"}), buffers=30),
     "webgpu": DeviceLimits(
         "wgsl",
         shared=16 * 1024,
@@ -51,8 +53,10 @@ LIMITS: dict[str, DeviceLimits] = {
         subgroups=False,
         buffers=8,
         largest=128 * _MIB,
+        allocation=256 * _MIB,
     ),
 }
 """The least that devices of each kind support. Shared memory of CUDA is what a kernel may declare without asking for
-more. Limits of WebGPU are the defaults of its specification; local memory of OpenCL is what the full profile requires.
+more. A kernel of Metal has 31 buffers, of which one has its numbers. Limits of WebGPU are the defaults of its
+specification; local memory of OpenCL is what the full profile requires.
 """

@@ -1,8 +1,12 @@
 """Hardware: one record for each device that targets, costs, sharding and code generation name.
 
-Figures of GPUs are about those of NVIDIA's data sheets, without sparsity (A100 80GB SXM, H100 SXM, H200 SXM, HGX
-B200, L4 and GeForce RTX 4090); they have not been checked against the sheets. Figures of CPUs are orders of magnitude,
-for one core. They serve to compare plans, not to predict times.
+Figures of GPUs are those of NVIDIA's data sheets, without sparsity (A100 80GB SXM, H100 SXM, H200 SXM, HGX B200, L4 and
+GeForce RTX 4090). In November 2026 rates, bandwidths, memory, links within a node, multiprocessors and shared memory
+were compared with several pages that quote the sheets and NVIDIA's guides; the sheets themselves were not at hand. Two
+figures rest on a choice: pages give the L4 58 or 60 multiprocessors, and 58 fit its 30.3 TFLOP/s; pages give the B200
+7.7 or 8 TB/s, and its driver reports 7.7. Latencies, links between nodes and PCIe are estimates. Figures of CPUs and of
+the targets `cuda`, `opencl` and `webgpu` are orders of magnitude, for one core or for a device. No figure was measured:
+they give lower bounds of times, and serve to compare plans.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ class Hardware:
 
     name           the name by which targets and plans refer to it
     kind           `cpu` for this machine's CPU, `isa` for CPUs with an instruction set, `cuda` for NVIDIA GPUs,
-                   `opencl` and `webgpu` for devices of these interfaces
+                   `opencl`, `webgpu` and `metal` for devices of these interfaces
     description    a description in one line
     bandwidth      bytes of memory per second
     rates          operations per second by number format: f32, tf32, bf16, f16, fp8, int8; formats that the device's
@@ -119,6 +123,7 @@ _ROWS = (
     Hardware("cuda", "cuda", "an NVIDIA GPU of this machine: cuda, or cuda:1", 2e12, MappingProxyType({"f32": 60e12})),
     _device("opencl", "an OpenCL device of this machine"),
     _device("webgpu", "a GPU of this machine through WebGPU: Vulkan, Direct3D 12 or Metal"),
+    _device("metal", "an Apple GPU: kernels as text, which is not launched yet"),
     _cpu("x86-64-amx", "isa", "an Intel CPU with AVX-512 and AMX", 150e9, 16e9),
     _cpu("x86-64-v4-bf16", "isa", "a CPU with AVX-512 and its products of bf16 pairs", 100e9, 20e9),
     _cpu("x86-64-v4", "isa", "a CPU with AVX-512", 100e9, 20e9),
@@ -126,7 +131,7 @@ _ROWS = (
     _cpu("x86-64-v2", "isa", "a CPU with SSE4.2", 15e9, 15e9),
     _cpu("x86-64", "isa", "any 64-bit x86 CPU", 15e9, 15e9),
     _cpu("arm64", "isa", "a 64-bit Arm CPU, with NEON", 30e9, 20e9),
-    _gpu("a100", "NVIDIA A100 SXM with 80 GB", 2.0e12, 80e9, (8, 0), 163, 108, _NVLINK3, _A100),
+    _gpu("a100", "NVIDIA A100 SXM with 80 GB", 2.039e12, 80e9, (8, 0), 163, 108, _NVLINK3, _A100),
     _gpu("h100", "NVIDIA H100 SXM with 80 GB", 3.35e12, 80e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
     _gpu("h200", "NVIDIA H200 SXM with 141 GB", 4.8e12, 141e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
     _gpu("b200", "NVIDIA B200 with 180 GB", 7.7e12, 180e9, (10, 0), 227, 148, _NVLINK5, _B200),

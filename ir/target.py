@@ -42,8 +42,8 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """The kind of device: `cpu` for this machine's CPU, `cuda`, `opencl`, `webgpu`, or `isa` for CPUs by their
-        instruction set.
+        """The kind of device: `cpu` for this machine's CPU, `cuda`, `opencl`, `webgpu`, `metal`, or `isa` for CPUs by
+        their instruction set.
         """
         return self.hardware.kind
 
@@ -61,7 +61,7 @@ class Target:
     @property
     def is_elsewhere(self) -> bool:
         """True if the target describes hardware, and does not select a device of this machine."""
-        return self.name.partition(":")[0] not in ("cpu", "cuda", "opencl", "webgpu")
+        return self.name.partition(":")[0] not in ("cpu", "cuda", "opencl", "webgpu", "metal")
 
     @property
     def description(self) -> str:

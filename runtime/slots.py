@@ -166,23 +166,25 @@ class Slots:
         """Copy a slot's contents into another slot: of rings all positions, of other caches only the first `length`
         positions.
         """
-        for state, part in self._parts(slice(length)):
-            state[(slot, *part)] = state[(source, *part)]
+        for name, part in self._parts(slice(length)):
+            self.states.copy(name, (source, *part), (slot, *part))
 
-    def _parts(self, positions: slice) -> list[tuple[Any, tuple[slice, ...]]]:
-        """Return each state with the index of these positions in a slot; of rings, the index of all positions."""
+    def _parts(self, positions: slice) -> list[tuple[str, tuple[slice, ...]]]:
+        """Return the name of each state with the index of these positions in a slot; of rings, the index of all
+        positions.
+        """
         found = []
         for port in self.states.kinds.ports:
             sizes = [size.as_symbol for size in port.type.shape]
             part = [positions if size == CAPACITY else slice(None) for size in sizes[1:]]
-            found.append((self.states[port.name], tuple(part)))
+            found.append((port.name, tuple(part)))
         return found
 
     def _store(self, slot: int, row: Row) -> None:
         """Store a text that is about to lose its slot in the prefix cache, if there is one."""
 
         def read(start: int, stop: int) -> Parts:
-            return [_host_copy(state[(slot, *part)]) for state, part in self._parts(slice(start, stop))]
+            return self.states.read([(name, (slot, *part)) for name, part in self._parts(slice(start, stop))])
 
         if self.cache is not None:
             self.cache.store(row.tokens[row.forgotten :], read)
@@ -192,8 +194,8 @@ class Slots:
         slot = self.take()
         for number, parts in enumerate(prefix.parts):
             places = self._parts(slice(number * BLOCK, (number + 1) * BLOCK))
-            for (state, part), copied in zip(places, parts, strict=True):
-                state[(slot, *part)] = copied
+            for (name, part), copied in zip(places, parts, strict=True):
+                self.states.write(name, (slot, *part), copied)
         self.rows[slot] = Row(tokens[: prefix.length], written=prefix.length)
         return slot
 
@@ -225,8 +227,3 @@ class Slots:
                 high = middle - 1
         low = first_difference(prompt.along, other.along, low)
         return low if low >= LEAST and (low == len(others) or not self.whole) else 0
-
-
-def _host_copy(part: Any) -> Any:
-    """Return a copy of an array, or of a tensor, in host memory."""
-    return part.copy() if isinstance(part, np.ndarray) else part.to("cpu", copy=True)

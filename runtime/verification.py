@@ -34,6 +34,7 @@ import numpy as np
 
 from treadle.backends.protocol import Backend, Executable
 from treadle.backends.registry import backend_names, find_backend
+from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.drawn_inputs import draw_inputs, held, small_sizes
 from treadle.ir.analysis.tolerances import Distance, coarsest_spacing, room
 from treadle.ir.errors import BackendError, TreadleError, UsageError
@@ -157,6 +158,8 @@ def _verify_backend(
     if (missing := backend.available()) is not None:
         return BackendReport(name, refused=missing)
     try:
+        if isinstance(backend, StagedBackend) and (lacking := backend.missing_device(target)) is not None:
+            raise lacking
         executable = backend.compile(graph, target, weights)
     except BackendError as error:
         first, *others = (error.received or "").splitlines() or [""]

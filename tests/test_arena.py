@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.frame_placement import ALIGNMENT, plan_arena
+from treadle.passes.memory.frame_placement import plan_arena
+from treadle.passes.memory.frames import ALIGNMENT
 from treadle.passes.memory.instances import Lifetime
 
 lifetimes = st.lists(

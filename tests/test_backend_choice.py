@@ -12,6 +12,7 @@ import pytest
 
 import treadle as t
 from treadle import progress
+from treadle.backends.refusals import KINDS, refuse_target
 from treadle.backends.torch.backend import TorchBackend
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.benching.workload import Workload
@@ -19,6 +20,7 @@ from treadle.comparing.builds import open_build
 from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
+from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.program.backend_choice import check_backend, choose_backend, fastest_installed
@@ -86,15 +88,16 @@ def test_a_platform_without_a_wheel_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_any_backend_each_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "tvm", "torch")
-    with pytest.raises(BackendError, match="the numpy backend runs on the CPU only"):
-        choose_backend("auto", small(), Target("cuda"))  # the only one that is installed
+    with pytest.raises(BackendError, match="no installed backend accepts g on cuda") as caught:
+        choose_backend("auto", small(), Target("cuda"))
+    assert str(caught.value.hint).endswith("[torch]'"), "NumPy, the only one that is installed, needs another target"
     monkeypatch.setattr(TorchBackend, "available", lambda self: None)
     monkeypatch.setattr(TorchBackend, "refuse", refuse)
     with pytest.raises(BackendError, match="no installed backend accepts g on cuda") as caught:
         choose_backend("auto", small(), Target("cuda"))
     assert str(caught.value.received).splitlines() == [
-        "TVM is not installed",
         "PyTorch finds no CUDA device: torch 0",
+        "TVM is not installed",
         "the numpy backend runs on the CPU only: cuda",
     ]
     assert caught.value.hint == "target 'cpu'", "the fastest installed backend's hint"
@@ -102,6 +105,32 @@ def test_without_any_backend_each_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 def refuse(self: TorchBackend, graph: Graph, target: Target) -> None:
     raise BackendError("PyTorch finds no CUDA device", received="torch 0", hint="target 'cpu'")
+
+
+def test_targets_choose_backends_that_generate_code_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("opencl", "webgpu", "arm64"):
+        assert choose_backend("auto", small(), Target(name)).name == "tvm"
+    with monkeypatch.context() as patched:
+        patched.setattr(TorchBackend, "refuse", lambda self, graph, target: None)
+        assert choose_backend("auto", small(), Target("h100")).name == "torch"
+    without(monkeypatch, "tvm")
+    with pytest.raises(BackendError, match="no installed backend accepts g on webgpu") as caught:
+        choose_backend("auto", small(), Target("webgpu"))
+    assert str(caught.value.hint).endswith("[tvm]'")
+
+
+def test_each_backend_refuses_the_kinds_that_it_lacks() -> None:
+    """The hint names the backends that generate code for the target."""
+    for row in {row.kind: row for row in HARDWARE.values()}.values():
+        for name, kinds in KINDS.items():
+            if row.kind in kinds:
+                refuse_target(name, Target(row.name))
+                continue
+            with pytest.raises(BackendError, match=f"the {name} backend runs on ") as caught:
+                refuse_target(name, Target(row.name))
+            hint = str(caught.value.hint)
+            for other, its_kinds in KINDS.items():
+                assert (f'backend="{other}"' in hint) == (row.kind in its_kinds), (row.name, hint)
 
 
 def test_the_environment_names_it(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import treadle
 from tests.backend_checks import CPU, block_model, compiled, graph_of, message, needs_torch, needs_tvm
 from treadle.backends import registry
 from treadle.backends.refusals import out_of_memory, refuse_nodes
@@ -145,7 +146,7 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch, built: str |
         assert (str(device.missing.what) if device.missing else None) == missing
         assert str(device.device) == ("cpu" if missing else "cuda:1" if name == "cuda:1" else "cuda")
     text = message(lambda: find_backend("torch").compile(graph, Target("arm64"), weights))
-    assert text.startswith("the torch backend does not generate code for arm64")
+    assert text.startswith("the torch backend runs on the CPU and NVIDIA GPUs only")
 
 
 @pytest.mark.parametrize(
@@ -279,3 +280,12 @@ def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(BackendError, match="TVM's runtime cannot be loaded") as caught:
         tvm_runtime.launcher()
     assert str(tmp_path) in str(caught.value.received) and "pip install" in str(caught.value.hint)
+
+
+def test_a_session_for_a_missing_gpu_is_refused_before_its_first_call() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    made = treadle.compile("gpt2", backend="torch", target="cuda", layers=1, dim=32, heads=2, vocab=20)
+    with pytest.raises(BackendError, match="PyTorch finds no CUDA device"):
+        made.session(rows=1)

@@ -107,7 +107,7 @@ def own_parameters(command: str) -> set[str]:
 
 
 def test_every_command_and_every_option_is_in_these_tests() -> None:
-    assert set(COMMANDS) - set(ENTRIES) == {"launch", "models", "fetch", "doctor"}
+    assert set(COMMANDS) - set(ENTRIES) == {"launch", "models", "fetch", "doctor", "targets"}
     assert set(SAMPLES) == {each.name for each in declared_options().values() if each.flag is not None}
     assert set(VALUES) == set(declared_options())
     for name, each in declared_options().items():

@@ -308,7 +308,7 @@ def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPat
 @each_backend
 def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The placements of the most recent sizes are remembered; a forgotten placement is computed again."""
-    module = "treadle.backends.tvm.executable" if backend == "tvm" else "treadle.backends.python.arena"
+    module = "treadle.backends.tvm.host_machine" if backend == "tvm" else "treadle.backends.python.arena"
     monkeypatch.setattr(import_module(module), "PLANS", 2)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", f32["B", 4])) @ np.eye(4, dtype=np.float32)))
     exe: Any = compiled(backend, graph)

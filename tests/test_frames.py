@@ -9,8 +9,18 @@ from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage, StorageKind
 from treadle.ir.types import f32
-from treadle.passes.memory.frame_placement import ALIGNMENT, place_frames, share_places
-from treadle.passes.memory.frames import Frame, FrameCall, aligned, covers, largest, live_at, parts_of, peaks_of
+from treadle.passes.memory.frame_placement import place_frames, share_places
+from treadle.passes.memory.frames import (
+    ALIGNMENT,
+    Frame,
+    FrameCall,
+    aligned,
+    covers,
+    largest,
+    live_at,
+    parts_of,
+    peaks_of,
+)
 from treadle.passes.memory.storage_plan import Life
 
 

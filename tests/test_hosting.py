@@ -180,9 +180,9 @@ def test_symbols_without_an_end() -> None:
 def test_no_function_takes_more_than_places_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the greedy order, buffers of one size share a place, and calls share a place."""
 
-    def apart(lives: Any) -> list[int]:
-        ends = np.cumsum([aligned(life.size, 64) for life in lives])
-        return [int(end) - aligned(life.size, 64) for end, life in zip(ends, lives, strict=True)]
+    def apart(lives: Any, alignment: int) -> list[int]:
+        ends = np.cumsum([aligned(life.size, alignment) for life in lives])
+        return [int(end) - aligned(life.size, alignment) for end, life in zip(ends, lives, strict=True)]
 
     monkeypatch.setattr(frame_placement, "plan_arena", apart)
     block = Frame("block", (None,) * 2, (Life(storage("a", "16*S"), 0, 0), Life(storage("b", "16*S"), 1, 1)), {})

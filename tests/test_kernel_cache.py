@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends.tvm.executable import _TableRunner
+from treadle.backends.tvm.host_machine import _TableRunner
 from treadle.backends.tvm.kernels import cache as kernel_cache
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels import linking, tvm_runtime

@@ -223,7 +223,7 @@ def test_a_group_that_reaches_beyond_its_node_has_the_slow_link(mesh: str, over:
 def test_machines_that_are_planned_for() -> None:
     figures = {
         "cpu": (60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
-        "a100": (156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
+        "a100": (156e12, 2.039e12, 80e9, 8, 300e9, 25e9, 5e-6),
         "h100": (495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
     }
     for name, expected in figures.items():

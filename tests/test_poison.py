@@ -24,8 +24,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.storage.views import StorageKind
 from treadle.ir.target import Target
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.frames import ALIGNMENT, aligned
 
 Array = np.ndarray[Any, Any]
 

@@ -36,6 +36,7 @@ PAGES = (
             "architecture",
             "cli",
             "comparing",
+            "devices",
             "generation",
             "gpu",
             "kernels",

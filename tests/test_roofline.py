@@ -224,7 +224,7 @@ def test_bytes_are_of_each_storage_once_the_largest_view_of_it() -> None:
 
     def touched(addresses: tuple[int, ...]) -> dict[int, int]:
         call = TimedCall(SimpleNamespace(pointers=pointers), 1.0, {"B": 3}, addresses)  # type: ignore[arg-type]
-        return roofline._touched(call, ())
+        return roofline.touched_bytes(call, ())
 
     assert touched((164, 100, 7, 500)) == {100: 4 * 3 * 3, 500: 4 * 5 * 3}
     pointers[:] = [view(arena, [9])]

@@ -192,8 +192,7 @@ def test_entries_share_what_is_made_of_weights(backend: str) -> None:
         x = rng.standard_normal((1, 1, 32), np.float32)
         np.testing.assert_array_equal(pair.exe.entry(entry)(x=x)["y"].shape, (1, 1, 40))  # this entry needs no states
     if backend == "tvm":
-        arrays = {id(array) for array in pair.exe.machine.weights.values()}
-        assert len(pair.exe.machine.weights) == 2 and len(arrays) == 1
+        assert len(pair.exe.machine.weights) == 1
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from tests.backend_checks import graph_of
 from treadle.backends.registry import find_backend
-from treadle.backends.tvm import executable
+from treadle.backends.tvm import host_machine
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels.calling import POINTER, address
@@ -82,7 +82,7 @@ def test_persistent_values_are_addresses_in_the_plan(looked_up: KernelExecutable
     moving = np.concatenate([at for at, _ in plan.moves.values()])
     pointers = np.flatnonzero(plan.words[:, 0] == POINTER)
     stays = set(plan.words[np.setdiff1d(pointers, moving), 1])
-    arrays = [*looked_up.machine.weights.values(), *looked_up.machine.constants.values(), plan.status]
+    arrays = [*looked_up.machine.weights.values(), *looked_up.machine.constants, plan.status]
     assert stays == {address(array) for array in arrays}
 
 
@@ -120,6 +120,6 @@ def test_a_timed_call_takes_what_the_clock_says_and_the_first_run_counts_not(mon
     exe = find_backend("tvm").compile(graph, Target("cpu", threads=1), {})
     assert isinstance(exe, KernelExecutable)
     read = accumulate(count(1))
-    monkeypatch.setattr(executable, "time", SimpleNamespace(perf_counter=lambda: next(read)))
+    monkeypatch.setattr(host_machine, "time", SimpleNamespace(perf_counter=lambda: next(read)))
     first, second = time_calls(exe, {"x": x}, rounds=2)
     assert (first.seconds, second.seconds, first.sizes) == ((6 + 10) / 2, (8 + 12) / 2, {"B": 2})

@@ -17,11 +17,15 @@ import treadle.frontends.language as t
 from tests.test_models import ZOO
 from treadle.backends.numpy import spelling as numpy_spelling
 from treadle.backends.numpy.backend import NumpyBackend
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.backend import TvmBackend
+from treadle.backends.tvm.kernels.platforms import this_platform
 from treadle.cli import app
 from treadle.ir.analysis.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
 from treadle.ir.builder import Builder
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.target import Target
 from treadle.ir.types import boolean, f32, i64
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -409,3 +413,25 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["sizes"][0]["S"] == 5
     refused = CliRunner().invoke(app, ["verify", f"{__file__}:toy", "--sizes", "Q=5"])
     assert refused.exit_code == 2
+
+
+def test_a_device_that_this_machine_lacks_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(self: object, target: Target) -> BackendError:
+        return BackendError("there is no NVIDIA driver on this machine", received="libcuda.so.1")
+
+    monkeypatch.setattr(TvmBackend, "missing_device", lacking)
+    monkeypatch.setattr(TvmBackend, "available", lambda self: None)
+    report = verify_model("gpt2", target="cuda", layers=1, dim=32, heads=2, vocab=20)
+    (made,) = [each for each in report.backends if each.backend == "tvm"]
+    assert made.refused == "there is no NVIDIA driver on this machine: libcuda.so.1"
+    assert made.failure is None and made.fault is None
+
+
+def test_each_backend_knows_the_devices_of_this_machine() -> None:
+    other = "arm64" if this_platform().machine == "x86_64" else "x86-64"
+    lacking = TvmBackend().missing_device(Target(other))
+    assert lacking is not None and lacking.what == f"kernels for {other} do not run on this machine"
+    assert TvmBackend().missing_device(Target("cpu")) is None
+    torch = pytest.importorskip("torch")
+    missing = find_backend("torch").missing_device(Target("cuda"))  # type: ignore[attr-defined]
+    assert (missing is None) == torch.cuda.is_available()

@@ -28,7 +28,7 @@ from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 
 ISA = ISAS["x86-64-v4"]
 SHAPE = (530, 500)  # a megabyte, and the last panel is not full

@@ -77,8 +77,8 @@ def compile(
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name:
-              opencl, webgpu, x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100, h100,
-              h200, b200, l4, rtx4090
+              opencl, webgpu, metal, x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100,
+              h100, h200, b200, l4, rtx4090
     memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
               (docs/memory.md)
     sizes     the largest sizes of symbolic axes for which the run must stay within `memory`; they become bounds of the
@@ -145,8 +145,8 @@ def load(
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name:
-              opencl, webgpu, x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100, h100,
-              h200, b200, l4, rtx4090
+              opencl, webgpu, metal, x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100,
+              h100, h200, b200, l4, rtx4090
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
     config    configuration of the model, which overrides the checkpoint's

@@ -28,8 +28,11 @@ class OptionalPackage:
 
     @property
     def is_installed(self) -> bool:
-        """True if the module can be found. It is not imported."""
-        return importlib.util.find_spec(self.module) is not None
+        """True if the module can be found. It is not imported, but the package that it is in is."""
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # of the package that it is in
+            return False
 
 
 _ON_TEXT = (
@@ -49,6 +52,10 @@ OPTIONAL_PACKAGES = (
     OptionalPackage("starlette", "starlette", "serve", "the HTTP server", ("serve",)),
     OptionalPackage("uvicorn", "uvicorn", "serve", "the HTTP server", ("serve",)),
     OptionalPackage("prometheus_client", "prometheus-client", "serve", "the HTTP server's metrics", ("serve",)),
+    OptionalPackage("nvidia.cuda_nvrtc", "nvidia-cuda-nvrtc-cu12", "cuda", "kernels for target cuda: PTX"),
+    OptionalPackage("nvidia.cuda_nvcc", "nvidia-cuda-nvcc-cu12", "cuda", "kernels for target cuda: registers, spills"),
+    OptionalPackage("pyopencl", "pyopencl", "opencl", "target opencl"),
+    OptionalPackage("wgpu", "wgpu", "webgpu", "target webgpu"),
     OptionalPackage("numba", "numba", "memory", "an exact search for small arenas"),
     OptionalPackage("fast_sugiyama", "fast-sugiyama", "report", "fewer crossings in drawings of reports"),
 )

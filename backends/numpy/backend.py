@@ -18,7 +18,7 @@ from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import EntryCall, Failure, PythonExecutable, Settings, collect_weights
-from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes
+from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes, refuse_target
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.ir.errors import BackendError, Hint
@@ -31,7 +31,7 @@ from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import ALIGNMENT
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -67,12 +67,7 @@ class NumpyBackend(StagedBackend):
 
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError for a target that is not a CPU, or a refused node."""
-        if target.kind != "cpu":
-            raise BackendError(
-                "the numpy backend runs on the CPU only",
-                received=str(target),
-                hint=Hint('target="cpu", or backend="torch"', "--target cpu, or --backend torch"),
-            )
+        refuse_target(self.name, target)
         if target.threads is not None:
             raise BackendError(
                 "the numpy backend does not choose the number of threads",

@@ -19,6 +19,7 @@ from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     refuse_nodes,
+    refuse_target,
     unavailable,
 )
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -116,6 +117,10 @@ class TorchBackend(StagedBackend):
         inside = "" if op is node.op else f", which is in the body of {node.op.name}"
         return f"PyTorch cannot express {op.name}{inside}"
 
+    def missing_device(self, target: Target) -> BackendError | None:
+        """Return the error of a call if this machine lacks the target's GPU, else None."""
+        return self._device(target).missing
+
     def where_to_add(self, node: Node) -> Hint | None:
         """Return a hint with the table of PyTorch's code."""
         op = _without_code(node)
@@ -123,9 +128,10 @@ class TorchBackend(StagedBackend):
 
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError if PyTorch is not installed, or does not support the target or a node."""
+        refuse_target(self.name, target)
         missing = self.available()
         if missing is not None:
-            raise unavailable(self.name, missing)
+            raise unavailable(self.name, missing, target)
         on_gpu = self._device(target).is_asynchronous and target.kind != "cpu"
 
         def refusal(node: Node) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from treadle.backends.refusals import other_gpu, refuse_target
 from treadle.files.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
@@ -164,13 +165,7 @@ def find_device(target: Target) -> TorchDevice:
     """
     import torch
 
-    if target.kind not in ("cpu", "cuda"):
-        raise BackendError(
-            f"the torch backend does not generate code for {target}",
-            hint=Hint(
-                'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
-            ),
-        )
+    refuse_target("torch", target)
     if target.kind == "cpu":
         return TorchDevice(torch.device("cpu"))
     missing = _missing(target)
@@ -193,13 +188,7 @@ def _missing(target: Target) -> BackendError | None:
     count = torch.cuda.device_count()
     if target.index is not None and target.index >= count:
         return BackendError(f"this machine has no CUDA device {target.index}", received=f"{count} devices", hint=hint)
-    if target.is_elsewhere:
-        name = torch.cuda.get_device_name()
-        if target.name.upper() not in name.upper().replace(" ", ""):
-            return BackendError(
-                f"the GPU of this machine is not {target}", received=name, hint=Hint('target="cuda"', "--target cuda")
-            )
-    return None
+    return other_gpu(target, torch.cuda.get_device_name()) if target.is_elsewhere else None
 
 
 def _reason() -> str:

@@ -180,6 +180,8 @@ class TorchArrays:
         return self.on.storage(array) if isinstance(array, self.torch.Tensor) else id(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
+        if self.on.missing is not None:  # states are of no use before the first call, which would raise it
+            raise self.on.missing.with_traceback(None)
         return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
 
     def allocated(self, count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
@@ -17,6 +18,7 @@ from treadle.backends.refusals import code_hint, refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
+from treadle.backends.tvm.host_machine import HostMachine
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
@@ -29,8 +31,10 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
+from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
+from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.backends.tvm.weight_packing import pack_weights
-from treadle.ir.errors import Hint
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.operation import Op
 from treadle.ir.target import Target
@@ -45,7 +49,7 @@ from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks
 from treadle.passes.lowering.round_sooner import RoundSooner
-from treadle.passes.memory.frames import Frame
+from treadle.passes.memory.frames import ALIGNMENT, Frame
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -63,6 +67,20 @@ class TvmBackend(StagedBackend):
     def available(self) -> str | None:
         """Return None if TVM is installed, else a message."""
         return tvm_runtime.missing()
+
+    def missing_device(self, target: Target) -> BackendError | None:
+        """Return the error of a call if this machine lacks the target's device or instruction set, else None. A device
+        is opened.
+        """
+        isa = isa_of(target)
+        try:
+            if isinstance(isa, Device):
+                find_runtime(target)
+            elif not runs_here(isa):
+                KernelCache(isa).refuse_other_machine()
+        except BackendError as error:
+            return error
+        return None
 
     def supports(self, node: Node) -> str | None:
         """Return None if the node can be run, else the reason."""
@@ -87,7 +105,7 @@ class TvmBackend(StagedBackend):
         """Raise BackendError if TVM is not installed, the target is unsupported, or a node is unsupported."""
         missing = self.available()
         if missing is not None:
-            raise unavailable(self.name, missing)
+            raise unavailable(self.name, missing, target)
         isa_of(target)
         refuse_nodes(graph, self.name, self.supports, hint=self.where_to_add)
 
@@ -105,7 +123,7 @@ class TvmBackend(StagedBackend):
         layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
         return (*products, *layouts, planning(mine))
 
-    def _program(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
+    def program_of(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
         """Return the calls of kernels of a lowered graph.
 
         The last program is kept until it is emitted, since a memory limit is checked on it before.
@@ -120,12 +138,13 @@ class TvmBackend(StagedBackend):
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""
-        program = self._program(graph, target, plan)
-        return {routine.name: routine.frame for routine in program.routines}
+        program, isa = self.program_of(graph, target, plan), isa_of(target)
+        alignment = isa.limits.alignment if isinstance(isa, Device) else ALIGNMENT
+        return {routine.name: replace(routine.frame, alignment=alignment) for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
         """Return the kernels that each routine calls."""
-        program = self._program(graph, target, plan)
+        program = self.program_of(graph, target, plan)
         return tuple(
             [
                 KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
@@ -144,26 +163,32 @@ class TvmBackend(StagedBackend):
     ) -> Executable:
         """Generate the program, compile or load its kernels, and pack its weights.
 
-        If the target is another machine, the executable can be inspected (`source`, `assembly`) but not called. Raises
+        If the target is another machine, the executable can be inspected (`source`, `assembly`) but not called. A
+        device is opened by the first call, which raises BackendError, with what to install, if there is none. Raises
         BackendError if a weight is missing.
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = self._program(graph, target, needed_plan(plan, self.name))
+        program = self.program_of(graph, target, needed_plan(plan, self.name))
         self._last = None
         if isinstance(isa, Device):
             refuse_kernels(program, isa)
         cache = KernelCache(isa)
         threads = target.cores() or 1
         needed = kernels_of(program)
-        kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
         calls: dict[Kernel, HostCall] = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
-        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are packed while kernels are compiled
-            entries = pool.submit(cache.entries, kernels) if kernels else None
+        machine: HostMachine | DeviceMachine
+        if isinstance(isa, Device):
             packed = pack_weights(graph, made, weights, threads=threads)
-            found = entries.result() if entries is not None else {}
-        notes = tuple(notes_on(made))
-        executable = KernelExecutable(declared, program, cache, packed, threads, found, notes, plan, calls)
+            machine = DeviceMachine(declared.name, program, target, isa, packed, calls)
+        else:
+            kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
+            with ThreadPoolExecutor(max_workers=1) as pool:  # weights are packed while kernels are compiled
+                entries = pool.submit(cache.entries, kernels) if kernels else None
+                packed = pack_weights(graph, made, weights, threads=threads)
+                found = entries.result() if entries is not None else {}
+            machine = HostMachine(declared.name, program, cache, packed, threads, found, calls)
+        executable = KernelExecutable(declared, program, cache, machine, threads, tuple(notes_on(made)), plan)
         refused = refused_here(isa)
         executable.notes = (*([refused] if refused else []), *cache.notes, *executable.notes)
         return executable

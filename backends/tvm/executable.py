@@ -1,16 +1,7 @@
-"""Executables of kernels: packed weights, a memory plan for each set of sizes, and one table of kernel calls per run.
-
-The first call with new sizes makes a plan (`treadle.backends.tvm.planning`). Later calls with these sizes write the
-addresses of inputs and outputs into the plan's table and run it.
-"""
+"""Executables of kernels: a program, its kernels, and the machine that runs it on the CPU or on a device."""
 
 from __future__ import annotations
 
-import math
-import threading
-import time
-import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -20,37 +11,29 @@ import numpy as np
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
 from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
-from treadle.backends.outside_axis import error_of
-from treadle.backends.poison import poisons
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
-from treadle.backends.states import StateKinds, States
-from treadle.backends.tvm.host_calls import HostCall
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.cache import Entry, KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, function_of
-from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.states import ARRAYS, StateKinds, States
+from treadle.backends.tvm.host_machine import HostMachine
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_ptx
+from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
-from treadle.backends.tvm.output_memory import OutputMemory, allocated, placed
-from treadle.backends.tvm.planning import Plan, Planner
-from treadle.backends.tvm.poisoning import run_poisoned
-from treadle.backends.tvm.spaces import Arena, Input, Output, State
-from treadle.ir.builder import describe_source
+from treadle.backends.tvm.output_memory import stored
+from treadle.backends.tvm.planning import Plan
+from treadle.backends.tvm.runtimes.device_arrays import DeviceAccess
+from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
+from treadle.backends.tvm.runtimes.device_plans import DevicePlan
+from treadle.backends.tvm.runtimes.launch_table import LaunchTable
+from treadle.backends.tvm.spaces import Fixed
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
-from treadle.ir.storage.views import Storage
-from treadle.ir.types import DType
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
 from treadle.passes.memory.storage_plan import StoragePlan
 
 Array = np.ndarray[Any, Any]
-
-PLANS = 32  # number of sets of sizes whose plans are cached
 
 
 class KernelExecutable(EntryExecutable):
@@ -68,27 +51,25 @@ class KernelExecutable(EntryExecutable):
         graph: Graph,
         program: KernelProgram,
         cache: KernelCache,
-        weights: Mapping[str, Array],
+        machine: HostMachine | DeviceMachine,
         threads: int,
-        entries: Mapping[Kernel, Entry],
         prepared: Sequence[str] = (),
         plan: StoragePlan | None = None,
-        host: Mapping[Kernel, HostCall] | None = None,
     ) -> None:
-        """Create an executable from a program, its weights by name in their layouts, and its compiled kernels.
+        """Create an executable from a program and the machine that runs it.
 
-        entries   addresses of the compiled kernels and the runner; empty if this machine cannot run them
         prepared  descriptions of the values computed from weights by `bind`, one line each
         plan      lists the donated inputs; None means that no input is donated
-        host      the steps that this process executes itself between kernels (collectives)
         """
-        super().__init__(graph, "tvm", _zeros)
+        if isinstance(machine, DeviceMachine):
+            super().__init__(graph, f"tvm ({machine.target})", machine.allocate, DeviceAccess())
+        else:
+            super().__init__(graph, "tvm", machine.allocate, ARRAYS)
         self._prepared = prepared
-        self.program, self.cache, self.threads = program, cache, threads
+        self.program, self.cache, self.machine, self.threads = program, cache, machine, threads
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
-        self.machine = _Machine(graph.name, program, cache, weights, threads, entries, host or {})
-        entry = partial(_KernelEntry, self.machine, self.state_kinds, graph, plan)
+        entry = partial(_KernelEntry, machine, program, self.state_kinds, graph, plan)
         made = {f.name: entry(f) for f in graph.later_entries}
         self.called |= made
         self.timed = made[graph.main.name].timed
@@ -106,32 +87,82 @@ class KernelExecutable(EntryExecutable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights and of the arena of the largest run so far."""
+        """Bytes of the packed weights and of the arena of the largest run so far; on a device, also of the buffers of
+        inputs, outputs and status words.
+        """
         return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
-        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is no such
-        kernel, and for a device.
+        """Return the assembly of the kernel with this title in `source`; for an NVIDIA GPU its PTX.
+
+        Raises BackendError if there is no such kernel, for a kernel that the device refuses, for other devices, whose
+        drivers compile the text of kernels, and if NVRTC is not installed.
         """
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
-        if isinstance(self.cache.isa, Device):
+        if not isinstance(self.machine, DeviceMachine):
+            return assembly(titles[title], self.cache.isa)
+        target = self.machine.target
+        if self.machine.program.device.limits.language != "cuda":
+            what = f"kernels for {target} have no assembly: its driver compiles their text"
+            raise BackendError(what, hint="read the text in `source`")
+        if title not in self.device_kernels:
+            raise BackendError(f"{target} does not run the kernel {title}", hint="explain device has the reason")
+        return compile_ptx(self.device_kernels[title].text, architecture_of(target.hardware.capability))
+
+    # -- devices ---------------------------------------------------------------------------------------------
+
+    @property
+    def device_kernels(self) -> dict[str, DeviceKernel]:
+        """The kernels of the device by their titles in `source`. Raises BackendError for a CPU."""
+        return self._device_machine().program.kernels()
+
+    def launch_table(self, entry: str | None = None, **sizes: int) -> LaunchTable:
+        """Return the launches of an entry, by default the last one, at these sizes of its symbols. No device is needed.
+
+        Raises BackendError for a CPU, and for an entry or a size that is missing.
+        """
+        machine, name = self._device_machine(), entry or self.entries[-1]
+        self.entry(name)
+        missing = sorted(self.program.entries[name].symbols - set(sizes))
+        if missing:
             raise BackendError(
-                f"kernels for {self.cache.isa} are not compiled here", hint="read their text in `source`"
+                f"the launches of {self.name} need a size for {', '.join(missing)}",
+                received=", ".join(f"{symbol}={size}" for symbol, size in sizes.items()) or "no sizes",
+                hint="launch_table(" + ", ".join(f"{symbol}=..." for symbol in missing) + ")",
             )
-        return assembly(titles[title], self.cache.isa)
+        return machine.program.plan(name, sizes).table
+
+    def stored_weights(self) -> dict[Fixed, Array]:
+        """Return weights and constants by their spaces in a launch table, as the device stores them. Raises
+        BackendError for a CPU.
+        """
+        return self._device_machine().weights()
+
+    def _device_machine(self) -> DeviceMachine:
+        if not isinstance(self.machine, DeviceMachine):
+            raise BackendError(
+                f"{self.name} is compiled for the CPU, which has no launches", hint='target="cuda", or another device'
+            )
+        return self.machine
 
 
 class _KernelEntry:
     """An entry as a routine of kernel calls. See `treadle.backends.protocol.Entry`."""
 
     def __init__(
-        self, machine: _Machine, kinds: StateKinds, graph: Graph, plan: StoragePlan | None, function: Function
+        self,
+        machine: HostMachine | DeviceMachine,
+        program: KernelProgram,
+        kinds: StateKinds,
+        graph: Graph,
+        plan: StoragePlan | None,
+        function: Function,
     ) -> None:
         self._donated = Donated(plan, function)
         self._machine, self._kinds, self._name = machine, kinds, function.name
-        self._program = machine.program.entries[function.name]
+        self._program = program.entries[function.name]
         self.signature = Signature(graph, function)
         self.inputs = self.signature.ports
         self.outputs = ports(function.outputs)
@@ -141,7 +172,7 @@ class _KernelEntry:
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         held = self._kinds.check(states)
         taken, sizes = self.signature.bind_sized(given, take, held.sizes)
-        self._donated.check(self.inputs, given, taken, (*self._machine.weights.values(), *held.values()))
+        self._donated.check(self.inputs, given, taken, self._machine.lasting(held))
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
@@ -150,7 +181,7 @@ class _KernelEntry:
 
     def timed(
         self, given: Mapping[str, Any], runs: int, states: States | None = None
-    ) -> tuple[Plan, dict[str, int], list[list[float]]]:
+    ) -> tuple[Plan | DevicePlan, dict[str, int], list[list[float]]]:
         """Run the entry `runs` times on arrays by name, and on states, and time each kernel call.
 
         Returns the plan, the sizes of the symbols, and for each run the seconds of every call. For profiling; see
@@ -167,201 +198,7 @@ class _KernelEntry:
         return f"<entry {self._name}({takes}) -> {gives}>"
 
 
-class _Machine:
-    """The state for running the entries of a program: its weights, a plan for each set of sizes, and the arena that all
-    plans share.
-
-    One call runs at a time.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        program: KernelProgram,
-        cache: KernelCache,
-        weights: Mapping[str, Array],
-        threads: int,
-        entries: Mapping[Kernel, Entry],
-        host: Mapping[Kernel, HostCall],
-    ) -> None:
-        self.name, self.program, self.cache, self.threads = name, program, cache, threads
-        self._host = host
-        self._entries = {**entries, **{kernel: call.entry for kernel, call in host.items()}}
-        self.weights = {storage: weights[n] for e in program.entries.values() for n, storage in e.weights.items()}
-        self.constants: dict[Storage, Array] = {}
-        self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
-        self._arena = np.empty(0, np.uint8)
-        self._outputs = OutputMemory()
-        self._lock = threading.Lock()
-        self._runner = _TableRunner(entries[Runner()]) if Runner() in entries else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights, each counted once, and of the arena."""
-        return sum({id(array): array.nbytes for array in self.weights.values()}.values()) + self._arena.nbytes
-
-    def run(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        given: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-    ) -> dict[str, Array]:
-        """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
-        with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
-            with tvm_runtime.at_work():
-                failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
-            self._check(plan, failed)
-        return made
-
-    def timed(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        given: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-        runs: int,
-    ) -> tuple[Plan, list[list[float]]]:
-        """Run an entry `runs` times, call by call. Return its plan and, for each run, the seconds of every call."""
-        with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
-            calls = [table[i : i + 1] for i in range(len(table))]
-            seconds: list[list[float]] = [[] for _ in calls]
-            for _ in range(runs):
-                for number, (call, found) in enumerate(zip(calls, seconds, strict=True)):
-                    started = time.perf_counter()
-                    failed = runner(call)
-                    found.append(time.perf_counter() - started)
-                    self._check(plan, -1 if failed < 0 else number)
-        del made  # the calls wrote to their memory
-        return plan, seconds
-
-    def _ready(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        given: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-    ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
-        """Return the table runner, an entry's plan, the plan's table with all addresses filled in, and the output
-        arrays.
-        """
-        if self._runner is None:
-            self.cache.refuse_other_machine()
-        assert self._runner is not None
-        plan = self._plan(entry, sizes)
-        over = self.program.entries[entry].over
-        made = {
-            name: given[over[name]]
-            if name in over
-            else self._outputs.array(name, plan.shapes[name], dtype, aligned=name == plan.host)
-            for name, dtype in outputs.items()
-        }
-        return self._runner, plan, self._place(plan, given, states, made), made
-
-    def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
-        key = entry, tuple(sorted(sizes.items()))
-        if key in self.plans:
-            self.plans.move_to_end(key)
-            return self.plans[key]
-        try:
-            plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
-        except OverflowError as error:  # a size exceeds 64 bits
-            received = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError(
-                f"{self.name}: these sizes need more memory than is addressable", received=received
-            ) from error
-        self.plans[key] = plan
-        if len(self.plans) > PLANS:
-            self.plans.popitem(last=False)
-        return plan
-
-    def _place(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
-        """Fill in the addresses of inputs, states and outputs in a plan; return its table."""
-        if self._arena.nbytes < plan.arena + ALIGNMENT:
-            size = plan.arena + ALIGNMENT
-            self._arena = allocated(size, (size,))
-        plan.put(Arena(), aligned(address(self._arena), ALIGNMENT))
-        for name, array in given.items():
-            plan.put(Input(name), address(array))
-        for name, array in made.items():
-            plan.put(Output(name), address(array))
-        if plan.states is None or plan.states() is not states:  # addresses of states do not change
-            for name, array in states.items():
-                plan.put(State(name), address(array))
-            plan.states = weakref.ref(states)
-        tvm_runtime.set_threads(self.threads)
-        table = plan.table
-        if tvm_runtime.pool_is_lost():
-            table = table.copy()
-            table[:, -1] = True
-        return table
-
-    def _check(self, plan: Plan, failed: int) -> None:
-        """Raise BackendError if a kernel call failed (`failed` is its number) or a kernel reported an error."""
-        if failed >= 0:
-            plan.status[:] = 0  # discard the reports of earlier kernels
-            step = plan.steps[failed]
-            source = describe_source(step.node.source, step.node.scope) if step.node is not None else None
-            if step.kernel in self._host:
-                self._host[step.kernel].raise_failure(source)
-            raise BackendError(f"kernel {step.kernel.title}: failed while running", source=source)
-        if plan.status.size and plan.status.any():
-            raise _outside(plan)
-
-    def _held(self, storage: Storage) -> Array:
-        """Return the array of a weight or a constant."""
-        if storage.literal is None:
-            return self.weights[storage]
-        if storage not in self.constants:
-            self.constants[storage] = np.frombuffer(storage.literal.data or b"\0", np.uint8).copy()
-        return self.constants[storage]
-
-
-def _outside(plan: Plan) -> BackendError:
-    """Return the error of the first kernel that reported a value out of range. The status words are cleared."""
-    first = int(np.flatnonzero(plan.status[:, 0])[0])
-    words = plan.status[first].tolist()
-    plan.status[:] = 0
-    teller = plan.tellers[first]
-    return error_of(words).located(teller.node, teller.kernel.title)
-
-
-class _TableRunner:
-    """Compiled code that runs the calls of a table. It returns -1, or the number of the call that failed. One table
-    runs at a time.
-    """
-
-    def __init__(self, code: Entry) -> None:
-        self._call = function_of(code)
-        self._failed, self._ignored = np.zeros(1, np.int64), np.zeros(2, np.int64)
-        self._words = np.array([[POINTER, 0], [POINTER, address(self._failed)], [INTEGER, 0]], np.int64)
-        self._places = address(self._words), len(self._words), address(self._ignored)
-
-    def __call__(self, table: Array) -> int:
-        self._words[0, 1], self._words[2, 1] = address(table), len(table)
-        return 0 if self._call(*self._places) else int(self._failed[0])
-
-
 # -- arrays --------------------------------------------------------------------------------------------------
-
-
-def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    """Return a new array of zeros for a state. It starts at a cache line, so that each vector of a row is within one
-    line.
-    """
-    kind = stored(dtype)
-    size = math.prod(shape) * kind.itemsize
-    return placed(np.zeros(size + ALIGNMENT, np.uint8), shape, kind)
-
-
-def stored(dtype: DType) -> np.dtype[Any]:
-    """Return the NumPy dtype in which elements of a dtype are stored: uint16 for bf16."""
-    return dtype.numpy or np.dtype(np.uint16)
 
 
 def take(port: Port, value: Any) -> Array:

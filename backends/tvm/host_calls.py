@@ -7,6 +7,8 @@ It receives its arguments in the same form as kernels do, and works on the memor
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -46,14 +48,34 @@ class HostCall:
         return 0
 
     def _meet(self, words: list[int]) -> None:
-        kernel, (x, y, *sizes) = self.kernel, words
-        rank = kernel.rank
-        bindings = dict(zip(kernel.symbols, sizes[2 * rank :], strict=True))
-        given, to = (_memory(at, sizes[i * rank : (i + 1) * rank], kernel.dtype) for i, at in enumerate((x, y)))
-        made = kernel.op.at(bindings).reference(given)
-        if tuple(made.shape) != tuple(to.shape):
-            raise BackendError(f"{kernel.op.name} returned shape {list(made.shape)}, expected {list(to.shape)}")
-        to[...] = made
+        x, y, *sizes = words
+        shapes = self.shapes(sizes)
+        raw = [_bytes_at(at, shape, self.kernel.dtype) for at, shape in zip((x, y), shapes, strict=True)]
+        self._compute(raw[0], raw[1], sizes)
+
+    def shapes(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the shapes of the operand and of the result, from the sizes of a call."""
+        rank = self.kernel.rank
+        return list(sizes[:rank]), list(sizes[rank : 2 * rank])
+
+    def run(self, x: Array, y: Array, sizes: Sequence[int], source: str | None) -> None:
+        """Run the collective on bytes of the operand, and write the bytes of the result. Raises BackendError with the
+        user's source line if it fails.
+        """
+        try:
+            self._compute(x, y, sizes)
+        except BaseException as error:
+            self._failure = error
+        self.raise_failure(source)
+
+    def _compute(self, raw: Array, raw_result: Array, sizes: Sequence[int]) -> None:
+        kernel, shapes = self.kernel, self.shapes(sizes)
+        x, y = (_memory(each, shape, kernel.dtype) for each, shape in zip((raw, raw_result), shapes, strict=True))
+        bindings = dict(zip(kernel.symbols, sizes[2 * kernel.rank :], strict=True))
+        result = kernel.op.at(bindings).reference(x)
+        if tuple(result.shape) != tuple(y.shape):
+            raise BackendError(f"{kernel.op.name} returned shape {list(result.shape)}, expected {list(y.shape)}")
+        y[...] = result
 
     def raise_failure(self, source: str | None) -> None:
         """Raise the error of the last failed call, with the user's source line."""
@@ -71,10 +93,13 @@ def _words(at: int, count: int) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _memory(at: int, shape: list[int], dtype: DType) -> Any:
-    """Return the memory of a value as an array, or as a tensor for bf16, which NumPy lacks."""
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.bytes
-    raw = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(at)) if count else np.empty(0, np.uint8)
+def _bytes_at(at: int, shape: Sequence[int], dtype: DType) -> Array:
+    count = math.prod(shape) * dtype.bytes
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(at)) if count else np.empty(0, np.uint8)
+
+
+def _memory(raw: Array, shape: Sequence[int], dtype: DType) -> Any:
+    """Return the bytes of a value as an array, or as a tensor for bf16, which NumPy lacks."""
     if dtype.numpy is not None:
         return raw.view(dtype.numpy).reshape(shape)
     import torch

@@ -16,7 +16,8 @@ import numpy as np
 
 from treadle.backends.refusals import out_of_memory
 from treadle.backends.tvm.kernels.calling import address
-from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.ir.types import DType
+from treadle.passes.memory.frames import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +64,11 @@ class OutputMemory:
         )  # views of a view refer to this array, not to the memory that holds it
         self._given[name] = [_Given(memory, weakref.ref(held)), *(g for g in given if g is not found)][:KEPT]
         return placed(held, shape, dtype)
+
+
+def stored(dtype: DType) -> np.dtype[Any]:
+    """Return the NumPy dtype in which elements of a dtype are stored: uint16 for bf16."""
+    return dtype.numpy or np.dtype(np.uint16)
 
 
 def allocated(count: int, shape: tuple[int, ...]) -> Array:

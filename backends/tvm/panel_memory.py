@@ -32,8 +32,7 @@ import numpy as np
 
 from treadle.files.user_cache import forget_unused, is_private, make_private, mark_used, private_folder
 from treadle.files.whole_files import replacing, sweep
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.frames import ALIGNMENT, aligned
 
 Array = np.ndarray[Any, Any]
 Kind = tuple[tuple[int, ...], np.dtype[Any]]

@@ -4,7 +4,8 @@
         print(each.step.kernel.title, each.seconds)
 
 Each measured run executes the whole table, so every call works on its usual values. Each call has an overhead that does
-not occur in an ordinary run: about 2 microseconds of Python, and a cold start of the call's threads.
+not occur in an ordinary run: about 2 microseconds of Python, and a cold start of the call's threads. On
+a device, each launch is waited for, which takes some ten microseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from treadle.backends.tvm.lowering.program import KernelStep
 @dataclass(frozen=True)
 class TimedCall:
     """A kernel call: its step, the median of its times in seconds, the sizes of the run's symbols, and the address of
-    each of its pointers.
+    each of its pointers; on a device, numbers that differ for different storages.
     """
 
     step: KernelStep

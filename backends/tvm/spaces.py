@@ -5,13 +5,19 @@ Input     an array that the caller passes, a different one in each call
 Output    an array that a call allocates
 State     an array of the states that a call updates
 Status    words in which kernels report an index out of range; allocated with the plan, and fixed
-Held      an array that the executable holds, a weight or a constant; fixed
+Held      a weight; fixed
+Constant  a constant of the program; fixed
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.storage.views import Storage
+from treadle.ir.types import DType, i64
+from treadle.passes.memory.frames import ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +47,64 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An array that the executable holds, with the address of its first byte."""
+    """A weight by its name."""
 
-    address: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A constant by its number in the program."""
+
+    number: int
 
 
 Moving = Arena | Input | Output | State
 """The spaces whose addresses are known only when a call begins."""
 
-Space = Moving | Status | Held
+Fixed = Held | Constant
+"""The spaces of the values that an executable holds."""
+
+Space = Moving | Status | Fixed
 
 
 class Pointer(NamedTuple):
-    """A location in a space, `offset` bytes from its start."""
+    """Byte `offset` of a storage that begins at byte `begin` of a space."""
 
     space: Space
+    begin: int
+    storage: Storage
     offset: int = 0
 
-    def after(self, count: int) -> Pointer:
-        """Return the pointer `count` bytes after this one."""
-        return Pointer(self.space, self.offset + count)
+    @property
+    def at(self) -> int:
+        """The location in the space, in bytes."""
+        return self.begin + self.offset
+
+
+@dataclass(frozen=True)
+class MemoryForm:
+    """The form of values in a memory.
+
+    alignment  each storage begins at a multiple of this number of bytes
+    narrow     True if 64-bit integers are stored in 32 bits
+    """
+
+    alignment: int = ALIGNMENT
+    narrow: bool = False
+
+    def element(self, dtype: DType) -> int:
+        """Return the bytes of an element."""
+        return 4 if self.narrow and dtype is i64 else dtype.bytes
+
+    def size(self, nbytes: int) -> int:
+        """Return the bytes of a space with this content: a multiple of the alignment, and not 0."""
+        return max(1, -(-nbytes // self.alignment)) * self.alignment
+
+    def nbytes(self, storage: Storage) -> Size:
+        """Return the bytes of a storage."""
+        return storage.nbytes if not self.narrow else storage.elements * self.element(storage.dtype)
+
+
+HOST = MemoryForm()
+"""The memory of the host."""

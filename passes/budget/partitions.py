@@ -31,8 +31,7 @@ from treadle.ir.target import Target
 from treadle.passes.budget.memory_fit import Chunk
 from treadle.passes.budget.regions import CutRegion, find_region, given_values
 from treadle.passes.budget.step_costs import StepCost, step_cost
-from treadle.passes.memory.frame_placement import ALIGNMENT
-from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.frames import ALIGNMENT, aligned
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)

@@ -13,7 +13,7 @@ sizes are (`hosting.py`). Greedy orders usually need less; if they need more, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,9 @@ import numpy as np
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import Storage
 from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.frames import Frame, aligned
+from treadle.passes.memory.frames import ALIGNMENT, Frame, aligned
 from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
-
-ALIGNMENT = 64
-"""The alignment in bytes: a cache line, and the widest vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,27 +46,41 @@ class PlacedFrame:
     hosted: frozenset[Storage | int] = frozenset()
 
 
-def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[str, PlacedFrame]:
+def _as_declared(storage: Storage) -> Size:
+    return storage.nbytes
+
+
+def place_frames(
+    frames: Mapping[str, Frame],
+    sizes: Mapping[str, int],
+    alignment: int | None = None,
+    nbytes: Callable[[Storage], Size] = _as_declared,
+) -> dict[str, PlacedFrame]:
     """Return the placed frame of each function, checked. In `frames`, callees come first.
+
+    alignment  every offset is a multiple of this number of bytes; None: the alignment of the frames
+    nbytes     returns the bytes of a storage, for a memory whose elements are smaller than their dtypes
 
     Raises OverflowError if the bytes do not fit into 64 bits.
     """
     placed: dict[str, PlacedFrame] = {}
+    asked = alignment
     for name, frame in frames.items():
-        lives = [Lifetime(x.storage.name, x.first, x.last + 1, x.storage.nbytes.evaluate(sizes)) for x in frame.lives]
+        alignment = asked or frame.alignment
+        lives = [Lifetime(x.storage.name, x.first, x.last + 1, nbytes(x.storage).evaluate(sizes)) for x in frame.lives]
         calls = [
             (at, placed[call.callee], Lifetime(f"{call.callee} at {at}", at, at + 1, placed[call.callee].size))
             for at, call in frame.calls.items()
         ]
         buffers: dict[Storage | int, Lifetime] = {x.storage: life for x, life in zip(frame.lives, lives, strict=True)}
         buffers |= {at: life for at, _, life in calls}
-        offsets, size = _placed(buffers)
+        offsets, size = _placed(buffers, alignment)
         host, hosted = None, frozenset[Storage | int]()
         for result in frame.handed_out:  # of the results that are large enough, the one with the smallest arena
             early = {key: life for key, life in buffers.items() if life.end <= result.first}
-            inside, taken = _placed(early)
-            outside, left = _placed({key: life for key, life in buffers.items() if key not in early})
-            if taken <= result.storage.nbytes.evaluate(sizes) and left < size:
+            inside, taken = _placed(early, alignment)
+            outside, left = _placed({key: life for key, life in buffers.items() if key not in early}, alignment)
+            if taken <= nbytes(result.storage).evaluate(sizes) and left < size:
                 offsets, size, host, hosted = inside | outside, left, result.storage, frozenset(early)
         own = [life for key, life in buffers.items() if isinstance(key, Storage) and key not in hosted]
         inner = {at: callee.bound for at, callee, _ in calls if at not in hosted}
@@ -77,25 +88,25 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
             {key: offset for key, offset in offsets.items() if isinstance(key, Storage)},
             {key: offset for key, offset in offsets.items() if isinstance(key, int)},
             size,
-            _most_alive(own, inner, len(frame.steps)),
+            _most_alive(own, inner, len(frame.steps), alignment),
             host,
             hosted,
         )
     return placed
 
 
-def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | int, int], int]:
+def _placed(buffers: Mapping[Storage | int, Lifetime], alignment: int) -> tuple[dict[Storage | int, int], int]:
     """Return the checked offsets, and the end of the highest buffer in bytes."""
     lives = list(buffers.values())
-    offsets = plan_arena(lives)
-    size = check_placement(lives, offsets, alignment=ALIGNMENT)
-    beside = _one_after_the_other(buffers)
-    if max((at + aligned(life.size, ALIGNMENT) for at, life in zip(beside, lives, strict=True)), default=0) < size:
-        offsets, size = beside, check_placement(lives, beside, alignment=ALIGNMENT)
+    offsets = plan_arena(lives, alignment)
+    size = check_placement(lives, offsets, alignment=alignment)
+    beside = _one_after_the_other(buffers, alignment)
+    if max((at + aligned(life.size, alignment) for at, life in zip(beside, lives, strict=True)), default=0) < size:
+        offsets, size = beside, check_placement(lives, beside, alignment=alignment)
     return dict(zip(buffers, offsets, strict=True)), size
 
 
-def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]:
+def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime], alignment: int) -> list[int]:
     """Return an offset for each buffer. Buffers with the same size expression share places, and calls share one
     place.
     """
@@ -105,7 +116,7 @@ def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]
     at, found = 0, dict[Storage | int, int]()
     for keys in alike.values():
         places = share_places([(buffers[key].first, buffers[key].end) for key in keys])
-        size = aligned(max(buffers[key].size for key in keys), ALIGNMENT)
+        size = aligned(max(buffers[key].size for key in keys), alignment)
         found |= {key: at + place * size for key, place in zip(keys, places, strict=True)}
         at += (max(places) + 1) * size
     return [found[key] for key in buffers]
@@ -125,16 +136,16 @@ def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
     return found
 
 
-def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
-    """Return an offset in bytes for each buffer, a multiple of ALIGNMENT.
+def plan_arena(lives: Sequence[Lifetime], alignment: int = ALIGNMENT) -> list[int]:
+    """Return an offset in bytes for each buffer, a multiple of the alignment.
 
     The placement is the best of the greedy orders of `treadle.passes.memory`, without the exact search, since a call
     waits for the result. Usually the first order, largest first, reaches the lower bound, and no other order is tried.
     Raises OverflowError if the bytes of all buffers do not fit into 64 bits.
     """
-    if sum(x.size + ALIGNMENT for x in lives) >= 1 << 63:
+    if sum(x.size + alignment for x in lives) >= 1 << 63:
         raise OverflowError("the bytes of all buffers do not fit into 64 bits")
-    table = np.array([(x.first, x.end, -(-x.size // ALIGNMENT) * ALIGNMENT) for x in lives], np.int64).reshape(-1, 3)
+    table = np.array([(x.first, x.end, -(-x.size // alignment) * alignment) for x in lives], np.int64).reshape(-1, 3)
     solid = table[:, 2] > 0
     first, end, size = table[solid].T
     offsets = np.zeros(len(lives), np.int64)
@@ -143,11 +154,11 @@ def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
     return [int(n) for n in offsets]
 
 
-def _most_alive(lives: Sequence[Lifetime], inner: Mapping[int, int], steps: int) -> int:
+def _most_alive(lives: Sequence[Lifetime], inner: Mapping[int, int], steps: int, alignment: int) -> int:
     """Return the largest number of bytes that are live at once, including callees."""
     change = [0] * (steps + 2)
     for life in lives:
-        size = -(-life.size // ALIGNMENT) * ALIGNMENT
+        size = -(-life.size // alignment) * alignment
         change[life.first] += size
         change[life.end] -= size
     live = found = 0

@@ -19,6 +19,9 @@ from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind
 from treadle.passes.memory.storage_plan import FunctionPlan, Life, StoragePlan
 
+ALIGNMENT = 64
+"""The alignment of storages on the host in bytes: a cache line, and the widest vector."""
+
 
 @dataclass(frozen=True)
 class FrameCall:
@@ -40,6 +43,7 @@ class Frame:
     calls       calls by step
     handed_out  for an entry: new memory for its caller, from the first step that touches it. Storages that are dead
                 before that step may be placed in this memory
+    alignment   every storage begins at a multiple of this number of bytes
     """
 
     name: str
@@ -47,6 +51,7 @@ class Frame:
     lives: tuple[Life, ...]
     calls: Mapping[int, FrameCall]
     handed_out: tuple[Life, ...] = ()
+    alignment: int = ALIGNMENT
 
     def alive(self, at: int) -> list[Life]:
         """Return the storages that are live at a step, without those that a callee allocates in this step."""

@@ -23,7 +23,7 @@ from math import gcd, isqrt
 from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import ZERO, Size
-from treadle.passes.memory.frame_placement import ALIGNMENT, share_places
+from treadle.passes.memory.frame_placement import share_places
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import Life
 
@@ -40,11 +40,13 @@ class Hosting:
     left    sizes; the least is the rest of the result after all earlier storages are placed in sequence; each
             is divided by the symbols that all of its terms have in common
     whole   sizes; the largest is the total of all storages that the entry needs, in sequence
+    alignment  of the storages, in bytes
     """
 
     result: Life
     left: tuple[Size, ...]
     whole: tuple[Size, ...]
+    alignment: int
 
     def most_apart(self, symbols: Box, least: int, most: int) -> int:
         """Return the most bytes that a run may take at sizes at which the earlier storages may not fit into the result.
@@ -67,7 +69,7 @@ class Hosting:
             for half in cut:
                 count += 1
                 heappush(boxes, (-self._needs(half), count, half))
-        return int(min(max(-boxes[0][0] // ALIGNMENT * ALIGNMENT, least), most)) if boxes else least
+        return int(min(max(-boxes[0][0] // self.alignment * self.alignment, least), most)) if boxes else least
 
     def _fits(self, box: Box) -> bool:
         return all(size.interval(box)[0] >= 0 for size in self.left)
@@ -86,19 +88,21 @@ def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
         return []
     try:
         for name, each in frames.items():
-            stacked[name] = _stacked(each.lives, [stacked[call.callee] for call in each.calls.values()])
+            stacked[name] = _stacked(
+                each.lives, [stacked[call.callee] for call in each.calls.values()], frame.alignment
+            )
         for result in frame.handed_out:
             before = [life for life in frame.lives if life.last < result.first]
             calls = [stacked[call.callee] for at, call in frame.calls.items() if at < result.first]
-            early = _stacked(before, calls)
+            early = _stacked(before, calls, frame.alignment)
             left = tuple([_by_common_symbols(result.storage.nbytes - size) for size in early])
-            found.append(Hosting(result, left, stacked[entry]))
+            found.append(Hosting(result, left, stacked[entry], frame.alignment))
     except SizeError:
         return []
     return found
 
 
-def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]], alignment: int) -> tuple[Size, ...]:
     """Return sizes, the largest of which is the total of buffers in sequence. Buffers of one size share places."""
     alike: dict[Size, list[Life]] = {}
     for life in lives:
@@ -106,13 +110,13 @@ def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[
     own = ZERO
     for size, held in alike.items():
         places = share_places([(life.first, life.last + 1) for life in held])
-        own = own + (size + _gap(size)) * (max(places) + 1)
+        own = own + (size + _gap(size, alignment)) * (max(places) + 1)
     return tuple(dict.fromkeys(own + size for each in callees for size in each)) or (own,)
 
 
-def _gap(size: Size) -> int:
+def _gap(size: Size, alignment: int) -> int:
     """Return the maximum padding in bytes after a buffer of this size, up to the next multiple of the alignment."""
-    return ALIGNMENT - gcd(ALIGNMENT, *(coefficient for _, coefficient in size.terms))
+    return alignment - gcd(alignment, *(coefficient for _, coefficient in size.terms))
 
 
 def _by_common_symbols(size: Size) -> Size:

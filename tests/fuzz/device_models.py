@@ -1,8 +1,9 @@
 """Run whole models as device text on the emulator: `python -m tests.fuzz.device_models [--only gpt2] [--form f32]`.
 
 Each model has two layers of width 64. Its outputs are compared with NumPy in float32, and with the CPU's kernels in the
-other forms. Then it runs again with 5 orders of threads and 3 grids, which must give the same bits, and its first row
-runs alone, which must have the same bits as among 7. Prints one line for each model and form, and the kernels that run
+other forms. Then it runs again with 5 orders of threads and 3 grids, and with dead memory filled with NaN, which must
+give the same bits, and its first row runs alone, which must have the same bits as among 7. A model with caches also
+prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run
 in the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a
 folder.
 """
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 
 import treadle
-from tests.support.gpu_emulator.models import emulated, runner_of
+from tests.support.gpu_emulator.emulator_runtime import emulated, runtime_of
+from tests.support.gpu_emulator.faults import poisoning
+from treadle.backends.tvm.spaces import Status
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.models.registry import find_family
 
@@ -38,7 +41,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         **_WIDE,
         "vocab": 97,
         "context": 16,
-        "decoder_context": 16,
+        "decoder_context": 48,
         "hidden": 128,
         "decoder_heads": 4,
         "decoder_layers": 2,
@@ -68,7 +71,15 @@ APART = {"f32": 1e-5, "bf16": 0.05, "int8": 0.05, "int4-int8": 0.05}
 """Allowed difference, relative to the largest result; 1e-5 for the other forms. Sums of bf16 numbers have another
 order, and a rounded activation may become another number."""
 
-ORDERS, GRIDS = range(2, 7), (1, 3, 7)
+ORDERS, GRIDS = range(2, 7), (1, 3, None)
+
+CACHED: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "t5": {"tokens": np.array([5, 9, 2, 7, 1])},
+    "whisper": {"mel": np.linspace(-1, 1, 80 * 32, dtype=np.float32).reshape(80, 32)},
+}
+"""The models with caches, and the inputs with which each row begins."""
 
 
 def check(model: Any, options: Mapping[str, Any], form: str, target: str = "cuda") -> str:
@@ -85,6 +96,8 @@ def check(model: Any, options: Mapping[str, Any], form: str, target: str = "cuda
     built = time.perf_counter()
     made = {name: np.array(array) for name, array in there(**given).items()}
     ran = time.perf_counter()
+    runtime = runtime_of(there)
+    assert runtime.memory.used == runtime.memory.peak == there.executable.nbytes
     worst = 0.0
     for name, expected in wanted.items():
         assert made[name].shape == expected.shape
@@ -92,19 +105,57 @@ def check(model: Any, options: Mapping[str, Any], form: str, target: str = "cuda
         worst = max(worst, float(np.abs(np.asarray(made[name], np.float64) - expected).max(initial=0)) / largest)
         assert not np.isnan(made[name]).any(), f"{name} has NaN"
     assert worst <= APART.get(form, 1e-5), f"off by {worst:.1e}"
-    runner = runner_of(there)
     for order, blocks in [(o, GRIDS[o % 3]) for o in ORDERS]:
-        runner.seed, runner.blocks = 1000 * order, blocks
+        runtime.seed, runtime.blocks = 1000 * order, blocks
         _assert_same(made, there(**given), f"order {order}, {blocks} blocks")
+    with poisoning():
+        _assert_same(made, there(**given), "dead memory is NaN")
     alone = there(
         **{p.name: given[p.name][:1] if p.axes and p.axes[0] in rows else given[p.name] for p in there.inputs}
     )
     rowwise = {p.name for p in there.outputs if p.axes and p.axes[0] in rows and not set(p.axes[1:]) & set(rows)}
     _assert_same({n: made[n][:1] for n in rowwise}, {n: alone[n] for n in rowwise}, "a row alone")
-    slow = {k.title: v.kernel.why_slow for k, v in runner.kernels.items() if v.kernel.why_slow}
     times = f"{built - begin:.1f} s to compile, {ran - built:.1f} s to run"
-    text = f"off by {worst:.1e}, {len(runner.kernels)} kernels, {times}"
-    return text + "".join(f"\n    slow: {title}, {why}" for title, why in slow.items())
+    text = f"off by {worst:.1e}, {len(there.executable.kernels)} kernels, {times}"
+    return text + "".join(f"\n    slow: {title}, {why}" for title, why in runtime.slow.items())
+
+
+def check_session(
+    model: Any, options: Mapping[str, Any], inputs: Mapping[str, Any], steps: int = 20, target: str = "cuda"
+) -> str:
+    """Compare a session on the emulator with one of NumPy: a prefill of two rows, then steps. Return a line about it.
+
+    inputs  the inputs with which each row begins
+
+    Raises AssertionError for a difference, and if a step copies more to the host than its logits and status words.
+    """
+    options = {"seed": 3, **options}
+    here = treadle.compile(model, backend="numpy", **options)
+    there = treadle.compile(model, backend="tvm", target=target, **options)
+    runtime = runtime_of(emulated(there.stepped))
+    memory = {"S": 5} if "tokens" in inputs else {}
+    sessions = [exe.session(rows=3, capacity=48, chunk=16, memory=memory) for exe in (here, there)]
+    prompts = {0: list(range(1, 19)), 1: [7, 5, 11]}
+    worst = 0.0
+    rows = [[session.open(**inputs) for _ in prompts] for session in sessions]
+    assert rows[0] == rows[1] == list(prompts)
+    wanted, made = (session.prefill(prompts) for session in sessions)
+    for step in range(steps + 1):
+        for row, logits in wanted.items():
+            assert not np.isnan(made[row]).any(), f"row {row} has NaN at step {step}"
+            worst = max(worst, float(np.abs(made[row] - logits).max()) / max(1.0, float(np.abs(logits).max())))
+        assert worst <= 1e-5, f"off by {worst:.1e} at step {step}"
+        tokens = {row: int(logits.argmax()) for row, logits in wanted.items()}
+        runtime.memory.forget_counts()
+        wanted, made = (session.step(tokens) for session in sessions)
+        returned = sum(logits.nbytes for logits in made.values())
+        counts = runtime.memory
+        assert counts.waits == 1, f"a step waits {counts.waits} times"
+        (plan,) = [
+            plan for (entry, _), plan in there.stepped.executable.machine.program.plans.items() if entry == "step"
+        ]
+        assert counts.bytes_out == returned + plan.table.spaces[Status()], "a step copies more than logits and status"
+    return f"off by {worst:.1e} in {steps} steps, {counts.copies_in} copies in and {counts.copies_out} out per step"
 
 
 def _assert_same(first: Mapping[str, Array], second: Mapping[str, Array], what: str) -> None:
@@ -146,6 +197,8 @@ def main() -> int:
             begin = time.perf_counter()
             try:
                 result = check(model, how, form, options.target)
+                if form == "f32" and name in CACHED:
+                    result += f"\n    session: {check_session(model, how, CACHED[name], target=options.target)}"
             except Exception as error:
                 failed += 1
                 result = f"FAILED {type(error).__name__}: {str(error)[:1500]}"

@@ -175,9 +175,11 @@ def wgsl_differs(
     run: Callable[[LaneFunction, Sequence[Array]], Array], f: LaneFunction, operands: Sequence[Array], c: Array
 ) -> bool:
     """Compare a function in WGSL with C, print the largest distance, and return True if it is far off."""
+    if "i64" in (*f.operands, f.result):  # computed in 32 bits
+        return False
     try:
         f.wgsl()
-    except BackendError:  # f64 or i64
+    except BackendError:  # f64
         return False
     x, expected = run(f, operands), _words(c)
     if f.result != "f32":

@@ -24,6 +24,7 @@ import numpy as np
 
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.isa import isa_of
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.read_rate import LEAST, measure_read
 from treadle.backends.tvm.kernels.unit_rate import measure_unit
 from treadle.backends.tvm.lowering.listing import unique_titles
@@ -37,6 +38,7 @@ from treadle.ir.graph import Node
 from treadle.ir.storage.views import StorageKind
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized
+from treadle.passes.memory.storage_plan import StoragePlan
 from treadle.reporting.counts import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
@@ -171,7 +173,7 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
     """
     exe = model.executable
     if not isinstance(exe, KernelExecutable):
-        raise _no_kernels(model.backend)
+        raise no_kernels(model.backend)
     if model.graph.states:
         raise UsageError(f"{model.name} has states, and a roofline needs a model without states")
     return roofline_of(model, sizes, time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds))
@@ -200,7 +202,7 @@ def measure_step_roofline(
     stepped = model.stepped
     exe = stepped.executable
     if not isinstance(exe, KernelExecutable):
-        raise _no_kernels(model.backend)
+        raise no_kernels(model.backend)
     if past < 1:
         raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint="past=128")
     session = stepped.session(rows=rows, capacity=past + 1)
@@ -288,7 +290,7 @@ def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]
     return found
 
 
-def _no_kernels(backend: str) -> UsageError:
+def no_kernels(backend: str) -> UsageError:
     return UsageError(
         f"a roofline needs kernels, and the {backend} backend calls a library",
         hint=Hint('backend="tvm"', "--backend tvm"),
@@ -300,10 +302,18 @@ def _rows(model: Compiled | _Step, calls: list[TimedCall]) -> Iterator[KernelRow
     lowered = model.optimized.lowered
     assert lowered is not None
     assert lowered.plan is not None
-    groups = {step.root: step.nodes for plan in lowered.plan.functions.values() for step in plan.steps}
     exe = model.executable
     assert isinstance(exe, KernelExecutable)
-    titles = unique_titles(exe.kernels)
+    return rows_of_calls(lowered.plan, exe.kernels, calls)
+
+
+def rows_of_calls(plan: StoragePlan, kernels: Sequence[Kernel], calls: Sequence[TimedCall]) -> Iterator[KernelRow]:
+    """Yield a row for each kernel of a run at its sizes, the longest first. Minimum times are not set yet.
+
+    The nodes that several kernels of the run compute count for the kernel that takes longest.
+    """
+    groups = {step.root: step.nodes for each in plan.functions.values() for step in each.steps}
+    titles = unique_titles(kernels)
     alike: dict[tuple[str, tuple[int, ...], Node | None], list[int]] = {}
     for number, call in enumerate(calls):
         sizes = tuple([size.evaluate(call.sizes) for size in call.step.sizes])
@@ -319,7 +329,7 @@ def _rows(model: Compiled | _Step, calls: list[TimedCall]) -> Iterator[KernelRow
     touched = [dict[int, int]()] * len(calls)
     for key, numbers in alike.items():
         for number in numbers:
-            touched[number] = _touched(calls[number], computed[key])
+            touched[number] = touched_bytes(calls[number], computed[key])
     traffic = reuse_distances(touched)
     rows: dict[tuple[str, str, int, int], KernelRow] = {}
     for key, numbers in alike.items():
@@ -349,7 +359,7 @@ def _reach(traffic: Mapping[int, int]) -> int:
     return sum(distance * count for distance, count in traffic.items())
 
 
-def _touched(call: TimedCall, nodes: Sequence[Node]) -> dict[int, int]:
+def touched_bytes(call: TimedCall, nodes: Sequence[Node]) -> dict[int, int]:
     """Return the bytes of a kernel's operands and results by their addresses; each storage counts once, by its largest
     view.
 

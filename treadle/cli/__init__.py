@@ -21,7 +21,7 @@ from treadle.ir.errors import UsageError
 
 _OWN = (
     *("inspect", "compile", "explain", "report", "diff", "run", "launch", "verify", "shard", "export"),
-    *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch", "doctor"),
+    *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch", "doctor", "targets"),
 )
 _TASKS = (
     *("chat", "classify", "answer", "tag", "fill", "label", "match", "describe"),

@@ -1,5 +1,5 @@
-"""`treadle export`: write a model as ONNX, GGUF or a compressed-tensors folder, or its graph for Graphviz, Model
-Explorer or a program that reads JSON.
+"""`treadle export`: write a model as ONNX, GGUF, a compressed-tensors folder or a web page, or its graph for Graphviz,
+Model Explorer or a program that reads JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _SUFFIXES = {
     "onnx": (".onnx",),
     "gguf": (".gguf",),
     _FOLDER: (),
+    "web": (),
     "dot": (".dot", ".gv"),
     "model-explorer": (".json",),
     "json": (".json",),
@@ -34,14 +35,15 @@ _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 def export_model(
     model: ModelName,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; for compressed-tensors a folder.")
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write; for compressed-tensors and web a folder."),
     ],
     to: Annotated[
         str,
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="onnx, gguf, compressed-tensors, dot (Graphviz), model-explorer or json.",
+            help="onnx, gguf, compressed-tensors, web (a page), dot (Graphviz), model-explorer or json.",
         ),
     ] = "onnx",
     opset: Annotated[int, typer.Option("--opset", metavar="N", help="onnx: operator set version.")] = _OPSET,
@@ -62,7 +64,8 @@ def export_model(
     as_json: AsJson = False,
 ) -> None:
     """Write a model's optimized graph and its weights as ONNX, its weights and tokenizer for other programs (gguf,
-    compressed-tensors), or its graph for other tools (dot, model-explorer, json).
+    compressed-tensors), a page that runs it in a browser by WebGPU at --sizes (web), or its graph for other tools (dot,
+    model-explorer, json).
 
     For dot, model-explorer and json, MODEL@PASS is the graph after a pass.
     """
@@ -82,6 +85,11 @@ def export_model(
         raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}")
     if to in _MODELS:
         _export_weights(model, output, to, keywords, as_json)
+        return
+    if to == "web":
+        if times is not None:
+            raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
+        _export_web(model, output, sizes, keywords, as_json)
         return
     if times is not None and (to != "model-explorer" or keywords.get("backend") != "tvm"):
         raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
@@ -149,6 +157,36 @@ def _measured(model: str, sizes: dict[str, int], keywords: dict[str, Any]) -> di
     if is_artifact(model):
         return node_times(load_with_options(model, keywords, also=("seed",)), sizes, seed=seed)
     return node_times(treadle.compile(model, **keywords), sizes, seed=seed)
+
+
+def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str, Any], as_json: bool) -> None:
+    """Write a folder with a page that runs a model in a browser."""
+    import treadle
+    from treadle.artifacts import is_artifact
+    from treadle.backends.tvm.executable import KernelExecutable
+    from treadle.exporting.web_folders import export_web
+    from treadle.files.shown_names import printable
+    from treadle.program.budgets import choose_sizes
+    from treadle.program.flag_values import parse_sizes
+    from treadle.progress import working
+    from treadle.reporting.counts import counted, human
+
+    fixed = {"backend": "tvm", "target": "webgpu"}
+    for name, value in fixed.items():
+        if keywords.get(name, value) != value:
+            raise UsageError(f"a page needs --{name} {value}", received=f"--{name} {keywords[name]}")
+    with working(f"exporting {model}", shown=not as_json):
+        given = {**keywords, **fixed}
+        made = load_with_options(model, given) if is_artifact(model) else treadle.compile(model, **given)
+        assert isinstance(made.executable, KernelExecutable)
+        at = choose_sizes(made.graph, parse_sizes(sizes))
+        files = export_web(made.name, made.graph, made.executable, at, output)
+    if as_json:
+        print_json({"model": made.name, "format": "web", "files": list(map(str, files)), "sizes": at})
+        return
+    print(f"wrote {counted(len(files), 'file')} to {output}, {human(sum(f.stat().st_size for f in files), 'B')}")
+    shown = ", ".join(f"{name}={size}" for name, size in at.items())
+    print(f"{printable(made.name)} at {shown or 'its only sizes'}; serve it with: python -m http.server -d {output}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,7 +19,9 @@ def show_roofline(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Write an SVG drawing.", show_default=False)
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs.")] = 9,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", metavar="N", min=1, help="Number of timed runs. By default 9.")
+    ] = None,
     entry: Annotated[
         str, typer.Option("--entry", metavar="NAME", help="main, or step: a step of generation.")
     ] = "main",
@@ -37,14 +39,20 @@ def show_roofline(
     keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
-    """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
+    """Time each kernel of a run on the TVM backend, and compare it with the machine's limits.
+
+    For a GPU, such as --target h100, which need not be here, predict the least time of each kernel from the record of
+    the hardware: its memory's bandwidth and its rate in f32.
+    """
     from treadle.artifacts import is_artifact
     from treadle.backends.registry import find_backend
+    from treadle.benching.predicted_roofline import predict_roofline, predict_step_roofline
     from treadle.benching.roofline import measure_roofline, measure_step_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
     from treadle.fitting import fit_prose, fitted
     from treadle.ir.errors import BackendError, UsageError
+    from treadle.ir.target import Target
     from treadle.program.backend_choice import AUTO
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
@@ -62,6 +70,18 @@ def show_roofline(
         what = "a roofline needs the kernels of the tvm backend, which is not available"
         raise BackendError(what, received=reason, hint=remedy or None)
     asked = parse_sizes(sizes)
+    target = keywords.get("target", "cpu")
+    if (target if isinstance(target, Target) else Target(target)).kind not in ("cpu", "isa"):
+        if svg is not None or rounds is not None:
+            raise UsageError("a prediction for a device has no measured times", hint="leave out --svg and --rounds")
+        with working(f"lowering {model}", shown=not as_json):
+            predicted = (
+                predict_step_roofline(model, rows=rows or 1, past=past or 128, **keywords)
+                if entry == "step"
+                else predict_roofline(model, asked, **keywords)
+            )
+        print_json(predicted.as_dict()) if as_json else print(fitted(str(predicted), fit_prose))
+        return
     if "memory" in keywords:
         keywords["sizes"] = asked
     with working(f"compiling {model}", shown=not as_json):
@@ -70,7 +90,7 @@ def show_roofline(
             if is_artifact(model)
             else treadle.compile(model, **keywords)
         )
-    how = {"rounds": rounds, "seed": keywords.get("seed", 0)}
+    how = {"rounds": rounds or 9, "seed": keywords.get("seed", 0)}
     with working(f"running {model}", shown=not as_json):
         if entry == "step":
             found = measure_step_roofline(made, rows=rows or 1, past=past or 128, **how)

@@ -1,17 +1,20 @@
-"""`explain_device`: the form of a model's program on a GPU, and the reasons for slower forms.
+"""`explain_device`: the form of a model's program on a device, and the reasons for slower forms.
 
     print(explain_device("gpt2", target="h100", quantize="int4"))
+    print(explain_device("gpt2", target="webgpu"))
 
-The report covers the model and, if it has one, the derived decoding step. No GPU is needed.
+The report covers the model and, if it has one, the derived decoding step. No device is needed. This module has the
+report on the torch backend; `treadle.explaining.device_launches` has the report on the tvm backend.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from treadle.backends.refusals import KINDS, refuse_target
 from treadle.explaining.layouts import optimized_for
-from treadle.ir.errors import PassError, UsageError
+from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.stages import DeriveStep, run
@@ -19,6 +22,9 @@ from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.backend_choice import AUTO
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
+
+if TYPE_CHECKING:
+    from treadle.explaining.device_launches import LaunchReport
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,36 @@ class DeviceReport:
         return "\n".join(lines)
 
 
-def explain_device(model: AnyModel, **options: Any) -> DeviceReport:
-    """Describe the program of a model for a GPU. Options as in `treadle.compile`; the default target is "cuda".
+def explain_device(model: AnyModel, **options: Any) -> DeviceReport | LaunchReport:
+    """Describe the program of a model for a device: with the torch backend for a GPU, with the tvm backend also for
+    OpenCL and WebGPU. Options as in `treadle.compile`; the default target is "cuda". `sizes` are those of the launches
+    of the tvm backend.
 
-    Raises as `compile` does; UsageError for a backend other than torch, and for a target that is not a GPU.
+    Raises as `compile` does; UsageError for a backend without programs for devices, and for a target that is not a
+    device.
     """
     chosen = CompileOptions.of("explain device", {"target": "cuda", **options})
-    if chosen.backend not in (AUTO, "torch"):
-        raise UsageError("programs for GPUs are those of the torch backend", received=f"backend {chosen.backend}")
-    if chosen.where.kind != "cuda":
-        raise UsageError(f"{chosen.where} is not a GPU", hint="cuda, h100 or the name of another GPU")
+    kind = chosen.where.kind
+    if kind in ("cpu", "isa"):
+        raise UsageError(
+            f"{chosen.where} is not a device", hint="cuda, opencl, webgpu, h100 or the name of another GPU"
+        )
+    backend = chosen.backend
+    if backend == AUTO:
+        backend = "torch" if kind in KINDS["torch"] else "tvm"
+    if backend not in ("torch", "tvm"):
+        what = "programs for devices are those of the torch and the tvm backend"
+        raise UsageError(what, received=f"backend {backend}", hint=Hint('backend="tvm"', "--backend tvm"))
+    refuse_target(backend, chosen.where)
+    if backend == "tvm":
+        from treadle.explaining.device_launches import explain_launches
+
+        return explain_launches(model, chosen)
+    for option in ("memory", "sizes"):
+        if getattr(chosen, option) is not None:
+            raise UsageError(
+                f"{option} applies to the tvm backend's program only", hint=Hint('backend="tvm"', "--backend tvm")
+            )
     name, graph = optimized_for(model, chosen)
     try:
         step = run(graph, [DeriveStep()]).products[DerivedStep].graph

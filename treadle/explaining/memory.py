@@ -22,8 +22,8 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
 from treadle.ir.target import Target
-from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
-from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peaks_of
+from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
+from treadle.passes.memory.frames import ALIGNMENT, Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.program.budgets import choose_sizes

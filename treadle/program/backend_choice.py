@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.backends.protocol import Backend
-from treadle.backends.refusals import unavailable
+from treadle.backends.refusals import KINDS, unavailable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.files.shown_names import printable
@@ -25,7 +25,10 @@ from treadle.progress import announce
 
 AUTO = "auto"
 FASTEST_FIRST = ("tvm", "torch", "numpy")
-"""The backends that "auto" considers. The speed of other packages' backends is unknown."""
+"""The backends that "auto" considers, in their order. The speed of other packages' backends is unknown."""
+
+_ON_NVIDIA = ("torch", "tvm", "numpy")
+"""Their order for NVIDIA GPUs: PyTorch calls NVIDIA's libraries, which use the tensor cores; our kernels do not yet."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def choose_backend(
         return BackendChoice(named, find_backend(named))
     preferred = [each for each in before if each != AUTO]
     refusals: dict[str, BackendError] = {}
-    for each in dict.fromkeys([*preferred, *(FASTEST_FIRST if named == AUTO else [named])]):
+    ordered = _ON_NVIDIA if target.kind == "cuda" else FASTEST_FIRST
+    for each in dict.fromkeys([*preferred, *(ordered if named == AUTO else [named])]):
         try:
             backend = _accepting(each, graph, target)
         except BackendError as error:
@@ -89,7 +93,9 @@ def choose_backend(
             why += f"; {backend.first_run}"
         announce(why)
         return BackendChoice(each, backend, why)
-    first, *others = [error for each, error in refusals.items() if _is_installed(each)] or refusals.values()
+    fitting = [each for each in refusals if target.kind in KINDS.get(each, {target.kind})] or list(refusals)
+    first = refusals[next((each for each in fitting if _is_installed(each)), fitting[0])]
+    others = [error for each, error in refusals.items() if error is not first and _is_installed(each)]
     if not others:
         raise first
     raise BackendError(
@@ -120,7 +126,7 @@ def _accepting(name: str, graph: Graph, target: Target) -> Backend:
     if isinstance(backend, StagedBackend):
         backend.refuse(graph, target)
     elif (missing := backend.available()) is not None:
-        raise unavailable(name, missing)
+        raise unavailable(name, missing, target)
     return backend
 
 

@@ -14,6 +14,7 @@ from treadle.ir.graph import Graph
 
 if TYPE_CHECKING:
     from treadle.passes.budget.fitted_pipeline import MemoryLimit
+    from treadle.passes.stepping.derivation import DerivedStep
 
 DEFAULT_SIZE = 128
 """Default size of a symbolic axis, such as a row of 128 tokens. A leading axis (the batch) has size 1."""
@@ -99,4 +100,25 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
         if size not in bounds:
             raise UsageError(f"the size of {name} cannot be {size}", within=graph.name, hint=bounds.around(name))
         sizes[name] = size
+    return sizes
+
+
+def step_sizes(derived: DerivedStep, rows: int, past: int) -> dict[str, int]:
+    """Return the sizes of the symbols of a decoding step: one token for each row, and caches that hold it and `past`
+    tokens. Other axes, such as those of an encoder's input, have size `past`.
+    """
+    graph = derived.graph
+    of_states = {symbol for state in graph.states.values() for size in state.type.shape for symbol in size.symbols}
+    sizes = {}
+    for name, bounds in graph.symbols.items():
+        length = past + (name in of_states and name not in derived.memories)
+        if name in derived.memories:
+            length = bounds.upper or past
+        if name in derived.windows:
+            length = min(length, derived.windows[name] + 1)
+        sizes[name] = length if bounds.upper is None else min(length, bounds.upper)
+    tokens = next(value for value in graph.functions["step"].arguments if value.name == derived.tokens[0])
+    batch = [state.type.shape[0] for state in graph.states.values()] + [tokens.type.shape[0]]
+    sizes |= {size.as_symbol: rows for size in batch if size.as_symbol is not None}
+    sizes[derived.axis] = 1
     return sizes

@@ -16,6 +16,7 @@ from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.linking import linkers, why_not
 from treadle.backends.tvm.kernels.platforms import this_platform
+from treadle.backends.tvm.runtimes.machine_devices import LISTS, list_devices
 from treadle.extras import OPTIONAL_PACKAGES
 from treadle.files.installation import pip_install
 from treadle.files.user_cache import cache_folder
@@ -76,6 +77,7 @@ def _machine() -> Facts:
         "cores": Target("cpu").cores(),
         "memory": _memory_bytes(),
         "gpus": _gpus(),
+        "devices": {kind: [each.name for each in list_devices(kind)] for kind in LISTS},
     }
     looks: dict[str, Callable[[], str]] = {"isa": lambda: host_isa().name, "cache": lambda: str(cache_folder())}
     for name, look in looks.items():
@@ -148,6 +150,8 @@ def installation_lines(facts: Facts) -> Iterator[Table | str]:
     yield f"cache    {machine['cache'] or machine['cache_error']}{writable}"
     gpus = machine["gpus"]
     yield f"GPU      {'unknown without PyTorch' if gpus is None else ', '.join(gpus) or 'PyTorch finds none'}"
+    shown = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in machine["devices"].items())
+    yield f"devices  {shown}  (treadle targets)"
     if not facts["missing"]:
         yield "\nevery command has its packages"
         return

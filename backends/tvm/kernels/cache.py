@@ -3,10 +3,9 @@
     entries = KernelCache(isa).entries([Matmul(48), ...])
 
 A kernel is compiled if the cache has no file under its key. The key is a hash of the spec, the instruction set, TVM's
-version and the source of the generators, so it identifies the code completely. Files are written atomically
-(`treadle.files.whole_files`) and contain a hash of their bytes, which is checked before the loader sees them. Even if
-processes are killed at any moment, or several processes fill the cache at once, a file is either correct or compiled
-again.
+version and the source of the generators, so it identifies the code completely. Files are written atomically and
+contain a hash of their bytes, which is checked before the loader sees them (`stored_kernels`). Even if processes are
+killed at any moment, or several processes fill the cache at once, a file is either correct or compiled again.
 
 If the machine has no linker, a linker that fails, or no folder that is private to the user, kernels are kept in memory
 only, and every process compiles them: `notes` has the reason. Files in a folder that others can write are never
@@ -19,7 +18,6 @@ import ctypes
 import hashlib
 import importlib.resources
 import os
-import re
 import tempfile
 import threading
 from collections import Counter
@@ -37,9 +35,9 @@ from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import CONNECT, Runner
-from treadle.files.user_cache import cache_folder, forget_unused, is_private, make_private, mark_used, private_folder
-from treadle.files.whole_files import replacing, sweep
-from treadle.ir.errors import BackendError, UsageError
+from treadle.backends.tvm.kernels.stored_kernels import read_stored, usual_folder, version_folder, write_stored
+from treadle.files.whole_files import sweep
+from treadle.ir.errors import BackendError
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter
@@ -52,7 +50,6 @@ _ELSEWHERE = (
     ("treadle.ir.ops", "rounding.py"),
 )  # modules that generators compute with
 _OBJECT_HEADER = 24  # bytes before a function object's first field, its address (TVMFFIObject)
-_DIGEST = hashlib.sha256().digest_size
 
 Entry = tuple[int, int]
 """Address and first argument of compiled code, which is called through TVM's interface."""
@@ -79,7 +76,7 @@ class KernelCache:
     @cached_property
     def folder(self) -> Path | None:
         """The folder of shared objects; None: kernels are in memory only."""
-        return _default_folder(self.isa) if isinstance(self._folder, str) else self._folder
+        return version_folder(_folder_name(self.isa)) if isinstance(self._folder, str) else self._folder
 
     @property
     def notes(self) -> list[str]:
@@ -89,7 +86,7 @@ class KernelCache:
             for reason, count in self._unstored.items()
         ]
         if self.compiled and self.folder is not None and isinstance(self._folder, str):
-            usual = _usual_folder(self.isa)
+            usual = usual_folder(_folder_name(self.isa))
             if self.folder != usual:
                 made.append(f"kernels are stored in {self.folder}, since {usual} is not private to this user")
         return made
@@ -133,15 +130,7 @@ class KernelCache:
     def _found(self, kernel: Kernel) -> bool:
         """Load a kernel's file if it exists, is complete, and was written by this user."""
         path = self.path(kernel)
-        if path is None or not is_private(path.parent):
-            return False
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return False
-        if len(data) <= _DIGEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
-            return False
-        return self._load(kernel, path)
+        return path is not None and read_stored(path) is not None and self._load(kernel, path)
 
     def _load(self, kernel: Kernel, path: Path) -> bool:
         """Load a shared object. Return False on failure, for example from a disk mounted noexec."""
@@ -194,14 +183,7 @@ class KernelCache:
     def _stored(self, kernel: Kernel, data: bytes) -> Path | None:
         """Write the kernel's file and return its path. None if the folder is not writable, or others can write it."""
         path = self.path(kernel)
-        if path is None or not make_private(path.parent):
-            return None
-        try:
-            with replacing(path) as file:
-                file.write(data + hashlib.sha256(data).digest())
-        except OSError:
-            return None
-        return path
+        return path if path is not None and write_stored(path, data) else None
 
     def _why_unstored(self, built: Path | None, stored: Path | None) -> str:
         if built is None:
@@ -287,31 +269,8 @@ def _executable(kernel: Kernel, isa: Isa) -> Any:
         raise BackendError(f"kernel {kernel.title} does not compile for {isa}", received=str(error)[-2000:]) from error
 
 
-def _usual_folder(isa: Isa) -> Path:
-    """Return the folder in the user's cache for an instruction set and version. Raises UsageError without a cache."""
-    return cache_folder().joinpath(*_parts(isa))
-
-
-def _parts(isa: Isa) -> tuple[str, str]:
-    return "kernels", f"{isa.name}-{_version(isa)}"
-
-
-def _default_folder(isa: Isa) -> Path | None:
-    try:
-        is_new = not _usual_folder(isa).is_dir()
-    except UsageError:
-        return None
-    except OSError:
-        is_new = False
-    folder = private_folder(*_parts(isa))
-    if folder is not None:
-        if is_new:  # a new version: older ones may be unused
-            forget_unused(folder.parent, _VERSIONS)
-        mark_used(folder)
-    return folder
-
-
-_VERSIONS = re.compile(r"[\w-]+-[0-9a-f]{16}")
+def _folder_name(isa: Isa) -> str:
+    return f"{isa.name}-{_version(isa)}"
 
 
 @cache

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Contraction(Kernel):
     """y[o...] = sum over r... of the product of the operands at [o..., r...]
 
-    dtype     dtype of y. Sums are accumulated in float32; for float32 and float64 in float64; for integers in int64
+    dtype     dtype of y. Sums are accumulated in float32; for float32 and float64 in float64, if the device has it; for
+              integers in int64
     operands  dtypes of the operands by name
     kept      number of dimensions o of y
     summed    number of dimensions r
@@ -32,7 +33,8 @@ class Contraction(Kernel):
     generic = True
 
     def emit(self, k: Emitter) -> None:
-        inner, dtype = _summed_in(DTYPES[self.dtype]), DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
+        inner = _summed_in(dtype) if k.has_f64 or not dtype.is_float else f32
         pointers = [k.pointer(f"x{i}", DTYPES[name]) for i, name in enumerate(self.operands)]
         pointers.append(k.pointer("y", dtype))
         sizes = [k.size(f"o{i}") for i in range(self.kept)] + [k.size(f"r{i}") for i in range(self.summed)]

@@ -36,10 +36,12 @@ class Emitter(ABC):
 
     isa             the lanes, registers and features for which the kernel is written
     integer_angles  True to reduce the arguments of sin and cos in integers, instead of f64 and C's math library
+    has_f64         True if float64 sums can be computed
     """
 
     isa: Isa
     integer_angles = False
+    has_f64 = True
 
     # -- arguments -------------------------------------------------------------------------------------------
 

@@ -47,6 +47,13 @@ class Isa:
         return self.vector // width
 
     @property
+    def widest(self) -> int:
+        """Number of float32 lanes of the widest vector that a kernel may load. The sizes of arrays that several kernels
+        access depend on it, and not on `lanes`, which differs between kernels for a device.
+        """
+        return self.lanes()
+
+    @property
     def multiplies_tiles(self) -> bool:
         """True if there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 bytes (`narrow.tiles`)."""
         return "amx_bf16" in self.needs

@@ -22,6 +22,7 @@ from treadle.backends.tvm.kernels.attention.attention_masks import (
     SegmentsWriter,
     TermWriter,
     near_offsets,
+    row_of_offsets,
 )
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
@@ -54,7 +55,7 @@ from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 WIDEST = 512  # largest head size for which a block of keys and a block of values stay in the L2 cache
 ROWS = 256  # approximate number of rows of a task (queries times the heads that share keys)
-_FAR = 2**40  # larger than any distance between a query and a key
+_FAR = 2**30  # larger than any distance between a query and a key; with a position added, it fits in 32 bits
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
@@ -199,12 +200,11 @@ class _KernelTerms(TermVisitor[View, None]):
 
     def t5_relative(self, term: T5Relative, table: View) -> None:
         if not self.cached:
-            count = self.queries + self.keys + 2 * self.w.isa.lanes()
+            count = row_of_offsets(self.queries, self.keys, self.w.isa)
             self._add(OffsetsWriter, self._by_offset(term, table, self.first + self.queries, count))
             return
-        lanes = self.w.isa.lanes()
-        reach = Size.of(term.max_distance + lanes)
-        self._add(NearOffsetsWriter, self._by_offset(term, table, reach + 1, near_offsets(reach, lanes)))
+        reach = Size.of(term.max_distance + self.w.isa.widest)
+        self._add(NearOffsetsWriter, self._by_offset(term, table, reach + 1, near_offsets(reach, self.w.isa)))
         self.strides.append(reach)
 
     def alibi(self, term: Alibi, slopes: View) -> None:

@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from treadle.backends.refusals import out_of_memory
+from treadle.ir.errors import BackendError
 
 Array = np.ndarray[Any, Any]
 
@@ -33,8 +34,35 @@ class DeviceBuffer:
         return f"<{self.nbytes:,} bytes of a device>"
 
 
+class BufferPart(NamedTuple):
+    """`nbytes` bytes of a buffer, from byte `at`."""
+
+    buffer: DeviceBuffer
+    nbytes: int
+    at: int = 0
+
+
+class DeviceLostError(BackendError):
+    """The error of a device that no longer answers: it was reset or unplugged, or a kernel ran too long. Its memory is
+    lost, so executables and states on it cannot be used any more. The next call of `find_runtime` opens it again.
+    """
+
+
+def failed_allocation(nbytes: int, free: int | None) -> BackendError:
+    """Return the error for a buffer that a device cannot allocate.
+
+    free  bytes that are free on the device; None if it does not report them
+    """
+    left = "" if free is None else f", {free:,} bytes free"
+    return BackendError(
+        "there is not enough memory on the device",
+        received=f"{nbytes:,} bytes required{left}",
+        hint="smaller inputs, fewer rows or a smaller capacity of a session, or quantized weights",
+    )
+
+
 class DeviceMemory(Protocol):
-    """The memory of one device.
+    """The memory of one device. Every method may raise DeviceLostError.
 
     used  bytes of all buffers that exist now
     peak  largest `used` so far
@@ -43,9 +71,14 @@ class DeviceMemory(Protocol):
     used: int
     peak: int
 
+    @property
+    def free(self) -> int | None:
+        """Bytes that can still be allocated; None if the device does not report them."""
+        ...
+
     def allocate(self, nbytes: int) -> DeviceBuffer:
-        """Return a new buffer, whose content is undefined. Raises BackendError, with the bytes required and the bytes
-        free, if there is not enough memory.
+        """Return a new buffer, whose content is undefined. The number of bytes may be 0. Raises `failed_allocation` if
+        there is not enough memory.
         """
         ...
 
@@ -59,22 +92,42 @@ class DeviceMemory(Protocol):
         """Wait for all launches, and return `nbytes` bytes of the buffer, from byte `at`, as a new array of uint8."""
         ...
 
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
+        """Wait once for all launches, and return the bytes of each part as a new array of uint8."""
+        ...
+
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
+        """Copy bytes within the device, to byte `at` of a buffer, after the launches that were enqueued before. The
+        source may be in the same buffer, where it does not overlap with the copy.
+        """
+        ...
+
     def fill(self, buffer: DeviceBuffer, byte: int, nbytes: int, at: int = 0) -> None:
         """Set `nbytes` bytes of the buffer, from byte `at`, to a value."""
         ...
 
 
 class HostMemory:
-    """A `DeviceMemory` whose buffers are arrays of the host."""
+    """A `DeviceMemory` whose buffers are arrays of the host.
 
-    def __init__(self) -> None:
+    size  bytes of the memory; None: no limit
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
         self.used = self.peak = 0
 
+    @property
+    def free(self) -> int | None:
+        return None if self.size is None else self.size - self.used
+
     def allocate(self, nbytes: int) -> DeviceBuffer:
+        if self.free is not None and nbytes > self.free:
+            raise failed_allocation(nbytes, self.free)
         try:
             buffer = DeviceBuffer(np.empty(nbytes, np.uint8), nbytes)
         except (MemoryError, OverflowError, ValueError) as error:
-            raise out_of_memory(nbytes, "a buffer of the device") from error
+            raise failed_allocation(nbytes, self.free) from error
         self.used += nbytes
         self.peak = max(self.peak, self.used)
         weakref.finalize(buffer, self._released, nbytes)
@@ -89,6 +142,12 @@ class HostMemory:
 
     def read(self, buffer: DeviceBuffer, nbytes: int, at: int = 0) -> Array:
         return np.array(buffer.handle[at : at + nbytes])
+
+    def read_parts(self, parts: Sequence[BufferPart]) -> list[Array]:
+        return [self.read(*part) for part in parts]
+
+    def copy(self, source: BufferPart, to: DeviceBuffer, at: int = 0) -> None:
+        to.handle[at : at + source.nbytes] = self.read(*source)
 
     def fill(self, buffer: DeviceBuffer, byte: int, nbytes: int, at: int = 0) -> None:
         buffer.handle[at : at + nbytes] = byte

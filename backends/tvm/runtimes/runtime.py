@@ -12,7 +12,10 @@ needed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
 from typing import Protocol
 
 from treadle.backends.tvm.kernels.devices.device import Device
@@ -43,16 +46,19 @@ class LoadedKernels(Protocol):
 
 
 class Runtime(Protocol):
-    """A device that runs kernels.
+    """A device that runs kernels. A process has one runtime for a device, which all executables share.
 
     device  its description, with the limits of the device that was found
     name    name of the hardware, as its driver reports it
     memory  its memory
+    lock    held by a caller from the first copy to the device until the results are read, so that a runtime's methods
+            need not be safe for several threads. Buffers may be released at any time, by any thread
     """
 
     device: Device
     name: str
     memory: DeviceMemory
+    lock: threading.RLock
 
     def load(self, kernels: Mapping[str, DeviceKernel]) -> LoadedKernels:
         """Compile kernels, by name. Raises BackendError, with the kernel and the compiler's message, if the device's
@@ -64,17 +70,40 @@ class Runtime(Protocol):
 Opened = Callable[[Target], Runtime]
 """A function that opens the device of a target. It raises BackendError, with what to install, if there is none."""
 
+_MODULES = {kind: f"{kind}_runtime" for kind in ("cuda", "metal", "opencl")} | {"webgpu": "wgpu_runtime"}
+"""The modules of our runtimes, which are imported when they are needed. Each has a function `open_runtime`."""
 _RUNTIMES: dict[str, Opened] = {}
+_OPEN: dict[Target, Runtime] = {}
+_opening = threading.Lock()
 
 
 def register_runtime(kind: str, opened: Opened) -> None:
     """Set the runtime of a kind of device: `cuda`, `opencl`, `webgpu` or `metal`."""
-    _RUNTIMES[kind] = opened
+    with _opening:
+        _RUNTIMES[kind] = opened
+        for target in [target for target in _OPEN if target.kind == kind]:
+            del _OPEN[target]
 
 
 def find_runtime(target: Target) -> Runtime:
-    """Return the runtime of a target's device. Raises BackendError, with what to install, if there is none."""
-    opened = _RUNTIMES.get(target.kind)
-    if opened is None:
-        raise BackendError(f"no runtime runs kernels on {target}", hint="the torch backend, or target cpu")
-    return opened(target)
+    """Return the runtime of a target's device, which is opened once. Raises BackendError, with what to install, if
+    there is none.
+    """
+    target = replace(target, threads=None)  # all targets of one name are one device
+    with _opening:
+        if target not in _OPEN:
+            opened = _RUNTIMES.get(target.kind)
+            if opened is None and target.kind in _MODULES:
+                module = import_module(f"treadle.backends.tvm.runtimes.{_MODULES[target.kind]}")
+                opened = _RUNTIMES[target.kind] = module.open_runtime
+            if opened is None:
+                raise BackendError(f"no runtime runs kernels on {target}", hint="the torch backend, or target cpu")
+            _OPEN[target] = opened(target)
+        return _OPEN[target]
+
+
+def forget_runtime(runtime: Runtime) -> None:
+    """Open the device again in the next call of `find_runtime`, because it was lost."""
+    with _opening:
+        for target in [target for target, each in _OPEN.items() if each is runtime]:
+            del _OPEN[target]

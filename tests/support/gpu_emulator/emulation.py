@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,8 +21,11 @@ import numpy as np
 from treadle.backends.tvm.kernels.cpu_features import cpu_flags
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.kernel_text import stored_type
+from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
+from treadle.ir.types import i64
 
 HERE = Path(__file__).parent
+FILES = ("emulator.h", "emulator.cpp", "checked_memory.h", "metal_stdlib")
 Array = np.ndarray[Any, Any]
 
 
@@ -45,27 +49,50 @@ def compiler() -> str | None:
 class EmulatedKernel:
     """A kernel's text, compiled for the emulator.
 
-    text  the kernel's text as it is compiled; a test may change it, to plant a fault
+    text    the kernel's text as it is compiled; a test may change it, to plant a fault
+    counts  True if accesses to memory are counted: see `counters`
     """
 
-    def __init__(self, kernel: DeviceKernel, text: str | None = None) -> None:
-        self.kernel, self.text = kernel, kernel.body if text is None else text
+    def __init__(self, kernel: DeviceKernel, text: str | None = None, *, counts: bool = False) -> None:
+        self.kernel, self.text, self.counts = kernel, kernel.body if text is None else text, counts
 
     @property
     def source(self) -> str:
-        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it."""
-        written, given = self.kernel.group_kernel, []
+        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it.
+
+        Of Metal, only buffers and registers are replaced, so that accesses are checked; the rest of the text is the
+        device's own. `metal_stdlib` defines its names. If the device's indices have 32 bits, 64-bit integers are stored
+        in 32 bits.
+        """
+        written = self.kernel.group_kernel
+        narrow, text, buffers = written.device.limits.index == "i32", self.text, []
+        if narrow:
+            text = re.sub(r"TREADLE_GLOBAL\((const )?treadle_i64\)", r"TREADLE_GLOBAL(\1int)", text)
+        if self.counts:
+            text = re.sub(r"(?m)^( *for \(.*\{)$", r"\1 emulator::tick();", text)
         for n, memory in enumerate(written.pointers):
             const = "" if memory.is_written else "const "
-            given.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
-            given.append(f"a->numbers[{n}]")
-        count = len(written.pointers)
-        given += [f"a->numbers[{count + n}]" for n in range(len(written.sizes))]
-        return f"""#include "emulator.h"
-{lane_functions_text(written, "c")}
+            stored = "int" if narrow and memory.dtype is i64 else stored_type(memory)
+            buffers.append(f'emulator::global<{const}{stored}>(a->buffers[{n}], "{memory.name}")')
+        numbers = [f"a->numbers[{n}]" for n in range(len(written.numbers))]
+        count = len(buffers)
+        if written.device.limits.language == "metal":
+            start = f'{PRELUDES["metal"]}\n#include "checked_memory.h"\n{lane_functions_text(written, "metal")}'
+            given = [*buffers, f"{written.name}_numbers{{{', '.join(numbers)}}}"]
+            given += [f"(unsigned)emulator::{name}" for name in ("block", "blocks", "thread")]
+        else:
+            start = lane_functions_text(written, "c")
+            pairs = zip(buffers, numbers[:count], strict=True)
+            given = [*(each for pair in pairs for each in pair), *numbers[count:]]
+        return f"""{"#define EMULATOR_COUNTS" if self.counts else ""}
+#include "emulator.h"
+{start}
 #line 1 "{written.name}"
-{self.text}
-namespace emulator {{ const char* launch(void (*)(void*), void*, Index, int, unsigned); }}
+{text}
+namespace emulator {{
+const char* launch(void (*)(void*), void*, Index, int, unsigned);
+const char* counters();
+}}
 struct Arguments {{ const emulator::Buffer* buffers; const long long* numbers; }};
 static void call(void* given) {{
   const Arguments* a = (const Arguments*)given;
@@ -76,7 +103,13 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
   Arguments given = {{buffers, numbers}};
   return emulator::launch(call, &given, blocks, {written.device.threads}, seed);
 }}
+extern "C" const char* counters() {{ return emulator::counters(); }}
 """
+
+    @property
+    def library(self) -> Any:
+        """The compiled kernel, with the function `run`."""
+        return _library(self.source)
 
     def launch(self, regions: Sequence[Region], sizes: Sequence[int], *, blocks: int = 3, seed: int = 1) -> None:
         """Run the kernel, in an order of threads and blocks that the seed determines. Raises EmulatorError."""
@@ -86,15 +119,58 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
         pairs = [(r.array.ctypes.data, r.array.nbytes) for r in regions]
         buffers = (ctypes.c_longlong * (2 * len(pairs)))(*[n for pair in pairs for n in pair])
         numbers = (ctypes.c_longlong * (len(regions) + len(sizes)))(*[r.at for r in regions], *sizes)
-        error = _library(self.source).run(buffers, numbers, ctypes.c_longlong(blocks), ctypes.c_uint(seed))
+        error = self.library.run(buffers, numbers, ctypes.c_longlong(blocks), ctypes.c_uint(seed))
         if error:
             raise EmulatorError(f"{written.name}: {error.decode()}")
+
+    def counters(self) -> list[Counter]:
+        """Return the accesses of all launches since the last call, in the order of the lines."""
+        lines = [line.split() for line in self.library.counters().decode().splitlines()]
+        text = ["", *self.text.splitlines()]
+        found = [
+            Counter(text[int(line)].strip(), name, shared == "1", *map(int, numbers))
+            for shared, line, name, *numbers in sorted(lines, key=lambda words: int(words[1]))
+        ]
+        return found
+
+
+@dataclass(frozen=True)
+class Counter:
+    """The accesses to an array at a line of a kernel.
+
+    line          the line's text
+    name          the array
+    shared        True for shared memory
+    instructions  number of instructions, each of up to 32 threads
+    accesses      number of accesses of single threads
+    units         sectors of 32 bytes of global memory, or cycles of shared memory, in which a bank delivers one word
+    least         number of units that the same words need at least
+    """
+
+    line: str
+    name: str
+    shared: bool
+    instructions: int
+    accesses: int
+    units: int
+    least: int
 
 
 def build(kernels: Sequence[EmulatedKernel]) -> None:
     """Compile several kernels at once."""
+    _runtime()  # once, before several threads need it
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda kernel: _library(kernel.source), kernels))
+
+
+def built(source: Path) -> Path:
+    """Compile a source file of the tests as a shared library, and return its path."""
+    path = _folder() / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:24]}.so"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}.part")
+        _compile([str(source), "-shared", "-o", str(part)])
+        part.replace(path)
+    return path
 
 
 @cache
@@ -113,23 +189,29 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _library(source: str) -> Any:
-    content = source + "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cpp"))
-    path = _folder() / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.so"  # dlopen reuses a library by its path
+    path = (
+        _folder() / f"{hashlib.sha256((source + _emulator()).encode()).hexdigest()[:24]}.so"
+    )  # dlopen reuses a library by its path
     if not path.exists():
         unit, part = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.part")
         unit.write_text(source)
         _compile([str(unit), str(_runtime()), "-shared", "-o", str(part)])
         part.replace(path)
     library = ctypes.CDLL(str(path))
-    library.run.restype = ctypes.c_char_p
+    library.run.restype = library.counters.restype = ctypes.c_char_p
     return library
+
+
+@cache
+def _emulator() -> str:
+    """Return the text of the emulator, on which every compiled kernel depends."""
+    return "".join((HERE / name).read_text() for name in FILES)
 
 
 @cache
 def _runtime() -> Path:
     """Return the object file of the scheduler."""
-    text = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cpp"))
-    path = _folder() / f"runtime-{hashlib.sha256(text.encode()).hexdigest()[:24]}.o"
+    path = _folder() / f"runtime-{hashlib.sha256(_emulator().encode()).hexdigest()[:24]}.o"
     if not path.exists():
         part = path.with_suffix(f".{os.getpid()}.part")
         _compile([str(HERE / "emulator.cpp"), "-c", "-o", str(part)])

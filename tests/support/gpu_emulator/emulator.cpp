@@ -4,6 +4,12 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -60,6 +66,7 @@ struct Thread {
   char* stack;
   State state;
   int line, exchanges, declared;
+  long long iterations;
   unsigned long long sent[2];
 };
 
@@ -114,6 +121,84 @@ void* shared(Index bytes) {
   return arrays[number];
 }
 
+// Counters. An instruction is the n-th access of each thread of a group to an array at a line, in one iteration of the
+// loops around it: the threads of a group take the same branches, so they are in iterations of the same number.
+struct Instruction {
+  int group;
+  long long iteration;
+  int turn;
+  bool operator<(const Instruction& other) const {
+    if (group != other.group) return group < other.group;
+    return iteration != other.iteration ? iteration < other.iteration : turn < other.turn;
+  }
+};
+struct Site {
+  long long instructions, accesses, units, least;
+  std::map<Index, std::pair<long long, int>> turns;  // of each thread: its iteration, and its accesses in it
+  std::map<Instruction, std::vector<unsigned long long>> pending;  // the words that its threads access
+};
+static std::map<std::pair<int, std::string>, Site> sites[2];  // of global and of shared memory
+static std::string counted;
+const int WORD = 4, SECTOR = 32, BANKS = 32;
+
+void note(int line, const char* name, bool shared, Index offset, Index bytes) {
+  Site& site = sites[shared][{line, name}];
+  std::pair<long long, int>& turn = site.turns[thread];
+  long long iteration = threads[thread].iterations;
+  if (turn.first != iteration) turn = {iteration, 0};
+  std::vector<unsigned long long>& words = site.pending[{(int)thread / GROUP, iteration, turn.second++}];
+  ++site.accesses;
+  for (Index word = offset / WORD; word <= (offset + bytes - 1) / WORD; ++word) words.push_back(word);
+}
+
+void tick() { ++threads[thread].iterations; }
+
+static void keep_unique(std::vector<unsigned long long>& numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+}
+
+static void count_block() {
+  for (int shared = 0; shared < 2; ++shared)
+    for (auto& found : sites[shared]) {
+      Site& site = found.second;
+      for (auto& each : site.pending) {
+        std::vector<unsigned long long>& words = each.second;
+        keep_unique(words);
+        ++site.instructions;
+        if (shared) {
+          int of_bank[BANKS] = {}, most = 0;
+          for (unsigned long long word : words) most = std::max(most, ++of_bank[word % BANKS]);
+          int least = ((int)words.size() + BANKS - 1) / BANKS;
+          site.units += most, site.least += least;
+        } else {
+          site.least += (words.size() * WORD + SECTOR - 1) / SECTOR;
+          for (unsigned long long& word : words) word /= SECTOR / WORD;
+          keep_unique(words);
+          site.units += words.size();
+        }
+      }
+      site.pending.clear(), site.turns.clear();
+    }
+}
+
+// Return the counters as lines of "shared line name instructions accesses units least", and set them to 0. A unit is a
+// sector of global memory, or a cycle of shared memory.
+const char* counters() {
+  counted.clear();
+  for (int shared = 0; shared < 2; ++shared) {
+    for (auto& found : sites[shared]) {
+      const Site& s = found.second;
+      char text[300];
+      snprintf(text, sizeof(text), "%d %d %s %lld %lld %lld %lld\n", shared, found.first.first,
+               found.first.second.c_str(), s.instructions, s.accesses, s.units, s.least);
+      counted += text;
+    }
+    sites[shared].clear();
+  }
+  return counted.c_str();
+}
+
 static void run_thread() {
   body(arguments);
   threads[thread].state = DONE;
@@ -151,7 +236,7 @@ static void run_block(int count) {
     Thread& t = threads[i];
     if (!t.stack) t.stack = (char*)malloc(STACK);
     prepare(t.context, t.stack, STACK, run_thread);
-    t.state = READY, t.line = t.exchanges = t.declared = 0;
+    t.state = READY, t.line = t.exchanges = t.declared = 0, t.iterations = 0;
   }
   while (true) {
     bool ran = false;
@@ -193,6 +278,7 @@ const char* launch(void (*kernel)(void*), void* given, Index count, int width, u
     block = order[picked];
     order[picked] = order[left - 1];
     run_block(width);
+    count_block();
   }
   free(order);
   return failed ? message : 0;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +112,17 @@ def observed(fault: Fault) -> str:
     """Return the effect of a fault: an error of the emulator, NaN, a wrong result, or bits that depend on the order. An
     empty text: none was observed.
     """
-    runner, run = runs(fault.name)
+    runtime, run = runs(fault.name)
     _, _, wanted = program(fault.name)
-    kernel, before = list(runner.kernels.items())[-1]
-    runner.kernels[kernel] = EmulatedKernel(before.kernel, fault.planted(before.text))
+    run()  # loads the kernels
+    kernels = runtime.loads[-1].kernels
+    name, before = list(kernels.items())[-1]
+    kernels[name] = EmulatedKernel(before.kernel, fault.planted(before.text))
     bits: set[bytes] = set()
     try:
-        for runner.seed, runner.blocks in SEEDS:
-            made = run()
+        for runtime.seed, runtime.blocks in SEEDS:
+            with poisoning():  # else an output that is not written has the numbers of the last run
+                made = run()
             for output, expected in wanted.items():
                 effect = _difference(made[output], expected)
                 if effect:
@@ -126,7 +131,7 @@ def observed(fault: Fault) -> str:
     except EmulatorError as error:
         return str(error)
     finally:
-        runner.kernels[kernel] = before
+        kernels[name] = before
     return "" if len(bits) == 1 else "bits that depend on the order of threads"
 
 
@@ -138,6 +143,20 @@ def _difference(made: Any, expected: Any) -> str:
         return f"{np.isnan(made).sum()} NaN"
     off = float(np.nanmax(np.abs(np.asarray(made, np.float64) - expected), initial=0))
     return "" if off <= 1e-4 * max(1.0, float(np.nanmax(np.abs(expected)))) else f"off by {off:.1e}"
+
+
+@contextmanager
+def poisoning() -> Iterator[None]:
+    """Fill memory with NaN, in a run, where the plan has no values."""
+    before = os.environ.get("TREADLE_POISON")
+    os.environ["TREADLE_POISON"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TREADLE_POISON"]
+        else:
+            os.environ["TREADLE_POISON"] = before
 
 
 def effects() -> Mapping[Fault, str]:

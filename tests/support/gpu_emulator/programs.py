@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from tests.backend_checks import graph_of
-from tests.support.gpu_emulator.models import EmulatorRunner, emulated, runner_of
+from tests.support.gpu_emulator.emulator_runtime import EmulatorRuntime, emulated, runtime_of
 from treadle.entry_functions import compile
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 
 Array = np.ndarray[Any, Any]
@@ -56,17 +57,22 @@ PROGRAMS: Mapping[str, Callable[[Builder, Expr], Expr]] = {
 SIZES = {"B": 5, "S": 37}
 
 
-def build(name: str) -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
-    """Return a program compiled for the emulator, its inputs, and its results as the interpreter computes them."""
+def program_inputs(name: str) -> tuple[Graph, Mapping[str, Array], Mapping[str, Array]]:
+    """Return a program, its inputs, and its results as the interpreter computes them."""
     graph = graph_of(lambda b: PROGRAMS[name](b, b.input("x", "f32[B, 70]")))
     inputs = draw_inputs(graph, {s: n for s, n in SIZES.items() if s in graph.symbols}, [0])
-    exe = emulated(compile(graph, backend="tvm", target="cuda"))
-    return exe, inputs, interpret(graph, inputs)
+    return graph, inputs, interpret(graph, inputs)
+
+
+def build(name: str, target: str = "cuda") -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
+    """Return a program compiled for the emulator, its inputs, and its results as the interpreter computes them."""
+    graph, inputs, wanted = program_inputs(name)
+    return emulated(compile(graph, backend="tvm", target=target)), inputs, wanted
 
 
 program = cache(build)
 
 
-def runs(name: str) -> tuple[EmulatorRunner, Callable[[], Mapping[str, Array]]]:
+def runs(name: str) -> tuple[EmulatorRuntime, Callable[[], Mapping[str, Array]]]:
     exe, inputs, _ = program(name)
-    return runner_of(exe), lambda: exe(**inputs)
+    return runtime_of(exe), lambda: exe(**inputs)

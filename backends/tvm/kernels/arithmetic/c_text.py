@@ -162,7 +162,7 @@ class CText(LanePrinter):
             return f"({_TYPES['u64']}){whole}u" if value.type == "u64" and whole < 2**32 else f"{whole}u"
         if abs(whole) < 2**31:
             return str(whole) if whole >= 0 else f"({whole})"
-        return f"({_TYPES[value.type]})0x{whole % 2 ** int(value.type[1:]):x}u" + "ll" * (value.type == "i64")
+        return f"({_TYPES[value.type]})0x{whole % 2 ** int(value.type[1:]):x}u"
 
     def _float(self, value: float, type: str) -> str:
         if value == value and abs(value) < float("inf"):

@@ -32,7 +32,8 @@ Other languages give fewer guarantees. Each case has a replacement:
 | `x / y`, `sqrt` | OpenCL: 2.5 and 3 ulp | `-cl-fp32-correctly-rounded-divide-sqrt` |
 | the same | WGSL: 2.5 ulp and more | none |
 | f64 in `sin`, `cos`, `pow`, `round_to` | WGSL, Metal; slow in CUDA; optional in OpenCL | integers for angles; f32 |
-| f64 operands or results; i64 | WGSL; Metal has no f64 | none: BackendError names the function |
+| f64 operands or results | WGSL, Metal | none: BackendError names the function |
+| i64 | WGSL | 32 bits: `wgsl_text` |
 | inf and NaN as constants | WGSL refuses them | bits that are read from a variable |
 | `x.is_nan()` | WGSL and Metal may assume that there are none | a comparison of bits |
 | `x != y` with NaN | WGSL: false in one implementation | `!(x == y)` |
@@ -322,7 +323,9 @@ class LaneFunction:
         return CText(self, LANGUAGES[language].features, language).text()
 
     def wgsl(self) -> str:
-        """Return the function in WGSL. Raises BackendError if it has values in i64 or f64."""
+        """Return the function in WGSL. Raises BackendError if it has values in u64 or f64, or constants of i64 that
+        do not fit in 32 bits.
+        """
         from treadle.backends.tvm.kernels.arithmetic.wgsl_text import WgslText
 
         return WgslText(self, frozenset()).text()

@@ -1,7 +1,8 @@
 """Lane functions in WGSL, the language of WebGPU.
 
 WGSL has bool, i32, u32 and f32. Narrower integers are values of 32 bits in the range of their type, and an f16 is a u32
-of its bits. See `lane_function` for the guarantees, of which WGSL gives the fewest.
+of its bits. An i64 is computed in 32 bits: it holds token ids, rows and positions, and values that do not fit are
+refused where they are copied to the device. See `lane_function` for the guarantees, of which WGSL gives the fewest.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LanePrinter, LaneValue, hex_float, lacking
 
 _TYPES = {"bool": "bool", "i8": "i32", "i16": "i32", "i32": "i32", "u8": "u32", "u16": "u32", "u32": "u32"}
-_TYPES |= {"f16": "u32", "f32": "f32"}
+_TYPES |= {"f16": "u32", "f32": "f32", "i64": "i32"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<"}
 _SIGNS |= {"shr": ">>", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _CALLS = {"sqrt": "sqrt", "abs": "abs", "floor": "floor", "nearest": "round", "fma": "fma"}
@@ -32,6 +33,43 @@ fn TREADLE_FMA_F32(x: f32, y: f32, z: f32) -> f32 { return fma(x, y, z); }
 """
 """Lines before all lane functions of a kernel's text."""
 
+FMOD = """\
+fn TREADLE_FMOD_F32(x: f32, y: f32) -> f32 {
+  let sign: u32 = bitcast<u32>(x) & 0x80000000u;
+  let size: u32 = bitcast<u32>(x) & 0x7fffffffu;
+  let divisor: u32 = bitcast<u32>(y) & 0x7fffffffu;
+  if (divisor == 0u || divisor > 0x7f800000u || size >= 0x7f800000u) { return TREADLE_NAN_F32(); }
+  if (size < divisor) { return x; }
+  let shift: u32 = select(0u, countLeadingZeros(size) - 8u, size < 0x800000u);
+  let other: u32 = select(0u, countLeadingZeros(divisor) - 8u, divisor < 0x800000u);
+  var rest: u32 = select((size & 0x7fffffu) | 0x800000u, size << shift, size < 0x800000u);
+  let by: u32 = select((divisor & 0x7fffffu) | 0x800000u, divisor << other, divisor < 0x800000u);
+  var exponent: i32 = select(i32(size >> 23u), 1 - i32(shift), size < 0x800000u);
+  let last: i32 = select(i32(divisor >> 23u), 1 - i32(other), divisor < 0x800000u);
+  for (; exponent > last; exponent -= 1) {
+    if (rest >= by) { rest -= by; }
+    rest = rest << 1u;
+  }
+  if (rest >= by) { rest -= by; }
+  if (rest == 0u) { return bitcast<f32>(sign); }
+  let up: u32 = countLeadingZeros(rest) - 8u;
+  rest = rest << up;
+  exponent -= i32(up);
+  if (exponent > 0) { return bitcast<f32>(sign | (u32(exponent) << 23u) | (rest & 0x7fffffu)); }
+  return bitcast<f32>(sign | (rest >> u32(1 - exponent)));
+}
+"""
+"""The exact remainder of a division, as C's `fmodf`. It subtracts the divisor bit by bit: WGSL's `%` divides, which is
+inexact for large quotients.
+"""
+
+
+def narrowed(value: int) -> int | None:
+    """Return a constant of i64 in 32 bits; None if it does not fit. The extremes of i64 become those of i32."""
+    if value in (-(2**63), 2**63 - 1):
+        return -(2**31) if value < 0 else 2**31 - 1
+    return value if -(2**31) <= value < 2**31 else None
+
 
 class WgslText(LanePrinter):
     """The printer of WGSL."""
@@ -46,7 +84,10 @@ class WgslText(LanePrinter):
         if value.type == "bool":
             return "true" if value.attribute else "false"
         if not value.is_float:
-            text = f"{value.attribute}{self._type(value.type)[0]}"
+            whole = value.attribute if value.type != "i64" else narrowed(int(value.attribute))  # type: ignore[call-overload]
+            if whole is None:
+                raise lacking("WGSL", value.type, self.function)
+            text = f"{whole}{self._type(value.type)[0]}"
             return "i32(-2147483648)" if text == "-2147483648i" else f"({text})" if text[0] == "-" else text
         x = float(value.attribute)  # type: ignore[arg-type]
         if x != x:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from treadle.backends.tvm.kernels.attention.scratch import PANEL
+from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, boolean, f32, i64
 
@@ -60,8 +62,8 @@ class TermWriter(ABC):
         self.passed = [self.k.size(f"{self.name}_stride{i}") for i in range(self.strides)]
 
     @abstractmethod
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
-        """Set the shapes of the operands. `slack`: number of elements that may be read after the last offset."""
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
+        """Set the shapes of the operands."""
 
     def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
         """Read the values that apply to all keys of the query with this index and position."""
@@ -79,7 +81,7 @@ class SegmentsWriter(TermWriter):
     dtypes = (i64, i64)
     is_mask = reads_keys = True
 
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
         of_queries, of_keys = self.pointers
         self.of_queries, self.of_keys = self.k.view(of_queries, [b, s]), self.k.view(of_keys, [b, t])
 
@@ -97,7 +99,7 @@ class _TensorWriter(TermWriter):
     strides = 3
     reads_keys = True
 
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
         (pointer,) = self.pointers
         self.view = self.k.view(pointer, [b, h, s, t], [*self.passed, 1 if self.reads_keys else 0])
 
@@ -154,9 +156,9 @@ class OffsetsWriter(TermWriter):
     kind = code = "offsets"
     dtypes = (f32,)
 
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
         (pointer,) = self.pointers
-        self.view, self.queries = self.k.view(pointer, [h, s + t + slack]), s
+        self.view, self.queries = self.k.view(pointer, [h, row_of_offsets(s, t, self.k.isa)]), s
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
         _, h, i = self.at
@@ -174,9 +176,9 @@ class NearOffsetsWriter(TermWriter):
     dtypes = (f32,)
     strides = 1  # the reach; the array has one more vector on either side
 
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
         (pointer,), (self.reach,) = self.pointers, self.passed
-        self.view = self.k.view(pointer, [h, near_offsets(self.reach, self.k.isa.lanes())])
+        self.view = self.k.view(pointer, [h, near_offsets(self.reach, self.k.isa)])
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
         k, (_, h, _) = self.k, self.at
@@ -184,9 +186,14 @@ class NearOffsetsWriter(TermWriter):
         return k.load(self.view, [h, apart + self.reach], lanes)
 
 
-def near_offsets(reach: Any, lanes: int) -> Any:
+def row_of_offsets(queries: Any, keys: Any, isa: Isa) -> Any:
+    """Return the number of values per head that `OffsetsWriter` reads: a panel of vectors after the last offset."""
+    return queries + keys + PANEL * isa.widest
+
+
+def near_offsets(reach: Any, isa: Isa) -> Any:
     """Return the number of values per head that `NearOffsetsWriter` reads."""
-    return reach + reach + lanes
+    return reach + reach + isa.widest
 
 
 class AlibiWriter(TermWriter):
@@ -196,7 +203,7 @@ class AlibiWriter(TermWriter):
     dtypes = (f32,)
     strides = 1  # the position of the first query; 0 for a cache
 
-    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr) -> None:
         (pointer,) = self.pointers
         self.view = self.k.view(pointer, [h])
 

@@ -71,7 +71,7 @@ class AttentionWriter(PartKeeper):
         self.q, self.key, self.value, self.out = (views[n] for n in ("q", "keys", "values", "out"))
         self.lengths = [k.view(p, [self.b]) for p in lengths]
         for term in self.terms:
-            term.bind(self.b, heads, self.s, self.t, self.width)
+            term.bind(self.b, heads, self.s, self.t)
         part = self._scratch()
         rows = self.r * self.most
         queries = [GROUP, part.queries // GROUP]

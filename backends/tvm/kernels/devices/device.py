@@ -43,6 +43,10 @@ class Device(Isa):
         return self.group
 
     @property
+    def widest(self) -> int:
+        return self.limits.group
+
+    @property
     def threads(self) -> int:
         """Number of threads of a block."""
         return self.group * self.tasks

@@ -14,9 +14,10 @@ from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
-from treadle.backends.tvm.kernels.devices.kernel_text import body_text
+from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
+from treadle.backends.tvm.kernels.devices.metal_kernel_text import MetalPrinter
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
-from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import wgsl_text
+from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing, wgsl_text
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 
@@ -37,20 +38,24 @@ class DeviceKernel:
 
     @cached_property
     def body(self) -> str:
-        """The kernel's own text."""
-        return (
-            wgsl_text(self.group_kernel)
-            if self.group_kernel.device.limits.language == "wgsl"
-            else body_text(self.group_kernel)
-        )
+        """The kernel's own text, without the prelude and the lane functions."""
+        language = self.group_kernel.device.limits.language
+        if language == "wgsl":
+            return wgsl_text(self.group_kernel)
+        return (MetalPrinter if language == "metal" else KernelPrinter)(self.group_kernel).text()
 
     @property
     def text(self) -> str:
         """The whole text that a compiler of the device's language takes."""
         language = self.group_kernel.device.limits.language
         if language == "wgsl":
-            return PRELUDE + "".join(function.wgsl() for function in self.group_kernel.functions.values()) + self.body
+            return self.shared_text()
         return PRELUDES[language] + lane_functions_text(self.group_kernel, language) + self.body
+
+    def shared_text(self, sharing: Sharing | None = None, *, keeps_loops: bool = False) -> str:
+        """Return the whole text in WGSL, for a launch whose pointers share bindings (`wgsl_kernel_text`)."""
+        functions = "".join(function.wgsl() for function in self.group_kernel.functions.values())
+        return PRELUDE + functions + wgsl_text(self.group_kernel, sharing, keeps_loops=keeps_loops)
 
 
 def lane_functions_text(kernel: GroupKernel, language: str) -> str:

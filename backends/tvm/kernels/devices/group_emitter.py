@@ -21,6 +21,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
+from treadle.backends.tvm.kernels.arithmetic.wgsl_text import narrowed
 from treadle.backends.tvm.kernels.devices.barriers import place_barriers, place_registers
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.statements import (
@@ -36,6 +37,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     When,
     lane_of,
 )
+from treadle.backends.tvm.kernels.devices.task_counts import count_tasks
 from treadle.backends.tvm.kernels.devices.values import (
     INDEX,
     LANE,
@@ -51,6 +53,9 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Node as GraphNode
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16
+
+_UNKNOWN_TASKS = 1024
+"""Number of blocks of a kernel whose number of tasks depends on the content of memory."""
 
 _TVM = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16"}
 
@@ -98,23 +103,38 @@ class GroupKernel:
     functions: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def numbers(self) -> list[str]:
+        """The names of the numbers that a launch passes: the offset of each pointer in elements, then the sizes."""
+        return [*(f"{memory.name}_at" for memory in self.pointers), *self.sizes]
+
+    @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory of a block."""
-        return sum(-(-memory.cells * memory.dtype.bytes // 16) * 16 for memory in self.shared)
+        """Bytes of shared memory of a block. In WGSL, an element of any type has 4 bytes."""
+        wgsl = self.device.limits.language == "wgsl"
+        return sum(-(-memory.cells * (4 if wgsl else memory.dtype.bytes) // 16) * 16 for memory in self.shared)
+
+    def blocks(self, sizes: Sequence[int]) -> int:
+        """Return the number of thread blocks of a launch with these sizes: one for each task of a group, at most as
+        many as the device allows. Any number computes the same.
+        """
+        tasks = count_tasks(self.body, dict(zip(self.sizes, sizes, strict=True)))
+        blocks = _UNKNOWN_TASKS if tasks is None else -(-tasks // self.device.tasks)
+        return max(1, min(blocks, self.device.limits.groups))
 
 
 def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     """Return a kernel for a device.
 
-    Raises BackendError if the kernel uses a word that the device lacks, or more memory or buffers than it has.
+    Raises BackendError if the kernel uses a word that the device lacks, or more shared memory than it has. The number
+    of buffers depends on a launch, since pointers into one buffer share it.
     """
     emitter = GroupEmitter(device, GroupKernel(kernel, device, name))
     kernel.emit(emitter)
     made = emitter.finished()
+    if name in made.functions:  # `logical_and` is a kernel and a lane function
+        made.name = f"{name}_kernel"
     if made.shared_bytes > device.limits.shared:
         raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.limits.shared}")
-    if device.limits.buffers and len(made.pointers) > device.limits.buffers:
-        raise LackingWord("pointer", f"{len(made.pointers)} buffers, of {device.limits.buffers}")
     return made
 
 
@@ -168,6 +188,7 @@ class GroupEmitter(Emitter):
 
     def __init__(self, device: Device, kernel: GroupKernel) -> None:
         self.isa: Device = device
+        self.has_f64 = "f64" not in device.limits.lacks
         self.made = kernel
         self._blocks = [kernel.body]
         self._names: dict[str, int] = {}
@@ -209,16 +230,17 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> GroupPointer:
-        stored = ("f32", "i32", "i64")  # in WGSL, where 64-bit integers are stored in 32 bits
-        if dtype.name in self.isa.limits.lacks - {"i64"} or (
-            self.isa.limits.language == "wgsl" and dtype.name not in stored
-        ):
-            raise LackingWord("pointer", f"a buffer of {dtype} numbers")
+        self._need("pointer", dtype)
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
         made = GroupPointer(memory)
         made.name = name
         return made
+
+    def _need(self, word: str, dtype: DType) -> None:
+        """Raise LackingWord if the device lacks a dtype. Integers of 64 bits are stored in 32 bits on it."""
+        if dtype.name in self.isa.limits.lacks - {"i64"}:
+            raise LackingWord(word, f"{dtype} numbers")
 
     def size(self, name: str) -> GroupValue:
         made = self._named(name)
@@ -297,6 +319,7 @@ class GroupEmitter(Emitter):
     # -- memory ----------------------------------------------------------------------------------------------
 
     def registers(self, count: int, dtype: DType, name: str = "acc") -> GroupView:
+        self._need("registers", dtype)
         memory = Memory(self._named(name), dtype, count)
         self._add(Declare(memory))
         return GroupView(memory, [constant(1, INDEX)])
@@ -366,6 +389,8 @@ class GroupEmitter(Emitter):
             made = float(value)
         else:
             made = bool(value) if dtype is boolean else int(value)
+        if dtype.name == "i64" in self.isa.limits.lacks and narrowed(int(made)) is None:
+            raise LackingWord("number", f"{value:,}, which does not fit in 32 bits")
         return self.splat(GroupValue([constant(made, dtype.name)]), lanes)
 
     def index(self, value: Any) -> GroupValue:
@@ -383,6 +408,7 @@ class GroupEmitter(Emitter):
     def cast(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         if value.type == dtype.name:
             return value
+        self._need("cast", dtype)
         made = narrow_cast(self, value, _TVM.get(value.type, value.type), dtype, lanes)
         if made is not None:
             assert isinstance(made, GroupValue)
@@ -449,6 +475,8 @@ class GroupEmitter(Emitter):
                 raise LackingWord(
                     "bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory"
                 )
+            if dtype.name in self.isa.limits.lacks:
+                raise LackingWord("bits", f"elements are read together as {dtype}")
             return value.as_words(dtype.name, dtype.bytes // held.bytes)
         return value.mapped(lambda x: ThreadNode("bits", dtype.name, (x,)))
 
@@ -467,8 +495,10 @@ class GroupEmitter(Emitter):
         return GroupValue([ThreadNode("call", type, tuple(part), function.symbol) for part in parts], lanes)
 
     def libm(self, name: str, dtype: DType, lanes: int, *operands: GroupValue) -> GroupValue:
-        if self.isa.limits.language not in ("cuda", "opencl") or dtype.name in self.isa.limits.lacks:
-            raise LackingWord("libm", f"{self.isa.limits.language} has no {name} of {dtype} with defined accuracy")
+        language = self.isa.limits.language
+        here = language in ("cuda", "opencl") or (language == "wgsl" and name == "fmod")
+        if not here or dtype.name in self.isa.limits.lacks:
+            raise LackingWord("libm", f"{language} has no {name} of {dtype} with defined accuracy")
         parts = zip(*(x.parts for x in operands), strict=True)
         return GroupValue([ThreadNode("math", dtype.name, tuple(part), name) for part in parts], lanes)
 

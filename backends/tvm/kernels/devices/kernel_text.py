@@ -54,11 +54,6 @@ def stored_type(memory: Memory) -> str:
     return "unsigned char" if memory.dtype is boolean else C_TYPES[memory.dtype.name]
 
 
-def body_text(kernel: GroupKernel) -> str:
-    """Return a kernel in the C dialect of its device, without the prelude and the lane functions."""
-    return KernelPrinter(kernel).text()
-
-
 class KernelPrinter:
     """The printer of C dialects.
 
@@ -72,17 +67,20 @@ class KernelPrinter:
         self.tables: dict[tuple[int, ...], str] = {}
 
     def text(self) -> str:
-        kernel, device = self.kernel, self.kernel.device
-        lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in kernel.shared]
-        if device.group > 1:
-            lines.append(f"  const treadle_i64 lane = {self.thread};")
-        lines += self._lines(kernel.body, 1)
-        body = "\n".join(lines)
+        kernel = self.kernel
+        body = "\n".join([*self._first_lines(), *self._lines(kernel.body, 1)])
         tables = [
             f"TREADLE_CONSTANT unsigned char {name}[{len(entries)}] = {{{', '.join(map(str, entries))}}};\n"
             for entries, name in self.tables.items()
         ]
         return f"{''.join(tables)}{self._signature()} {{\n{body}\n}}\n"
+
+    def _first_lines(self) -> list[str]:
+        """Return the lines before the statements: memory of a block, and the number of the thread."""
+        lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in self.kernel.shared]
+        if self.kernel.device.group > 1:
+            lines.append(f"  const treadle_i64 lane = {self.thread};")
+        return lines
 
     def _signature(self) -> str:
         kernel = self.kernel
@@ -103,8 +101,8 @@ class KernelPrinter:
         pad = "  " * depth
         for statement in statements:
             match statement:
-                case Store(access, value, first):
-                    line, place = f"{self._place(access)} = {self._stored(access.memory, value)};", access.memory.place
+                case Store(access, _, first):
+                    line, place = self._store(statement), access.memory.place
                     if first is not None and self.kernel.device.group > 1 and place not in ("scalars", "vectors"):
                         line = f"if (lane < {first}) {{ {line} }}"
                     yield pad + line
@@ -140,10 +138,11 @@ class KernelPrinter:
             case _:
                 raise AssertionError(type(statement))
 
-    def _stored(self, to: Memory, value: ThreadNode) -> str:
-        """Return a value as it is stored in an array."""
-        made = self.expression(value)
-        return f"(unsigned char)({made})" if to.dtype is boolean else made
+    def _store(self, store: Store) -> str:
+        """Return the statement that stores a value in an array."""
+        made = self.expression(store.value)
+        made = f"(unsigned char)({made})" if store.access.memory.dtype is boolean else made
+        return f"{self._place(store.access)} = {made};"
 
     def _loop_head(self, loop: Loop) -> list[str]:
         """Return the lines that begin a loop."""
@@ -278,5 +277,5 @@ def literal(value: float | int | bool, type: str) -> str:
     if type == "i32" and value == -(2**31):
         return "(-2147483647 - 1)"
     if type == "i64" and not -(2**31) < value < 2**31:
-        return "(-9223372036854775807LL - 1)" if value == -(2**63) else f"({value}LL)"
+        return "(-9223372036854775807 - 1)" if value == -(2**63) else f"({value})"
     return f"({value})" if value < 0 else str(value)

@@ -3,12 +3,13 @@
 A kernel's text uses these names, and the functions of `treadle.backends.tvm.kernels.arithmetic.c_text.prelude`:
 
     TREADLE_KERNEL(n)         qualifiers of a kernel with blocks of n threads
-    TREADLE_GLOBAL(T) x       parameter: a buffer of elements T
+    TREADLE_GLOBAL(T) x       parameter: a buffer of elements T, which another parameter may share
     TREADLE_SHARED(T, x, n)   memory of a block; TREADLE_PRIVATE the same for a thread
     TREADLE_CONSTANT T        qualifiers of a constant table
     TREADLE_WIDE(T, x, i)     elements of x from i on, read together as one T
     TREADLE_BLOCK, _BLOCKS, _THREAD   number of this block, number of blocks, number of this thread in its block
     TREADLE_SHUFFLE(v, t)     v of thread t of the group
+    TREADLE_JOINED(x, y)      in Metal: a 64-bit integer of two halves
     TREADLE_BARRIER           all threads of the block wait for each other
     TREADLE_DIVIDE(x, y), TREADLE_MODULO(x, y)    of indices, which are not negative
     TREADLE_UNROLL            before a loop that is to be unrolled
@@ -40,7 +41,7 @@ _FLOATS = "".join(
 
 _CUDA = """
 #define TREADLE_KERNEL(n) extern "C" __global__ void __launch_bounds__(n)
-#define TREADLE_GLOBAL(T) T* __restrict__
+#define TREADLE_GLOBAL(T) T*
 #define TREADLE_SHARED(T, x, n) __shared__ T x[n]
 #define TREADLE_CONSTANT __constant__ const
 #define TREADLE_WIDE(T, x, i) (*(const T*)((x) + (i)))
@@ -63,8 +64,24 @@ _OPENCL = """
 #define TREADLE_BARRIER barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
 #define TREADLE_UNROLL
 """
+_METAL = """
+#define TREADLE_KERNEL(n) [[kernel, max_total_threads_per_threadgroup(n)]] void
+#define TREADLE_GLOBAL(T) device T*
+#define TREADLE_SHARED(T, x, n) threadgroup T x[n]
+#define TREADLE_CONSTANT constant
+#define TREADLE_WIDE(T, x, i) (*(device const T*)((x) + (i)))
+#define TREADLE_BLOCK ((treadle_i64)treadle_block)
+#define TREADLE_BLOCKS ((treadle_i64)treadle_blocks)
+#define TREADLE_THREAD ((treadle_i64)treadle_thread)
+#define TREADLE_SHUFFLE(v, t) metal::simd_shuffle(v, (unsigned short)(t))
+#define TREADLE_JOINED(low, high) \\
+  ((treadle_i64)((treadle_u64)(unsigned int)(high) << 32 | (treadle_u64)(unsigned int)(low)))
+#define TREADLE_BARRIER \\
+  metal::threadgroup_barrier(metal::mem_flags::mem_device | metal::mem_flags::mem_threadgroup)
+#define TREADLE_UNROLL _Pragma("clang loop unroll(full)")
+"""
 
-PRELUDES = {"cuda": _CUDA + _COMMON, "opencl": _OPENCL + _COMMON}
+PRELUDES = {"cuda": _CUDA + _COMMON, "opencl": _OPENCL + _COMMON, "metal": _METAL + _COMMON}
 """The macros of each C dialect."""
 
 

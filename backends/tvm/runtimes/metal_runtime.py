@@ -1,0 +1,17 @@
+"""The runtime of Apple GPUs, which does not exist yet: kernels are text, which tests compile on an emulator."""
+
+from __future__ import annotations
+
+from typing import Never
+
+from treadle.ir.errors import BackendError
+from treadle.ir.target import Target
+
+
+def open_runtime(target: Target) -> Never:
+    """Raise BackendError: nothing launches Metal kernels yet."""
+    raise BackendError(
+        f"kernels for {target} are not launched yet",
+        received="their text is in `source`",
+        hint="target webgpu, which runs on Apple GPUs through Metal",
+    )
