@@ -9,7 +9,7 @@ Integers of 64 bits are stored in 32 bits.
 a launch in which two bindings have one buffer and one of them is written. The arguments of a launch are mostly parts of
 one buffer, the arena. Therefore pointers into one buffer share a binding, and the text depends on the `Sharing` of a
 launch. A kernel has one text for each sharing in which it is launched. `treadle.backends.tvm.runtimes.launch_bindings`
-finds the sharing of a launch.
+finds the sharing of a launch, and docs/decisions/0027-bindings-of-webgpu.md has the reasons.
 
 Bindings are numbered from 0. The next binding is a uniform buffer of 32-bit integers: for each pointer the number of
 elements from the start of its binding to element 0, then the sizes, then 0, padded to a multiple of four.
