@@ -157,8 +157,11 @@ def test_a_kernel_is_not_named_as_a_lane_function_that_it_calls() -> None:
 
 
 def test_numbers_that_webgpu_lacks_are_refused_by_name() -> None:
-    with pytest.raises(LackingWord, match=r"the device lacks the word `pointer`\n.*f64 numbers"):
+    with pytest.raises(LackingWord, match=r"the device lacks the word `pointer`\n.*a buffer of f64 numbers"):
         written("wide")
+    moved = graph_of(lambda b: b.embedding(b.input("x", "f64[7, 4]"), b.input("i", "i64[S]")))
+    with pytest.raises(LackingWord, match=r"kernel gather_rows uses the word `pointer`\n.*a buffer of f64 numbers"):
+        compile(moved, backend="tvm", target="webgpu")
 
 
 # -- bindings ----------------------------------------------------------------------------------------------------------
