@@ -408,6 +408,15 @@ def test_a_hostile_onnx_file(treadle_command: Treadle, tmp_path: Path, hostile: 
             assert json.loads((tmp_path / file).read_text(encoding="utf-8"))
 
 
+def test_a_page_is_written(treadle_command: Treadle, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    said = treadle_command("export", SMALL, "--to", "web", "-o", "page", "--sizes", "B=1,S=4", "--json")
+    assert said.code == 0, said.err
+    result = json.loads(said.out)
+    assert result["sizes"] == {"B": 1, "S": 4}
+    assert {Path(file).name for file in result["files"]} == {path.name for path in (tmp_path / "page").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -418,6 +427,9 @@ def test_a_hostile_onnx_file(treadle_command: Treadle, tmp_path: Path, hostile: 
         (("--to", "json", "-o", "a.json", "--opset", "17"), "apply to onnx only"),
         (("--to", "json", "-o", "a.json", "--times", "t.json"), "--times needs"),
         (("--to", "json", "-o", "none/a.json"), "the file cannot be written"),
+        (("--to", "web", "-o", "page", "--times", "t.json"), "--times needs"),
+        (("--to", "web", "-o", "page", "--backend", "numpy"), "a page needs --backend tvm"),
+        (("--to", "web", "-o", "page", "--sizes", "Z=1"), "Z"),
     ],
 )
 def test_wrong_options_are_refused(treadle_command: Treadle, words: tuple[str, ...], part: str) -> None:

@@ -130,9 +130,19 @@ class WgpuRuntime:
         except self.wgpu.GPUError as error:
             raise self._typed(action, str(error)) from error
         if _LOGGED.messages:
-            messages = "\n".join(_LOGGED.messages)
-            _LOGGED.messages.clear()
-            raise self._typed(action, messages)
+            self._raise_logged(action)
+
+    def _raise_logged(self, action: str) -> None:
+        """Raise the errors that were logged. A message that a device was lost may be about another one."""
+        messages = list(_LOGGED.messages)
+        _LOGGED.messages.clear()
+        try:
+            self.gpu.create_buffer(size=_WORD, usage=self.wgpu.BufferUsage.COPY_DST).destroy()
+        except self.wgpu.GPUError as error:
+            raise self._typed(action, "\n".join([*messages, str(error)])) from error
+        others = [message for message in messages if "lost" not in message.lower()]
+        if others:
+            raise self._typed(action, "\n".join(others))
 
     def _typed(self, action: str, message: str) -> BackendError:
         if "lost" in message.lower():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
 from treadle.backends.tvm.kernels.devices.device import Device
-from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
+from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, refuse_dtype, write_kernel
 from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
 from treadle.backends.tvm.kernels.devices.metal_kernel_text import MetalPrinter
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
@@ -83,13 +83,20 @@ def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> De
 
 
 def refuse_kernels(program: KernelProgram, device: Device) -> None:
-    """Raise LackingWord for the first step whose kernel the device cannot express, with the op and the user's line."""
+    """Raise LackingWord for the first step whose kernel the device cannot express, with the op and the user's line.
+
+    Kernels that move elements of any dtype move them as integers, so the dtypes of the storages are checked, too.
+    """
     written: set[Kernel] = set()
     for routine in program.routines:
         for step in routine.walk():
-            if step.kernel not in written and not step.kernel.on_host:
-                try:
+            if step.kernel.on_host:
+                continue
+            try:
+                for view in step.pointers:
+                    refuse_dtype(device, "pointer", view.storage.dtype)
+                if step.kernel not in written:
                     device_kernel(step.kernel, device)
-                except LackingWord as lacking:
-                    raise lacking.located(step.node, step.kernel.title, device) from None
-                written.add(step.kernel)
+            except LackingWord as lacking:
+                raise lacking.located(step.node, step.kernel.title, device) from None
+            written.add(step.kernel)

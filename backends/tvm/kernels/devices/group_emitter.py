@@ -82,6 +82,12 @@ class LackingWord(BackendError):
         return found
 
 
+def refuse_dtype(device: Device, word: str, dtype: DType) -> None:
+    """Raise LackingWord if a device lacks a dtype. A device without 64-bit integers stores them in 32 bits."""
+    if dtype.name in device.limits.lacks - {"i64"}:
+        raise LackingWord(word, f"a buffer of {dtype} numbers" if word == "pointer" else f"{dtype} numbers")
+
+
 @dataclass
 class GroupKernel:
     """A kernel for threads.
@@ -230,17 +236,12 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> GroupPointer:
-        self._need("pointer", dtype)
+        refuse_dtype(self.isa, "pointer", dtype)
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
         made = GroupPointer(memory)
         made.name = name
         return made
-
-    def _need(self, word: str, dtype: DType) -> None:
-        """Raise LackingWord if the device lacks a dtype. Integers of 64 bits are stored in 32 bits on it."""
-        if dtype.name in self.isa.limits.lacks - {"i64"}:
-            raise LackingWord(word, f"{dtype} numbers")
 
     def size(self, name: str) -> GroupValue:
         made = self._named(name)
@@ -319,7 +320,7 @@ class GroupEmitter(Emitter):
     # -- memory ----------------------------------------------------------------------------------------------
 
     def registers(self, count: int, dtype: DType, name: str = "acc") -> GroupView:
-        self._need("registers", dtype)
+        refuse_dtype(self.isa, "registers", dtype)
         memory = Memory(self._named(name), dtype, count)
         self._add(Declare(memory))
         return GroupView(memory, [constant(1, INDEX)])
@@ -408,7 +409,7 @@ class GroupEmitter(Emitter):
     def cast(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         if value.type == dtype.name:
             return value
-        self._need("cast", dtype)
+        refuse_dtype(self.isa, "cast", dtype)
         made = narrow_cast(self, value, _TVM.get(value.type, value.type), dtype, lanes)
         if made is not None:
             assert isinstance(made, GroupValue)

@@ -1,15 +1,14 @@
 """Kernels for threads as text in WGSL, the language of WebGPU.
 
 **Buffers are arrays of 32-bit words.** WGSL has no types of 8 and 16 bits to store, and a word can be read as any type.
-A number of 8 or 16 bits is a part of a word; a bool is a byte. A thread that stores one uses two atomic operations,
-since its neighbours in the word belong to other threads: one clears the number's bits, the other one sets them.
-Integers of 64 bits are stored in 32 bits.
+A number of 8 or 16 bits is a part of a word; a bool is a byte. The other parts of the word belong to other threads, so
+a thread that stores one changes its bits by an atomic exclusive or. Integers of 64 bits are stored in 32 bits.
 
 **Pointers share bindings.** WebGPU allows only 8 buffers in a kernel, binds them at multiples of 256 bytes, and refuses
-a launch in which two bindings have one buffer and one of them is written. The arguments of a launch are mostly parts of
-one buffer, the arena. Therefore pointers into one buffer share a binding, and the text depends on the `Sharing` of a
+a launch that binds one buffer twice, once to be read and once to be written. The arguments of a launch are mostly parts
+of one buffer, the arena. Therefore pointers into one buffer share a binding, and the text depends on the `Sharing` of a
 launch. A kernel has one text for each sharing in which it is launched. `treadle.backends.tvm.runtimes.launch_bindings`
-finds the sharing of a launch.
+finds the sharing of a launch, and docs/decisions/0027-bindings-of-webgpu.md has the reasons.
 
 Bindings are numbered from 0. The next binding is a uniform buffer of 32-bit integers: for each pointer the number of
 elements from the start of its binding to element 0, then the sizes, then 0, padded to a multiple of four.
@@ -242,11 +241,11 @@ fn {kernel.name}(
                 f"fn {name}(at: i32) -> {type} {{ return extractBits({word}, {shift}, {width}u); }}\n"
             )
         else:
-            mask = f"{2**width - 1}u"
+            mask, word = f"{2**width - 1}u", f"{words}[{at}]"
             self.functions[name] = (
                 f"fn {name}(at: i32, bits: u32) {{\n  let shift: u32 = {shift};\n"
-                f"  atomicAnd(&{words}[{at}], ~({mask} << shift));\n"
-                f"  atomicOr(&{words}[{at}], (bits & {mask}) << shift);\n}}\n"
+                f"  let changed: u32 = ((atomicLoad(&{word}) >> shift) ^ bits) & {mask};\n"
+                f"  atomicXor(&{word}, changed << shift);\n}}\n"
             )
         return name
 
