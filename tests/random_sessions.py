@@ -19,6 +19,7 @@ import numpy as np
 
 import treadle as t
 from tests.random_steps import VOCABULARY, drawn_model
+from tests.support.gpu_emulator.emulator_runtime import emulated, runtime_of
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
 from treadle.ir.analysis.tolerances import room, spacing_of
@@ -112,6 +113,8 @@ def drawn_sizes(rng: np.random.Generator) -> dict[str, Any]:
 def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Played:
     """Draw a model and sessions with it, make `moves` moves in each session, and compare all logits.
 
+    backend  name of a backend, or `emulator`: the tvm backend with states on an emulated device
+
     Raises AssertionError if logits differ by more than roundings explain, or are not finite although the whole text's
     are.
     """
@@ -123,7 +126,12 @@ def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Play
         for name, size in ((n, v.type.evaluate({})) for n, v in model.graph().parameters.items())
     }
     target = Target("cpu") if backend == "numpy" else Target("cpu", threads=1)
-    exe = t.compile(model, backend=backend, weights=weights, target=target, **chosen.compiled)
+    if backend == "emulator":
+        exe = t.compile(model, backend="tvm", weights=weights, target="cuda", **chosen.compiled)
+        runtime = runtime_of(emulated(exe))
+        emulated(exe._stepped_with(chosen.cache), runtime)
+    else:
+        exe = t.compile(model, backend=backend, weights=weights, target=target, **chosen.compiled)
     game = _Game(exe, chosen, rng)
     for _ in range(sessions):
         game.begin()

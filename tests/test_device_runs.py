@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from tests.test_scheduler import Heard
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.devices.device import DEVICES
+from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
+from treadle.backends.tvm.kernels.emitter import Emitter
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.profiling import time_calls
 from treadle.backends.tvm.runtimes import runtime as runtimes
 from treadle.backends.tvm.runtimes.device_arrays import DeviceAccess, DeviceArray
@@ -33,6 +37,7 @@ from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
+from treadle.ir.types import f32
 from treadle.models.registry import find_family
 from treadle.runtime.generation import Choosing
 from treadle.runtime.scheduler import Scheduler, TextOrder
@@ -470,6 +475,27 @@ def test_values_that_are_no_table_are_refused(path: tuple[Any, ...], value: Any)
     place[last] = value
     with pytest.raises(BackendError, match="these values are no launch table"):
         LaunchTable.of_dict(values)
+
+
+@dataclass(frozen=True)
+class Halves(Kernel):
+    """y[i] = min(x[0], infinity) for i < n / 2, in two loops over tasks"""
+
+    def emit(self, k: Emitter) -> None:
+        x, y = (k.view(k.pointer(name, f32), [k.index(9)]) for name in "xy")
+        half = k.let(k.floor_divide(k.size("n"), 2))
+        with k.loop(2):
+            least = k.let(k.least(k.load(x, [0]), k.number(float("inf"), f32)))
+            with k.when(k.index(4) < half), k.parallel(half) as i:
+                k.store(y, [i], least)
+
+
+def test_tasks_are_counted_on_the_host() -> None:
+    kernel = device_kernel(Halves(), DEVICES["cuda"]).group_kernel
+    assert [kernel.blocks([n]) for n in (0, 1, 9, 1000)] == [1, 1, 4, 500]
+    assert device_kernel(Halves(), DEVICES["cuda"].slow).group_kernel.blocks([1000]) == 8
+    few = replace(DEVICES["cuda"], limits=replace(DEVICES["cuda"].limits, groups=7))
+    assert device_kernel(Halves(), few).group_kernel.blocks([1000]) == 7
 
 
 def test_blocks_follow_from_the_sizes_of_a_launch() -> None:

@@ -5,7 +5,8 @@ backend.
 
 Each model's step entries run in float64 in the interpreter, and in float32 on each backend, on rows of drawn lengths,
 in drawn chunks and order. With `--sessions`, four drawn sessions with each model run instead, on one of the backends in
-turn (`tests/random_sessions.py`). The exit status is 1 if a result differs.
+turn (`tests/random_sessions.py`). There, the backend `emulator` is the tvm backend with states on an emulated device. The
+exit status is 1 if a result differs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> int:
     parser.add_argument("--backends", default="numpy,torch,tvm")
     parser.add_argument("--sessions", action="store_true", help="play sessions")
     options = parser.parse_args()
-    backends = [name for name in options.backends.split(",") if name and find_backend(name).available() is None]
+    extra = ("emulator",) if options.sessions else ()
+    names = [name for name in options.backends.split(",") if name]
+    backends = [name for name in names if name in extra or find_backend(name).available() is None]
     seeds = range(options.seed, options.seed + options.count)
     return 1 if (play_sessions if options.sessions else hold_steps)(seeds, backends) else 0
 

@@ -129,6 +129,8 @@ def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     emitter = GroupEmitter(device, GroupKernel(kernel, device, name))
     kernel.emit(emitter)
     made = emitter.finished()
+    if name in made.functions:  # `logical_and` is a kernel and a lane function
+        made.name = f"{name}_kernel"
     if made.shared_bytes > device.limits.shared:
         raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.limits.shared}")
     return made

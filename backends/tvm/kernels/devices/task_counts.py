@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from treadle.backends.tvm.kernels.devices.statements import Let, Loop, Statement, When
+from treadle.backends.tvm.kernels.devices.statements import Let, Loop, Statement, When, walk
 from treadle.backends.tvm.kernels.devices.values import ThreadNode
 
-_INTEGERS = ("i64", "i32", "bool")
 _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -26,6 +25,8 @@ _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "||": lambda a, b: a or b,
 }
 
+_INDICES = ("i64", "i32", "bool")
+
 
 def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
     """Return the largest number of tasks of the loops over tasks.
@@ -41,12 +42,12 @@ def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
                 result = _evaluate(value, numbers)
                 if result is not None:
                     numbers[str(variable.data)] = result
-            case Loop(_, count, inner, _, tasks):
+            case Loop(_, count, inner, _, tasks) if tasks or _has_tasks(inner):
                 found = _evaluate(count, numbers) if tasks else count_tasks(inner, numbers)
                 if found is None:
                     return None
                 most = max(most, found)
-            case When(_, inner):
+            case When(_, inner) if _has_tasks(inner):
                 found = count_tasks(inner, numbers)
                 if found is None:
                     return None
@@ -54,17 +55,19 @@ def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
     return most
 
 
+def _has_tasks(body: list[Statement]) -> bool:
+    return any(isinstance(statement, Loop) and statement.tasks for statement in walk(body))
+
+
 def _evaluate(node: ThreadNode, numbers: Mapping[str, int]) -> int | None:
-    """Return the value of an expression of sizes; None if it is a float or depends on the content of memory."""
-    if node.type not in _INTEGERS:
-        return None
+    """Return the value of an expression of sizes, or None."""
     match node.op:
         case "const":
-            return int(node.data)
+            return int(node.data) if node.type in _INDICES else None
         case "variable":
             return numbers.get(node.data)
         case "cast":
-            return _evaluate(node.args[0], numbers)
+            return _evaluate(node.args[0], numbers) if node.type in _INDICES else None
         case "select":
             condition = _evaluate(node.args[0], numbers)
             return None if condition is None else _evaluate(node.args[1 if condition else 2], numbers)
