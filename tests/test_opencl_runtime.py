@@ -96,6 +96,13 @@ def test_a_kernel_and_a_lane_function_have_different_names() -> None:
     ]
 
 
+def test_functions_of_c_have_one_name_for_all_types() -> None:
+    graph = graph_of(lambda b: b.mod(b.input("x", "f32[B]"), b.input("y", "f32[B]")))
+    exe = compile(graph, backend="tvm", target="opencl")
+    (made,) = exe(x=np.array([7.5, -7.5], np.float32), y=np.array([2, 2], np.float32)).values()
+    np.testing.assert_array_equal(made, np.array([1.5, 0.5], np.float32))
+
+
 def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = runtime.memory
     monkeypatch.setattr(opencl_runtime, "_BLOCKING", 3000)
