@@ -5,8 +5,8 @@ backend.
 
 Each model's step entries run in float64 in the interpreter, and in float32 on each backend, on rows of drawn lengths,
 in drawn chunks and order. With `--sessions`, four drawn sessions with each model run instead, on one of the backends in
-turn (`tests/random_sessions.py`). There, the backend `emulator` is the tvm backend with states on an emulated device. The
-exit status is 1 if a result differs.
+turn (`tests/random_sessions.py`). There, the backend `emulator` is the tvm backend with states on an emulated device.
+The exit status is 1 if a result differs.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class DeviceMachine:
         self._buffers: SpaceBuffers | None = None
         self._loaded: dict[str, LoadedKernels] = {}
         self._checked: weakref.WeakSet[DevicePlan] = weakref.WeakSet()
-        self._prepared: dict[int, _Prepared] = {}
+        self._prepared: dict[int, _PreparedPlans] = {}
         self._is_lost = False
         self._is_clear = True  # the status words are 0
 
@@ -226,7 +226,12 @@ class DeviceMachine:
         spaces.copy_weights()
         if not self._is_clear:
             spaces.clear_status()
-        buffers = spaces.bound(plan, states, program.entries[entry].over, self._prepared.clear)
+        known = self._prepared_on(states).get(plan)
+        buffers: Buffers
+        if known is None:
+            buffers = spaces.bound(plan, states, program.entries[entry].over, self._prepared.clear)
+        else:
+            buffers = known.buffers
         for name, array in stored_inputs.items():
             if Input(name) in buffers and array.size:
                 runtime.memory.write(buffers[Input(name)], array)
@@ -234,22 +239,33 @@ class DeviceMachine:
 
     def _parts(self, run: _Run, states: States) -> list[PreparedLaunches | int]:
         """Return the parts of a plan. They are prepared once, while the plan and the states exist."""
+        prepared = self._prepared_on(states)
+        if run.plan not in prepared:
+            prepared[run.plan] = _PreparedPlan(run.buffers, run.prepare(0, len(run.plan.steps)))
+        return prepared[run.plan].parts
+
+    def _prepared_on(self, states: States) -> MutableMapping[DevicePlan, _PreparedPlan]:
+        """Return the prepared plans on some states."""
         prepared = self._prepared.get(id(states))
         if prepared is None or prepared.states() is not states:
-            prepared = self._prepared[id(states)] = _Prepared(self, states)
-        if run.plan not in prepared.parts:
-            prepared.parts[run.plan] = run.prepare(0, len(run.plan.steps))
-        return prepared.parts[run.plan]
+            prepared = self._prepared[id(states)] = _PreparedPlans(self, states)
+        return prepared.plans
 
     def collective(self, kernel: Kernel) -> HostCall:
         """Return the function of a collective."""
         return self._collectives[kernel]
 
 
-class _Prepared:
-    """The prepared launches of plans on some states. They are dropped together with the plans and the states.
+class _PreparedPlan(NamedTuple):
+    """The buffers of a plan, and its parts: prepared launches, and the numbers of collectives."""
 
-    parts  by plan: prepared launches, and the numbers of collectives
+    buffers: Buffers
+    parts: list[PreparedLaunches | int]
+
+
+class _PreparedPlans:
+    """The prepared plans on some states. They are dropped together with the plans and the states, and when one of the
+    buffers is replaced.
     """
 
     def __init__(self, machine: DeviceMachine, states: States) -> None:
@@ -260,7 +276,7 @@ class _Prepared:
                 alive._prepared.pop(key, None)
 
         self.states = weakref.ref(states, drop)
-        self.parts: weakref.WeakKeyDictionary[DevicePlan, list[PreparedLaunches | int]] = weakref.WeakKeyDictionary()
+        self.plans: weakref.WeakKeyDictionary[DevicePlan, _PreparedPlan] = weakref.WeakKeyDictionary()
 
 
 class _Run:

@@ -41,8 +41,7 @@ def exceeded_limits(plan: DevicePlan, limits: DeviceLimits) -> list[str]:
                 seen.add(key)
                 what = f"{argument.nbytes:,} bytes of {space_text(argument.space)} are bound to {launch.kernel}"
                 lines[located(f"{what}, the device binds {limits.largest:,}", step)] = None
-        count = _buffers(launch, limits.largest)
-        if limits.buffers and count > limits.buffers:
+        if limits.buffers and (count := _buffers(launch, limits.largest)) > limits.buffers:
             lines[located(f"{launch.kernel} is bound to {count} buffers, the device allows {limits.buffers}", step)] = (
                 None
             )
@@ -55,10 +54,15 @@ def _buffers(launch: Launch, largest: int) -> int:
     """Return the number of buffers that a launch is bound to. Pointers into one buffer share it, if their storages are
     not further apart than the largest part that is bound.
     """
-    count, space, begin = 0, None, 0
-    for argument in sorted(launch.arguments, key=lambda a: (space_text(a.space), a.begin)):
-        if argument.space != space or (largest and argument.begin + argument.nbytes - begin > largest):
-            count, space, begin = count + 1, argument.space, argument.begin
+    ranges: dict[Space, list[tuple[int, int]]] = {}
+    for argument in launch.arguments:
+        ranges.setdefault(argument.space, []).append((argument.begin, argument.begin + argument.nbytes))
+    count = 0
+    for each in ranges.values():
+        first = None
+        for begin, end in sorted(each):
+            if first is None or (largest and end - first > largest):
+                count, first = count + 1, begin
     return count
 
 

@@ -136,8 +136,11 @@ class EmulatorLaunches:
             )
             for launch in launches
         ]
+        limits = loaded.runtime.device.limits
         for launch in launches:
+            assert 0 < launch.blocks <= limits.groups, launch
             for a in launch.arguments:
+                assert a.begin % limits.alignment == 0, (launch.kernel, a)
                 assert a.begin + a.nbytes <= buffers[a.space].nbytes, (launch.kernel, a)
 
     def run(self) -> None:

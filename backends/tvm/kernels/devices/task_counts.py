@@ -63,7 +63,7 @@ def _evaluate(node: ThreadNode, numbers: Mapping[str, int]) -> int | None:
     """Return the value of an expression of sizes, or None."""
     match node.op:
         case "const":
-            return int(node.data) if node.type in _INDICES else None
+            return None if isinstance(node.data, float) else int(node.data)
         case "variable":
             return numbers.get(node.data)
         case "cast":
