@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.backend_checks import needs_tvm
+from tests.backend_checks import graph_of, needs_tvm
 from tests.error_texts import raises_freely
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
@@ -83,6 +84,23 @@ def test_a_program_runs_by_its_target() -> None:
     for _ in range(2):
         for output, made in exe(**inputs).items():
             np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
+
+
+def test_a_kernel_and_a_lane_function_have_different_names() -> None:
+    """C has no two functions of one name."""
+    graph = graph_of(lambda b: b.logical_and(b.input("x", "bool[B, 40]"), b.input("y", "bool[B, 40]")))
+    (kernel,) = compile(graph, backend="tvm", target="opencl").executable.device_kernels.values()
+    assert re.findall(r"(treadle_logical_and\w*)\((?:\n|bool)", kernel.text) == [
+        "treadle_logical_and",
+        "treadle_logical_and_kernel",
+    ]
+
+
+def test_functions_of_c_have_one_name_for_all_types() -> None:
+    graph = graph_of(lambda b: b.mod(b.input("x", "f32[B]"), b.input("y", "f32[B]")))
+    exe = compile(graph, backend="tvm", target="opencl")
+    (made,) = exe(x=np.array([7.5, -7.5], np.float32), y=np.array([2, 2], np.float32)).values()
+    np.testing.assert_array_equal(made, np.array([1.5, 0.5], np.float32))
 
 
 def test_copies(runtime: OpenclRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

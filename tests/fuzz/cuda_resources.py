@@ -4,7 +4,8 @@ recorded figures: `python -m tests.fuzz.cuda_resources [--architecture sm_90] [-
 The kernels are those of tests/fuzz/device_models.py, in every form of the weights, and those of the emulator's programs
 (tests/support/gpu_emulator/programs.py), of which tests/test_cuda_compiler.py compiles some. Prints each kernel whose
 figure rises, kernels that take more than 10 s, and the median time. The exit status is 1 if a kernel is refused or a
-figure rises. `--update` records the figures.
+figure rises. `--update` records the figures. `--ops` compiles the kernels of every op, sample and dtype instead; their
+figures are not recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import treadle
@@ -24,6 +26,7 @@ from tests.support.gpu_emulator.programs import PROGRAMS, program_inputs
 from treadle.backends.tvm.kernels.devices.cuda_compiler import Resources, compile_cuda
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
+from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 
@@ -81,14 +84,30 @@ def kernels() -> Iterator[Kernel]:
                     yield kernel
 
 
+def op_kernels() -> Iterator[Kernel]:
+    """Yield the distinct kernels of the op suite that the device can express."""
+    from tests.op_checks import TESTED, refusal
+    from tests.test_op_suite import forwards
+
+    made = set[Kernel]()
+    for name in TESTED:
+        for held in forwards(name):
+            if refusal("tvm", held.graph) is None:
+                with suppress(LackingWord):
+                    kernels = treadle.compile(held.graph, backend="tvm", target="cuda").executable.kernels
+                    yield from (kernel for kernel in kernels if not kernel.on_host and kernel not in made)
+                    made |= set(kernels)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--architecture", default="", help="only this architecture")
+    parser.add_argument("--ops", action="store_true", help="the kernels of every op")
     parser.add_argument("--update", action="store_true", help="record the figures")
     options = parser.parse_args()
     figures, seconds, bad = recorded(), [], 0
     begin = time.perf_counter()
-    for kernel in kernels():
+    for kernel in op_kernels() if options.ops else kernels():
         for architecture in ARCHITECTURES:
             if options.architecture not in ("", architecture):
                 continue
@@ -102,6 +121,8 @@ def main() -> int:
             seconds.append(time.perf_counter() - started)
             if seconds[-1] > 10:
                 print(f"{name_of(kernel)}, {architecture}: {seconds[-1]:.0f} s to compile", flush=True)
+            if options.ops:
+                continue
             if options.update:
                 now = [made.registers, made.shared, made.spilled]
                 figures.setdefault(name_of(kernel), {})[architecture] = now

@@ -1,6 +1,8 @@
 """Run whole models by the runtimes of devices: `python -m tests.fuzz.runtime_models --target opencl [--only gpt2]`.
 
-    opencl  the OpenCL device of this machine, such as PoCL
+    opencl  the OpenCL device of this machine, such as PoCL. With --groups, kernels have the form of GPUs on a CPU, too.
+            PoCL's usual method compiles their barriers in loops for minutes, and computes an argmax wrongly; its
+            method `cbs` (POCL_WORK_GROUP_METHOD), which --groups selects, does neither
     cuda    a stand-in for NVIDIA's driver, whose kernels run on the emulator; with --hardware the GPU of this machine
 
 Each model of tests/fuzz/device_models.py, with two layers of width 64, runs forward twice. In float32, a model with
@@ -14,6 +16,7 @@ a model fails.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +27,7 @@ import numpy as np
 import treadle
 from tests.fuzz.device_models import APART, CACHED, FORMS, MODELS
 from tests.support.stand_in_driver import StandInDriver
+from treadle.backends.tvm.runtimes import opencl_runtime
 from treadle.backends.tvm.runtimes.runtime import find_runtime, register_runtime
 from treadle.backends.tvm.spaces import Input
 from treadle.ir.analysis.drawn_inputs import draw_inputs
@@ -138,12 +142,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only models whose name contains this text")
     parser.add_argument("--form", default="f32", help="form of the weights, or all")
     parser.add_argument("--file", default="", help="a GGUF file of a Llama, instead of the small models")
+    parser.add_argument("--groups", action="store_true", help="groups of threads on an OpenCL CPU, too")
     parser.add_argument("--hardware", action="store_true", help="the GPU of this machine, not a stand-in")
     options = parser.parse_args()
     driver = StandInDriver() if options.target == "cuda" and not options.hardware else None
     if driver is not None:
         runtime = driver.runtime()
         register_runtime("cuda", lambda _: runtime)
+    if options.groups:
+        os.environ["POCL_WORK_GROUP_METHOD"] = "cbs"
+        opencl_runtime.form_of = lambda device, **_: device
     print(find_runtime(Target(options.target)))
     if options.file:
         print(f"{options.file}: {check_file(options.file, options.target)}")

@@ -216,7 +216,8 @@ class KernelPrinter:
         of = node.args[0].type
         if node.data in _PRELUDE:
             return f"TREADLE_{node.data}_{of}".upper() + f"({given})"
-        return f"{node.data}{'f' if of == 'f32' else ''}({given})"
+        overloaded = self.kernel.device.limits.language == "opencl"  # which has no `fmodf`
+        return f"{node.data}{'f' if of == 'f32' and not overloaded else ''}({given})"
 
     def _bits(self, node: ThreadNode) -> str:
         (x,) = node.args
