@@ -6,6 +6,7 @@ import io
 import json
 import os
 import py_compile
+import re
 import runpy
 import shlex
 import shutil
@@ -484,6 +485,20 @@ def test_missing_weights(command: str, trained: Treadle) -> None:
     said = trained(command.replace("OWN", OWN))
     refused(said, f"{OWN} is a declaration, without weights")
     assert hint_of(said).startswith("--weights FOLDER")
+
+
+def test_weights_are_those_of_one_model(trained: Treadle) -> None:
+    """A declaration becomes a model with its weights, to be used next to another model."""
+    drafted = f"generate {OWN} the --weights out --tokens 4 --draft "
+    said = trained(drafted + OWN)
+    refused(said, "a draft model is a model with its weights", f"--draft {OWN}, a declaration")
+    written = re.search(r"`treadle (compile .*)`", hint_of(said))
+    assert written is not None
+    assert trained(written[1].replace("FOLDER", "out")).code == 0
+    assert trained(drafted + "draft.treadle").code == 0
+    said = trained(f"serve draft.treadle {OWN} --weights out")
+    refused(said, "only a declaration takes its weights from a folder", "draft.treadle")
+    assert "`treadle compile file.py:function --weights FOLDER -o FILE.treadle`" in hint_of(said)
 
 
 def test_a_missing_tokenizer(trained: Treadle) -> None:

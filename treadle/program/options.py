@@ -27,6 +27,7 @@ from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.ir.transforms.rounded_inputs import AS_STORED
+from treadle.ir.types import DType
 from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
 
@@ -71,6 +72,13 @@ def _option(default: Any, about: str, help: str = "", flag: Flag | None = None, 
     """Declare an option. `but` has the entry functions that do not take it."""
     assert _ENTRIES.issuperset(but)
     return declare(default, about, help, flag, takers=_ENTRIES.difference(but))
+
+
+def _dtype_names(value: Any) -> Any:
+    """Return the name of a dtype, `bf16` as "bf16", also in a list of dtypes. Other values are unchanged."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
+    return str(value) if isinstance(value, DType) else value
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         for name in keywords:
             if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
-        chosen = {name: value for name, value in keywords.items() if name in known and value is not None}
+        chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
         made = cls(**{**defaults, **chosen}, entry=entry, config=config)
