@@ -60,6 +60,31 @@ def follow(code: str) -> None:
     traced(body)
 
 
+# -- patterns and equations by position --------------------------------------------------------------------------------
+
+
+def test_a_pattern_may_be_positional() -> None:
+    """PyTorch writes the equation of einsum first, einops the pattern last. The op's own errors are the same."""
+    equation, pattern = "b s d, b t d -> b s t", "b s d -> b d s"
+    same: list[list[Body]] = [
+        [
+            lambda x: t.einsum(x, x, equation=equation),
+            lambda x: t.einsum(equation, x, x),
+            lambda x: t.einsum(x, x, equation),
+        ],
+        [lambda x: t.rearrange(x, pattern=pattern), lambda x: t.rearrange(x, pattern)],
+        [lambda x: t.round_to(x, format="e4m3"), lambda x: t.round_to(x, "e4m3")],
+    ]
+    for keyword, *positional in same:
+        for body in positional:
+            assert traced(body).main.nodes[0].op == traced(keyword).main.nodes[0].op
+    assert refusal(lambda x: t.einsum("bsd,btd->bst", x, x)).hint == 'equation="b s d, b t d -> b s t"'
+    for body in (lambda x: t.einsum(x, x), lambda x: t.einsum(equation, x, x, pattern), lambda x: t.rearrange(x)):
+        refusal(body)
+    with pytest.raises(TreadleError, match="operand"):
+        traced(lambda x: t.softmax(x, "last"))
+
+
 # -- dtypes --------------------------------------------------------------------------------------------------------
 
 LAYERS: dict[str, Body] = {

@@ -400,7 +400,7 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
     trainer = t.Trainer("models.py:my_classifier", tokenizer="out", backend="numpy")
     trainer.step(tokens=[[1, 2, 3]], targets=[2])
-    saved = saver_for(trainer.resolved, "cls").save(trainer.weights)
+    saved = trainer.save("cls")
     assert ' classify models.py:my_classifier --weights cls "A text"' in getattr(saved.loading, "command", "")
     command = "classify models.py:my_classifier 'the cat' 'the dog sees' --weights cls --top 3 --backend numpy --json"
     tokens = TextTokenizer.open("out").ids(["the cat"])
