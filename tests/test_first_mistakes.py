@@ -73,7 +73,7 @@ def test_a_pattern_may_be_positional() -> None:
             lambda x: t.einsum(x, x, equation),
         ],
         [lambda x: t.rearrange(x, pattern=pattern), lambda x: t.rearrange(x, pattern)],
-        [lambda x: t.round_to(x, format="e4m3"), lambda x: t.round_to(x, "e4m3")],
+        [lambda x: t.round_to(x, format="f8e4m3fn"), lambda x: t.round_to(x, "f8e4m3fn")],
     ]
     for keyword, *positional in same:
         for body in positional:

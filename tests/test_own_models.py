@@ -34,6 +34,7 @@ from treadle.frontends.vocabularies.trained_vocabularies import END, train_token
 from treadle.ir.errors import CheckpointError, TreadleError, UsageError
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
+from treadle.serving.models import Opening, ServedWriter
 from treadle.training.saving import saver_for
 from treadle.training.text_data import TextData
 
@@ -499,6 +500,15 @@ def test_weights_are_those_of_one_model(trained: Treadle) -> None:
     said = trained(f"serve draft.treadle {OWN} --weights out")
     refused(said, "only a declaration takes its weights from a folder", "draft.treadle")
     assert "`treadle compile file.py:function --weights FOLDER -o FILE.treadle`" in hint_of(said)
+
+
+def test_a_served_model_of_ones_own_embeds_too(trained: Treadle) -> None:
+    served = Opening(rows=1).open(f"mine={OWN}", weights="out", backend="numpy")
+    assert isinstance(served, ServedWriter)
+    texts = ["the cat", "the dog sees the cat"]
+    embedded = served.embedder().embed(texts).vectors
+    np.testing.assert_array_equal(embedded, t.load(OWN, weights="out", backend="numpy").embed(texts))
+    assert not np.allclose(embedded[0], embedded[1])
 
 
 def test_a_missing_tokenizer(trained: Treadle) -> None:
