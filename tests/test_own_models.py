@@ -364,6 +364,11 @@ def without_lengths(tokens: Tokens, *, vocab=300, dim=16, heads=2):
 
 
 @t.model
+def my_tagger(tokens: Tokens, lengths: Lengths | None = None, *, vocab=300, dim=16, labels=3):
+    return {"logits": t.linear(t.embed(tokens, vocab, dim, name="tok"), labels, name="head")}
+
+
+@t.model
 def my_classifier(tokens: Tokens, *, vocab=300, dim=16, labels=3):
     x = t.embed(tokens, vocab, dim, name="tok")
     return {"logits": t.linear(x.mean(1), labels, name="head"), "hidden": x}
@@ -429,7 +434,10 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
 @pytest.mark.parametrize(
     ("command", "report", "hint"),
     [
-        ("tag models.py:my_encoder the --weights enc", "no head to tag tokens", "a folder of a class"),
+        ("tag models.py:my_classifier the --weights cls", "no head to tag tokens", "logits [B, S, labels]"),
+        ("tag models.py:my_encoder the --weights enc", "have no names", '"id2label"'),
+        ("answer models.py:my_encoder the cat --weights enc", "no head to answer questions", "logits [B, S, 2]"),
+        ("translate models.py:my_encoder the --weights enc", "no head to rewrite texts", "a folder of a class"),
         ("classify models.py:my_encoder the --weights enc", "no head to classify texts", "logits [B, labels]"),
         ("fill models.py:my_classifier the --weights cls", "no head to fill masks", "logits [B, S, vocab]"),
         ("fill models.py:my_encoder the", "is a declaration, without weights", "--weights FOLDER"),
@@ -486,6 +494,33 @@ def test_missing_weights(command: str, trained: Treadle) -> None:
     said = trained(command.replace("OWN", OWN))
     refused(said, f"{OWN} is a declaration, without weights")
     assert hint_of(said).startswith("--weights FOLDER")
+
+
+def test_a_declaration_tags_and_answers(trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    tokenizer, text = TextTokenizer.open("out"), "the cat sees the dog."
+    ((encoded,),) = tokenizer.encode([text])
+    inside = [text[start:end].strip() in ("cat", "dog") for start, end in encoded.offsets]
+    trainer = t.Trainer("models.py:my_tagger", tokenizer="out", backend="numpy", learning_rate=0.1)
+    for _ in range(20):
+        trainer.step(tokens=[encoded.ids], targets=[[int(is_animal) for is_animal in inside]])
+    loading = getattr(trainer.save("tags").loading, "command", "")
+    command = f"{loading.partition('treadle ')[2].replace('A text', text)} --backend numpy --json"
+    said = trained(command)
+    refused(trained(command.replace(" --json", "")), "the labels of models.py:my_tagger have no names")
+    assert said.code == 2
+    config = json.loads(Path("tags", "config.json").read_text())
+    Path("tags", "config.json").write_text(json.dumps({**config, "id2label": {"0": "O", "1": "B-x", "2": "I-x"}}))
+    spans = trained(command).json["texts"][0]["spans"]
+    assert [(span["label"], span["text"].strip()) for span in spans] == [
+        ("x", text[start:end].strip())
+        for (start, end), is_animal in zip(encoded.offsets, inside, strict=True)
+        if is_animal
+    ]
+    saver_for(resolve("models.py:my_tagger", labels=2), "qa").save(t.compile("models.py:my_tagger", labels=2).weights)
+    found = t.load("models.py:my_tagger", weights="qa", tokenizer="out", backend="numpy").answer("cat", text)
+    assert found is not None
+    assert text[found.start : found.end] == found.text
 
 
 def test_weights_are_those_of_one_model(trained: Treadle) -> None:
