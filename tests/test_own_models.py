@@ -281,6 +281,7 @@ def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
     Path("other.py").write_text(text.replace("my_gpt", "renamed").replace("4 * dim", "2 * dim"))
     said = trained("generate other.py:renamed the --weights out --tokens 2")
     refused(said, "other.py:renamed is not the declaration", f"recorded {OWN}: graph ")
+    assert hint_of(said).startswith(f"{OWN}, or --weights out/weights.safetensors")
     for old, new in (("4 * dim", "4 * dim, act=t.relu"), ("layers=2", "layers=3"), ("context=64", "context=32")):
         Path("models.py").write_text(text.replace(old, new))  # some of the same size, within a second
         said = trained(f"generate {OWN} the --weights out --tokens 2")

@@ -402,8 +402,14 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         return any(map(self._nearest, self.config))
 
     def _nearest(self, name: str) -> list[str]:
-        """Return the option with the most similar name, or an empty list if none is similar."""
-        return list(NearestNames([each.name for each in taken_by(self.entry)]).of(name, 1, 0.75))
+        """Return the option that has this name in other libraries, or else the most similar name, or an empty list."""
+        names = [each.name for each in taken_by(self.entry)]
+        if self.entry == "train":
+            from treadle.training.trainer import Trainer
+
+            names = [each for each in inspect.signature(Trainer.__init__).parameters if each not in ("self", "config")]
+        other = _OTHER_LIBRARIES.get(name)
+        return [other] if other in names else list(NearestNames(names).of(name, 1, 0.75))
 
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
@@ -414,6 +420,23 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
             )
+
+
+_OTHER_LIBRARIES = {
+    "lr": "learning_rate",
+    "device": "target",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "max_norm": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+    "quantization": "quantize",
+    "loss_fn": "loss",
+    "criterion": "loss",
+    "optim": "optimizer",
+    "state_dict": "weights",
+}
+"""Options by their names in other libraries, which are not similar enough."""
 
 
 def declared_options() -> Mapping[str, Option]:
