@@ -441,7 +441,7 @@ def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
         (lambda x: x.cuda(), "t.compile(model)(...)"),
         (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: t.dropout(x, 0.1), "x  # a compiled model is only used for inference: leave it out"),
+        (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
         (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
         (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),

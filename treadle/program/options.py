@@ -89,7 +89,7 @@ class ReadingOptions:
         None,
         'optional inputs of the declaration to include, such as ("lengths",)',
         "Optional inputs to include, such as lengths or lengths,token_types.",
-        Flag("inputs", "NAMES", flag_values.names_of),
+        Flag("inputs", "NAMES", flag_values.inputs_of),
         but={"load", "artifact", "generate", "task", "embed"},
     )
     outputs: Sequence[str] | None = _option(
