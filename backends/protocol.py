@@ -46,7 +46,13 @@ class Outputs(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        raise AttributeError(f"no output {name!r}; there are {', '.join(self)}")
+        raise AttributeError(self._lacks(name))
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(self._lacks(name))
+
+    def _lacks(self, name: str) -> str:
+        return f"no output {name!r}; there are {', '.join(self)}"
 
 
 class Executable(Protocol):

@@ -13,7 +13,8 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 
 from treadle.backends.protocol import Backend
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
+from treadle.ir.hardware import HARDWARE
 
 GROUP = "treadle.backends"
 _OURS = {
@@ -44,10 +45,11 @@ def find_backend(name: str) -> Backend:
     if found is None:
         near = difflib.get_close_matches(name, backend_names(), n=1)
         others = ", ".join(backend_names())
-        raise BackendError(
-            f"there is no backend {name!r}",
-            hint=(f"{near[0]}, or another of: " if near else "one of ") + others,
-        )
+        hint: str | Hint = (f"{near[0]}, or another of: " if near else "one of ") + others
+        if name in (*HARDWARE, "gpu"):
+            target = "cuda" if name == "gpu" else name
+            hint = Hint(f'target="{target}"; backends are {others}', f"--target {target}; backends are {others}")
+        raise BackendError(f"there is no backend {name!r}", hint=hint)
     return _load(found)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 _LONGEST = 200  # characters; difflib takes quadratic time in them
 _POOL = 300  # names compared for one query
@@ -43,3 +44,10 @@ class NearestNames:
                 score[at] += 1 / holders
         best = sorted(score, key=lambda at: (-score[at], at))[:_POOL]
         return [self._names[at] for at in best]
+
+
+def with_nearest_suffix(path: str, suffixes: Sequence[str]) -> str:
+    """Return the path with one of the suffixes: in place of a misspelled one, or else the first one, added."""
+    suffix = PurePath(path).suffix
+    near = difflib.get_close_matches(suffix.lower(), suffixes, 1) if suffix else []
+    return f"{path.removesuffix(suffix)}{near[0]}" if near else f"{path}{suffixes[0]}"

@@ -14,12 +14,18 @@ from treadle.frontends.call_errors import unknown_word
 from treadle.frontends.dsl import trace
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
-from treadle.ir.wording.op_signatures import op_signature
+from treadle.ir.wording.op_signatures import op_signature, text_attribute
 
 
 @cache
 def _function(cls: type[Op]) -> Callable[..., Any]:
+    text = text_attribute(cls)
+
     def function(*operands: Any, **attributes: Any) -> Any:
+        texts = [x for x in operands if isinstance(x, str)]
+        if text is not None and len(texts) == 1 and attributes.get(text) is None:
+            attributes[text] = texts[0]
+            operands = tuple([x for x in operands if not isinstance(x, str)])
         return trace().apply(cls, *operands, **attributes)
 
     function.__name__ = function.__qualname__ = cls.name

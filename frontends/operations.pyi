@@ -391,7 +391,7 @@ def divergence(x: TensorLike, teacher: TensorLike, /, *, temperature: float = 1.
     and the result is rounded.
     """
 
-def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:
+def einsum(*x: TensorLike | str, equation: str | None = None, name: str | None = None) -> Tensor:
     """z = the product of the operands, summed over all axes that the result does not name
 
     equation   "b h s d, b h t d -> b h s t": one name per axis, separated by spaces, as in einops (Rogozhnikov
@@ -728,7 +728,7 @@ def projections(
 def quick_gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = x sigmoid(1.702 x)        (Hendrycks & Gimpel 2016; the activation of CLIP, Radford et al. 2021)"""
 
-def rearrange(x: TensorLike, /, *, pattern: str, name: str | None = None) -> Tensor:
+def rearrange(x: TensorLike, /, pattern: str, *, name: str | None = None) -> Tensor:
     """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
 
     pattern   the axis rule itself. Every name occurs once on each side; `(h d)` is one dimension, h
@@ -828,7 +828,7 @@ def rotary(
 def round(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = the integer nearest to x, the even one if two integers are equally near; no gradient flows"""
 
-def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str | None = None) -> Tensor:
+def round_to(x: TensorLike, /, format: str, *, saturate: bool = False, name: str | None = None) -> Tensor:
     """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
 
     format     a name of `FORMATS`

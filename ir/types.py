@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,9 @@ class DType:
     name: str
     kind: str
     bytes: int
+
+    __iter__: ClassVar[None] = None
+    """A dtype is not iterable: without this line, Python would iterate by calling `__getitem__` without end."""
 
     def __getitem__(self, dims: DimLike | tuple[DimLike, ...]) -> Type:
         """Return the tensor type of these dimensions: `f32["B S 768"]`, `i64["B, S"]` or `f32[2, 3]`."""

@@ -395,3 +395,27 @@ def test_models_do_what_they_are_for() -> None:
     ):
         status, body = asked.post(path, given)
         assert (status, json.loads(body)) == (400, error(what, "invalid_request_error", param="model"))
+
+
+def test_a_model_that_generates_may_embed() -> None:
+    """It is opened for embeddings at the first request for them, and opened once, also if this fails."""
+    opened: list[str] = []
+
+    def embedder() -> Any:
+        opened.append("embedder")
+        return SimpleNamespace(embed_reporting=lambda texts: Embedded(np.ones((1, 2), np.float32), (3,), ()))
+
+    def fails() -> Any:
+        opened.append("failure")
+        raise UsageError("model tiny has no input lengths")
+
+    both, one = Writer(lambda orders: None), Writer(lambda orders: None)
+    both._open_embedder, one._open_embedder, one.name = embedder, fails, "other"
+    asked = Asked(both, one)
+    for _ in range(2):
+        status, body = asked.post("/v1/embeddings", {"model": "tiny", "input": "a"})
+        assert (status, json.loads(body)["data"][0]["embedding"]) == (200, [1.0, 1.0])
+        status, body = asked.post("/v1/embeddings", {"model": "other", "input": "a"})
+        what = "other generates text, and has no embeddings: model tiny has no input lengths"
+        assert (status, json.loads(body)) == (400, error(what, "invalid_request_error", param="model"))
+    assert opened == ["embedder", "failure"]

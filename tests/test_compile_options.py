@@ -319,6 +319,28 @@ def test_a_misspelled_option_of_load_is_reported_before_a_task_runs() -> None:
     assert "did you mean weights=, an option of load?" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("entry", "name", "option"),
+    [
+        ("Trainer", "lr", "learning_rate"),
+        ("Trainer", "learningrate", "learning_rate"),
+        ("Trainer", "optimiser", "optimizer"),
+        ("Trainer", "criterion", "loss"),
+        ("Trainer", "device", "target"),
+        ("compile", "device", "target"),
+        ("compile", "state_dict", "weights"),
+        ("load", "torch_dtype", "dtype"),
+    ],
+)
+def test_an_option_of_another_library_names_ours(entry: str, name: str, option: str) -> None:
+    with raises_freely(t.FrontendError, match=f"model named_alike has no option {name}") as refused:
+        getattr(t, entry)(named_alike, **{name: 1})
+    assert f"did you mean {option}=, an option of" in str(refused.value.hint)
+    with raises_freely(t.FrontendError, match="model named_alike has no option lr") as refused:
+        t.compile(named_alike, lr=0.1)
+    assert "did you mean" not in str(refused.value.hint)
+
+
 def test_a_mapping_counts_over_keywords() -> None:
     chosen = CompileOptions.of("compile", {"layers": 2, "dim": 8, "config": {"layers": 3}})
     assert chosen.config == {"layers": 3, "dim": 8}

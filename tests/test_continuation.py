@@ -142,6 +142,8 @@ def test_a_list_of_prompts_gives_a_list_of_texts(folder: Path) -> None:
     assert model.generate(["a dog"], most=6) == alone[1:]
     beams = Beams(2, best=2)
     assert model.search(["the cat", "a dog"], most=4, beams=beams)[1] == model.search("a dog", most=4, beams=beams)
+    assert model.search("a dog", most=4, beams=2) == model.search("a dog", most=4, beams=Beams(2))
+    assert model.search("a dog", most=4) == model.search("a dog", most=4, beams=Beams())
     wrong: Any = [["the cat", "a dog"]]
     with pytest.raises(UsageError, match="a prompt must be a string"):
         model.generate(wrong)

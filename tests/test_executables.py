@@ -51,6 +51,8 @@ def test_an_executable_tells_its_signature() -> None:
     assert str(logits) == "logits: f32[B, S, 11]"
     out = exe(tokens=[[1, 2]])
     assert list(out) == ["logits"]
+    with pytest.raises(KeyError, match="no output 'logit'; there are logits"):
+        out["logit"]
     with pytest.raises(AttributeError, match="no output 'logit'; there are logits"):
         _ = out.logit
 

@@ -60,6 +60,31 @@ def follow(code: str) -> None:
     traced(body)
 
 
+# -- patterns and equations by position --------------------------------------------------------------------------------
+
+
+def test_a_pattern_may_be_positional() -> None:
+    """PyTorch writes the equation of einsum first, einops the pattern last. The op's own errors are the same."""
+    equation, pattern = "b s d, b t d -> b s t", "b s d -> b d s"
+    same: list[list[Body]] = [
+        [
+            lambda x: t.einsum(x, x, equation=equation),
+            lambda x: t.einsum(equation, x, x),
+            lambda x: t.einsum(x, x, equation),
+        ],
+        [lambda x: t.rearrange(x, pattern=pattern), lambda x: t.rearrange(x, pattern)],
+        [lambda x: t.round_to(x, format="f8e4m3fn"), lambda x: t.round_to(x, "f8e4m3fn")],
+    ]
+    for keyword, *positional in same:
+        for body in positional:
+            assert traced(body).main.nodes[0].op == traced(keyword).main.nodes[0].op
+    assert refusal(lambda x: t.einsum("bsd,btd->bst", x, x)).hint == 'equation="b s d, b t d -> b s t"'
+    for body in (lambda x: t.einsum(x, x), lambda x: t.einsum(equation, x, x, pattern), lambda x: t.rearrange(x)):
+        refusal(body)
+    with pytest.raises(TreadleError, match="operand"):
+        traced(lambda x: t.softmax(x, "last"))
+
+
 # -- dtypes --------------------------------------------------------------------------------------------------------
 
 LAYERS: dict[str, Body] = {
@@ -416,7 +441,7 @@ def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
         (lambda x: x.cuda(), "t.compile(model)(...)"),
         (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: t.dropout(x, 0.1), "x  # a compiled model is only used for inference: leave it out"),
+        (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
         (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
         (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),

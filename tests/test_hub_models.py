@@ -87,6 +87,30 @@ def test_a_model_that_is_not_in_the_cache_names_the_command_that_fetches_it(cach
     assert caught.value.hint.command == f"treadle fetch hf:{NAME}, which needs the network"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("gpt2-medium", "hf:gpt2-medium"),
+        ("all-MiniLM-L6-v2", "hf:all-MiniLM-L6-v2"),
+        ("https://huggingface.co/gpt2", "hf:gpt2"),
+        ("https://huggingface.co/some-lab/Tiny/tree/main", "hf:some-lab/Tiny"),
+        ("http://hf.co/some-lab/Tiny?library=transformers", "hf:some-lab/Tiny"),
+        ("https://example.org/some-lab/Tiny", None),
+        ("./gpt2-medium", None),
+        ("a..b", None),
+    ],
+)
+def test_another_form_of_a_name_of_the_hub(name: str, meant: str | None, cache: Path) -> None:
+    """The hint has the name that a command takes, and the command then names the way to download the model."""
+    with pytest.raises(UsageError, match="there is no model") as caught:
+        find_place(name)
+    found = re.findall(r"hf:[^,]*", str(caught.value.hint))
+    assert found == ([] if meant is None else [meant])
+    if meant is not None:
+        with pytest.raises(UsageError, match="no model of that name in the Hugging Face cache"):
+            find_place(meant)
+
+
 def test_without_the_library_the_package_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FrontendError, match="needs the package huggingface_hub") as caught:

@@ -22,13 +22,14 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
-from treadle.ir.types import DTYPES, bf16, f32
+from treadle.ir.types import DTYPES, bf16, f16, f32
 from treadle.models.llama import llama
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.merge_projections import MergeProjections
 from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.products.patches_as_products import PatchesAsProducts
+from treadle.program.options import CompileOptions
 
 with_bf16 = pytest.mark.parametrize(
     "backend", [pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)]
@@ -214,6 +215,16 @@ def test_numpy_says_that_it_has_no_bf16() -> None:
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown computation dtype 'f8'"):
         treadle.compile("bert", dtype="f8", **SMALL)
+
+
+def test_an_option_takes_a_dtype_or_its_name() -> None:
+    """A dtype is not iterable, so that code that expects a list of names ends."""
+    assert CompileOptions.of("compile", {"dtype": bf16}).dtype == "bf16"
+    assert CompileOptions.of("compile", {"widen": bf16}).widen == "bf16"
+    assert CompileOptions.of("compile", {"widen": [bf16, "f16"]}).widen == ["bf16", "f16"]
+    assert CompileOptions.of("load", {"cache": f16}).cache == "f16"
+    with pytest.raises(TypeError, match="not iterable"):
+        list(bf16)  # type: ignore[call-overload]
 
 
 @needs_torch

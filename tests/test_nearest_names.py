@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 import pytest
 
-from treadle.files.nearest_names import NearestNames
+from treadle.files.nearest_names import NearestNames, with_nearest_suffix
 
 LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gate", "down", "norm")]
 
@@ -32,3 +32,20 @@ def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, ot
 def test_compared_values_are_bounded() -> None:
     assert NearestNames(["x" * 201]).of("x" * 200) == NearestNames(["x" * 200]).of("x" * 201) == []
     assert NearestNames(["x" * 200]).of("x" * 200) == ["x" * 200]
+
+
+@pytest.mark.parametrize(
+    ("path", "suffixes", "path_with_suffix"),
+    [
+        ("x.onnnx", [".onnx"], "x.onnx"),
+        ("below/x.ONNX", [".onnx"], "below/x.onnx"),
+        ("x.tredle", [".treadle"], "x.treadle"),
+        ("x.gv2", [".dot", ".gv"], "x.gv"),
+        ("x.bin", [".treadle"], "x.bin.treadle"),
+        ("llama-3.1", [".onnx"], "llama-3.1.onnx"),
+        ("below.onnnx/x", [".onnx"], "below.onnnx/x.onnx"),
+        (".onnnx", [".onnx"], ".onnnx.onnx"),
+    ],
+)
+def test_a_misspelled_suffix_is_replaced(path: str, suffixes: list[str], path_with_suffix: str) -> None:
+    assert with_nearest_suffix(path, suffixes) == path_with_suffix

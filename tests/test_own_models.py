@@ -6,6 +6,7 @@ import io
 import json
 import os
 import py_compile
+import re
 import runpy
 import shlex
 import shutil
@@ -33,6 +34,7 @@ from treadle.frontends.vocabularies.trained_vocabularies import END, train_token
 from treadle.ir.errors import CheckpointError, TreadleError, UsageError
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
+from treadle.serving.models import Opening, ServedWriter
 from treadle.training.saving import saver_for
 from treadle.training.text_data import TextData
 
@@ -279,6 +281,7 @@ def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
     Path("other.py").write_text(text.replace("my_gpt", "renamed").replace("4 * dim", "2 * dim"))
     said = trained("generate other.py:renamed the --weights out --tokens 2")
     refused(said, "other.py:renamed is not the declaration", f"recorded {OWN}: graph ")
+    assert hint_of(said).startswith(f"{OWN}, or --weights out/weights.safetensors")
     for old, new in (("4 * dim", "4 * dim, act=t.relu"), ("layers=2", "layers=3"), ("context=64", "context=32")):
         Path("models.py").write_text(text.replace(old, new))  # some of the same size, within a second
         said = trained(f"generate {OWN} the --weights out --tokens 2")
@@ -362,6 +365,11 @@ def without_lengths(tokens: Tokens, *, vocab=300, dim=16, heads=2):
 
 
 @t.model
+def my_tagger(tokens: Tokens, lengths: Lengths | None = None, *, vocab=300, dim=16, labels=3):
+    return {"logits": t.linear(t.embed(tokens, vocab, dim, name="tok"), labels, name="head")}
+
+
+@t.model
 def my_classifier(tokens: Tokens, *, vocab=300, dim=16, labels=3):
     x = t.embed(tokens, vocab, dim, name="tok")
     return {"logits": t.linear(x.mean(1), labels, name="head"), "hidden": x}
@@ -399,7 +407,7 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
     trainer = t.Trainer("models.py:my_classifier", tokenizer="out", backend="numpy")
     trainer.step(tokens=[[1, 2, 3]], targets=[2])
-    saved = saver_for(trainer.resolved, "cls").save(trainer.weights)
+    saved = trainer.save("cls")
     assert ' classify models.py:my_classifier --weights cls "A text"' in getattr(saved.loading, "command", "")
     command = "classify models.py:my_classifier 'the cat' 'the dog sees' --weights cls --top 3 --backend numpy --json"
     tokens = TextTokenizer.open("out").ids(["the cat"])
@@ -427,7 +435,10 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
 @pytest.mark.parametrize(
     ("command", "report", "hint"),
     [
-        ("tag models.py:my_encoder the --weights enc", "no head to tag tokens", "a folder of a class"),
+        ("tag models.py:my_classifier the --weights cls", "no head to tag tokens", "logits [B, S, labels]"),
+        ("tag models.py:my_encoder the --weights enc", "have no names", '"id2label"'),
+        ("answer models.py:my_encoder the cat --weights enc", "no head to answer questions", "logits [B, S, 2]"),
+        ("translate models.py:my_encoder the --weights enc", "no head to rewrite texts", "a folder of a class"),
         ("classify models.py:my_encoder the --weights enc", "no head to classify texts", "logits [B, labels]"),
         ("fill models.py:my_classifier the --weights cls", "no head to fill masks", "logits [B, S, vocab]"),
         ("fill models.py:my_encoder the", "is a declaration, without weights", "--weights FOLDER"),
@@ -484,6 +495,56 @@ def test_missing_weights(command: str, trained: Treadle) -> None:
     said = trained(command.replace("OWN", OWN))
     refused(said, f"{OWN} is a declaration, without weights")
     assert hint_of(said).startswith("--weights FOLDER")
+
+
+def test_a_declaration_tags_and_answers(trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    tokenizer, text = TextTokenizer.open("out"), "the cat sees the dog."
+    ((encoded,),) = tokenizer.encode([text])
+    inside = [text[start:end].strip() in ("cat", "dog") for start, end in encoded.offsets]
+    trainer = t.Trainer("models.py:my_tagger", tokenizer="out", backend="numpy", learning_rate=0.1)
+    for _ in range(20):
+        trainer.step(tokens=[encoded.ids], targets=[[int(is_animal) for is_animal in inside]])
+    loading = getattr(trainer.save("tags").loading, "command", "")
+    command = f"{loading.partition('treadle ')[2].replace('A text', text)} --backend numpy --json"
+    said = trained(command)
+    refused(trained(command.replace(" --json", "")), "the labels of models.py:my_tagger have no names")
+    assert said.code == 2
+    config = json.loads(Path("tags", "config.json").read_text())
+    Path("tags", "config.json").write_text(json.dumps({**config, "id2label": {"0": "O", "1": "B-x", "2": "I-x"}}))
+    spans = trained(command).json["texts"][0]["spans"]
+    assert [(span["label"], span["text"].strip()) for span in spans] == [
+        ("x", text[start:end].strip())
+        for (start, end), is_animal in zip(encoded.offsets, inside, strict=True)
+        if is_animal
+    ]
+    saver_for(resolve("models.py:my_tagger", labels=2), "qa").save(t.compile("models.py:my_tagger", labels=2).weights)
+    found = t.load("models.py:my_tagger", weights="qa", tokenizer="out", backend="numpy").answer("cat", text)
+    assert found is not None
+    assert text[found.start : found.end] == found.text
+
+
+def test_weights_are_those_of_one_model(trained: Treadle) -> None:
+    """A declaration becomes a model with its weights, to be used next to another model."""
+    drafted = f"generate {OWN} the --weights out --tokens 4 --draft "
+    said = trained(drafted + OWN)
+    refused(said, "a draft model is a model with its weights", f"--draft {OWN}, a declaration")
+    written = re.search(r"`treadle (compile .*)`", hint_of(said))
+    assert written is not None
+    assert trained(written[1].replace("FOLDER", "out")).code == 0
+    assert trained(drafted + "draft.treadle").code == 0
+    said = trained(f"serve draft.treadle {OWN} --weights out")
+    refused(said, "only a declaration takes its weights from a folder", "draft.treadle")
+    assert "`treadle compile file.py:function --weights FOLDER -o FILE.treadle`" in hint_of(said)
+
+
+def test_a_served_model_of_ones_own_embeds_too(trained: Treadle) -> None:
+    served = Opening(rows=1).open(f"mine={OWN}", weights="out", backend="numpy")
+    assert isinstance(served, ServedWriter)
+    texts = ["the cat", "the dog sees the cat"]
+    embedded = served.embedder().embed(texts).vectors
+    np.testing.assert_array_equal(embedded, t.load(OWN, weights="out", backend="numpy").embed(texts))
+    assert not np.allclose(embedded[0], embedded[1])
 
 
 def test_a_missing_tokenizer(trained: Treadle) -> None:

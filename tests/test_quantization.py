@@ -31,6 +31,7 @@ from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import SCHEMES, plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.reporting.compilations import compiled_lines
 from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
@@ -156,6 +157,35 @@ def test_a_line_that_is_no_whole_number_of_groups_stays() -> None:
         "an axis of 40 is not an integer number of int4_groups blocks",
         "multiplied by linear, an output",
     ]
+
+
+ODD = """graph odd {
+  symbols B
+  parameters { a: f32[40, 40]  b: f32[40, 40]  c: f32[8, 40] }
+  main(x: f32[B, 40]) -> (y: f32[B, 8]) { h = linear(x, $a) g = linear(h, $b) y = linear(g, $c) return y = y }
+}"""
+MISFIT = "f32[40, 40], an axis of 40 is not an integer number of int4_groups blocks"
+
+
+def test_weights_whose_sizes_a_scheme_does_not_take_are_reported() -> None:
+    graph = parse_graph(ODD)
+    weights = {name: np.ones(value.type.evaluate({}), np.float32) for name, value in graph.parameters.items()}
+    made = treadle.compile(graph, weights=weights, quantize="int4", backend="numpy")
+    lines = list(compiled_lines(made, 1.0))
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("odd, int4: 1 of 3 weights in blocks"))
+    assert lines[at + 1 : at + 3] == [f"not quantized: {name}: {MISFIT}" for name in "ab"]
+    assert "not quantized" not in "".join(compiled_lines(treadle.compile(graph, weights=weights), 1.0))
+
+
+def test_a_scheme_that_fits_no_matrix_is_refused() -> None:
+    graph = parse_graph(ODD.replace("return y = y", "z = relu(y) return y = z"))
+    for scheme in ("int4", "int4-int8"):
+        with pytest.raises(UsageError, match=f"{scheme} quantizes nothing of odd") as caught:
+            treadle.compile(graph, quantize=scheme, backend="numpy")
+        assert caught.value.received is not None
+        assert caught.value.received.splitlines()[0] == f"a: {MISFIT}"
+        assert str(caught.value.hint).startswith('quantize="int8-weights"')
+    assert treadle.compile(graph, quantize="int8-weights", backend="numpy").weights
 
 
 def test_weights_that_lie_the_other_way_have_blocks_along_their_first_axis() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -13,10 +14,10 @@ import pytest
 
 import treadle as t
 from treadle.fitting import fit_prose, fitted
-from treadle.reporting.arrays import array_facts, array_table, shortest, similarity_table
+from treadle.reporting.arrays import array_facts, array_table, shortest, similarity_tables
 from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
 from treadle.reporting.counts import counted, human
-from treadle.reporting.tables import console
+from treadle.reporting.tables import console, print_whole
 from treadle.reporting.zoo import zoo_tables
 
 
@@ -120,10 +121,33 @@ def test_outputs_as_a_table() -> None:
 def test_similarities_as_a_table() -> None:
     """A long sentence is truncated. Similar pairs are marked, but not a sentence with itself."""
     sentences = ["a" * 48, "b" * 49]
-    table = similarity_table(sentences, np.array([[1, 0.51], [0.5, 1]]))
+    (table,) = similarity_tables(sentences, np.array([[1, 0.51], [0.5, 1]]))
     assert rows_of(table) == [["1", "2"], ["1", "a" * 48, "1.00", "0.51"], ["2", "b" * 45 + "...", "0.50", "1.00"]]
     styles = [[str(cell.style) for cell in column._cells] for column in table.columns[1:]]
     assert styles == [["", ""], ["bold green", ""]]
+
+
+@pytest.mark.parametrize("width", [None, 200, 80, 20])
+@pytest.mark.parametrize("length", [1, 60])
+def test_similarities_of_many_sentences_are_all_printed(
+    width: int | None, length: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, a table has the columns that fit. In a pipe, one table has them all, on lines of any length."""
+    count = 60
+    near = np.linspace(-1, 1, count * count).reshape(count, count)
+    if width is not None:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    printed: list[list[str]] = [[] for _ in range(count)]
+    for table in similarity_tables(["a" * length] * count, near, width):
+        print_whole(table)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        assert width is None or max(map(len, lines)) <= width
+        assert len(lines) == count + 2
+        for row, line in zip(printed, lines[2:], strict=True):
+            row += line.split()[2:]
+    assert printed == [[f"{x:.2f}" for x in row] for row in near]
 
 
 def test_models_that_are_here_and_that_are_not() -> None:

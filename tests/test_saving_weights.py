@@ -365,6 +365,20 @@ def test_nothing_outside_is_read(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "to").exists()
 
 
+def test_a_trainer_saves_its_model(source: Path, tmp_path: Path) -> None:
+    trainer = t.Trainer(source, backend="numpy")
+    batch = inputs_of(ALL["gpt2"], trainer.resolved.graph)
+    trainer.step(**batch, targets=np.ones((2, 7), np.int64))
+    made = trainer.save(tmp_path / "to")
+    assert {path.name for path in made.files} >= {"model.safetensors", "config.json"}
+    again = t.compile(tmp_path / "to", backend="numpy")
+    for name, array in trainer.weights.items():
+        np.testing.assert_array_equal(array, again.weights[name])
+    with pytest.raises(UsageError, match="is not empty"):
+        trainer.save(tmp_path / "to")
+    assert trainer.save(tmp_path / "to", replace=True).files == made.files
+
+
 def test_unsavable_models_are_refused_before_training(source: Path, tmp_path: Path) -> None:
     resolved = resolve(source)
     with pytest.raises(UsageError, match="the model's own folder cannot be overwritten"):

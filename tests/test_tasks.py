@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,37 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     assert invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout == "".join(
         ["Ada lived in London\n", *spans]
     )
+
+
+WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
+    ("generate", {"sampling": {"temperature": 1}}, "sampling must be t.Sampling(...)"),
+    ("stream", {"rules": 1.2}, "rules must be t.TokenRules(...)"),
+    ("generate", {"most": "3"}, "most must be an integer"),
+    ("fill", {"top": 2.5}, "top must be an integer"),
+    ("perplexity", {"window": True}, "window must be an integer"),
+    ("generate", {"stop": 3}, "stop must be a list of strings"),
+    ("search", {"beams": "2"}, "beams must be t.Beams(...)"),
+    ("search", {"beams": True}, "beams must be t.Beams(...)"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "what"), WRONG_VALUES)
+def test_an_option_of_another_type_is_refused(method: str, options: dict[str, Any], what: str) -> None:
+    """The error is raised before the model is read. A hint is a value of the right type."""
+    model = LoadedModel(Program.of("no-such-folder"))
+    with pytest.raises(UsageError, match=re.escape(what)) as caught:
+        getattr(model, method)("the cat", **options)
+    name, _, code = str(caught.value.hint).partition("=")
+    if caught.value.hint is not None:
+        with pytest.raises(UsageError, match="no-such-folder"):
+            getattr(model, method)("the cat", **{name: eval(code, {"t": t})})
+
+
+@pytest.mark.parametrize("texts", [3, None, [1, 2], ["a", b"b"]])
+@pytest.mark.parametrize("method", ["embed", "perplexity"])
+def test_a_text_is_a_string(method: str, texts: Any) -> None:
+    with pytest.raises(UsageError, match="a text must be a string"):
+        getattr(LoadedModel(Program.of("no-such-folder")), method)(texts)
 
 
 OTHER_NAMES = [

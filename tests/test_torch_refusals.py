@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import treadle
@@ -78,6 +79,11 @@ def test_unknown_arguments_are_refused(module: Any, words: str) -> None:
         ((torch.ones(2, 3),), {"x": {-3: "B"}}, "no dimension -3"),
         ((torch.ones(2, 3),), {"x": {2: "B"}}, "no dimension 2"),
         ((torch.ones(2, 3),), {"x": {0.5: "B"}}, "no dimension 0.5"),
+        ((torch.ones(2, 3),), "B S", "try       dynamic={'x': 'B S'}"),
+        ((torch.ones(2, 3),), "B S _", "try       dynamic={'x': 'B _'}"),
+        ((torch.ones(2, 3),), ["B", "S"], "try       dynamic={'x': 'B S'}"),
+        (torch.ones(2, 3), None, "try       a tuple of one argument is (x,)"),
+        ((np.ones((2, 3)),), None, "try       torch.from_numpy(x)"),
     ],
 )
 def test_examples_and_names_that_do_not_fit(example: Any, dynamic: Any, words: str) -> None:

@@ -31,7 +31,7 @@ from treadle.models.bert import bert
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.backend_choice import fastest_installed
 from treadle.progress import downloading, working
-from treadle.reporting.arrays import similarity_table
+from treadle.reporting.arrays import similarity_tables
 from treadle.reporting.compilations import compiled_lines, pass_table
 from treadle.reporting.counts import human
 from treadle.reporting.errors import error_text
@@ -117,7 +117,7 @@ def demonstrate(out: Console) -> None:
         _say(out, "\nthe block as the kernels that the tvm backend calls:\n")
         _show_code(out, _routine(embedders["tvm"].model.source, "layer"))
     out.print()
-    out.print(similarity_table(SENTENCES, vectors @ vectors.T))
+    out.print(*similarity_tables(SENTENCES, vectors @ vectors.T))
 
     step("Text generation")
     _bring(out, "smollm2")

@@ -36,6 +36,15 @@ def is_hub_name(name: str) -> bool:
     return name.startswith(PREFIX) or ("/" in name and _FORM.fullmatch(name) is not None)
 
 
+def hub_name_in(name: str) -> str | None:
+    """Return the name of the hub that a MODEL of another form may mean: `hf:gpt2-medium` for `gpt2-medium`, and
+    `hf:organization/name` for an address on the hub's site; else None.
+    """
+    address = re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+(?:/[^/?#]+)?)(?:[/?#].*)?", name)
+    repository = name if address is None else address[1]
+    return f"{PREFIX}{repository}" if _is_repository(repository) else None
+
+
 def cached_hub_model(name: str) -> Path:
     """Return the folder of a model in the user's Hugging Face cache: the snapshot of its main revision.
 
@@ -74,10 +83,14 @@ def fetch_hub_model(name: str, *, bars: bool = False) -> Path:
         return _folder(repository)
 
 
+def _is_repository(name: str) -> bool:
+    return _FORM.fullmatch(name) is not None and ".." not in name and "--" not in name and len(name) <= 96
+
+
 def _repository(name: str) -> str:
     """Return a name without its prefix. Raises UsageError for a malformed one."""
     repository = name.removeprefix(PREFIX)
-    if not _FORM.fullmatch(repository) or ".." in repository or "--" in repository or len(repository) > 96:
+    if not _is_repository(repository):
         raise UsageError(
             "not a name of the Hugging Face hub",
             received=printable(name),

@@ -14,6 +14,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from treadle.files.shown_names import printable
 from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
 from treadle.frontends.torch_export.model import expect_dense, named_tensors
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
@@ -84,13 +87,15 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
 
     found: dict[str, dict[int, str]] = {}
     sizes: dict[str, int] = {}
+    tensors = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    if dynamic is not None and not isinstance(dynamic, Mapping):
+        raise _not_by_argument(dynamic, {name: arguments[name].ndim for name in tensors})
     for name, given in (dynamic or {}).items():
         tensor = arguments.get(name)
         if not isinstance(tensor, torch.Tensor):
-            known = ", ".join(n for n, x in arguments.items() if isinstance(x, torch.Tensor))
             raise UsageError(
                 f"dynamic= names {name!r}, which is not a tensor of the example",
-                received=f"tensors: {known}" if known else None,
+                received=f"tensors: {', '.join(tensors)}" if tensors else None,
                 hint="the names of arguments that are tensors; tensors in containers keep their sizes",
             )
         dims = _dims(name, given, tensor.shape)
@@ -100,6 +105,21 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
                 raise UsageError(f"{symbol} has the sizes {sizes[symbol]} and {size} in the example", received=name)
         found[name] = dims
     return found
+
+
+def _not_by_argument(dynamic: object, ranks: Mapping[str, int]) -> UsageError:
+    """Return the error for a `dynamic` without names of arguments; its hint has the text for each tensor that it fits.
+
+    ranks  the number of dimensions of each tensor of the example
+    """
+    words = dynamic if isinstance(dynamic, str) else "B S"
+    fitting = [name for name, rank in ranks.items() if rank == len(words.split())]
+    texts = dict.fromkeys(fitting, words) or {name: " ".join("B____"[:rank]) for name, rank in ranks.items() if rank}
+    return UsageError(
+        "dynamic= must be a mapping by argument",
+        received=printable(repr(dynamic)),
+        hint=f"dynamic={texts or {'x': 'B S'}}",
+    )
 
 
 def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
@@ -143,8 +163,17 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
     if not isinstance(module, torch.nn.Module):
         raise UsageError("from_torch takes a torch.nn.Module", received=type(module).__name__)
     if not isinstance(example, tuple | Mapping):
-        raise UsageError("the example must be a tuple of arguments, or a dict of them", received=type(example).__name__)
+        what = "the example must be a tuple of arguments, or a dict of them"
+        hint = "a tuple of one argument is (x,)" if isinstance(example, torch.Tensor | np.ndarray) else None
+        raise UsageError(what, received=type(example).__name__, hint=hint)
     arguments = named_arguments(module, example)
+    arrays = [name for name, x in arguments.items() if isinstance(x, np.ndarray)]
+    if arrays:
+        raise UsageError(
+            "tensors of an example must be PyTorch's",
+            received=", ".join(f"{name}: a NumPy array" for name in arrays),
+            hint=f"torch.from_numpy({arrays[0]})",
+        )
     for name, x in named_tensors(arguments):
         expect_dense(name, x, f"torch.zeros({name}.shape, dtype={name}.dtype): an example's values do not matter")
     shapes: dict[str, Any] | None = None

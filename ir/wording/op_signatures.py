@@ -2,7 +2,9 @@
 
     softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor
 
-Operands are positional, attributes keyword-only. The number of an op's results follows from its dtype rule.
+Operands are positional, attributes keyword-only. In the DSL, a text without a default may be positional, too: the
+pattern of `rearrange`, and the equation of `einsum`, before or after the operands. The number of an op's results
+follows from its dtype rule.
 """
 
 from __future__ import annotations
@@ -47,14 +49,29 @@ class Annotation(str):
 def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
     """Return the op's signature as a function."""
     found = [_operand(name, o.optional, o.variadic, spelling) for name, o in cls.operands.items()]
+    text = text_attribute(cls) if spelling is LANGUAGE else None
+    is_variadic = any(operand.kind is Parameter.VAR_POSITIONAL for operand in found)
+    if text is not None and is_variadic:
+        found[-1] = found[-1].replace(annotation=Annotation(f"{spelling.operand} | str"))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = spelling.attribute or accepted_annotation(str(field.type))
         default = field.default.constant if isinstance(field.default, Size) else field.default
         default = Parameter.empty if default is dataclasses.MISSING else default
-        found.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotation(kind)))
+        passed = Parameter.KEYWORD_ONLY
+        if field.name == text:
+            default = None if is_variadic else default
+            kind, passed = (f"{kind} | None", passed) if is_variadic else (kind, Parameter.POSITIONAL_OR_KEYWORD)
+        found.append(Parameter(field.name, passed, default=default, annotation=Annotation(kind)))
     if spelling is not PATTERN:  # patterns name captures with p.named
         found.append(Parameter("name", Parameter.KEYWORD_ONLY, default=None, annotation=Annotation("str | None")))
     return Signature(found, return_annotation=Annotation(_results(cls, spelling.result)))
+
+
+def text_attribute(cls: type[Op]) -> str | None:
+    """Return the name of the op's first attribute, if it is a text without a default; else None."""
+    first = next(iter(dataclasses.fields(cls)), None)  # type: ignore[arg-type]
+    is_text = first is not None and str(first.type) == "str" and first.default is dataclasses.MISSING
+    return first.name if first is not None and is_text else None
 
 
 def _operand(name: str, optional: bool, variadic: bool, spelling: Spelling) -> Parameter:

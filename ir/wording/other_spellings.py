@@ -8,7 +8,9 @@ from __future__ import annotations
 
 _PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
 _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
-_LEFT_OUT = "x  # a compiled model is only used for inference: leave it out"
+_LEFT_OUT = "x  # leave it out: results are new values, and have no layout in memory"
+_NO_DROPOUT = "x  # leave it out: a graph has no random numbers, also in training"
+_NO_GRADIENT = "t.stop_gradient(x)  # or t.Trainer(model, trained=[...]), which names the weights to train"
 _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
@@ -52,8 +54,9 @@ _WORDS = {
     "scaled_dot_product_attention sdpa": "t.attention(q, k, v, mask=t.causal)",
     "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
     "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
-    "dropout Dropout contiguous clone requires_grad no_grad": _LEFT_OUT,
-    "detach": "t.stop_gradient(x)",
+    "dropout Dropout": _NO_DROPOUT,
+    "contiguous clone": _LEFT_OUT,
+    "detach requires_grad no_grad": _NO_GRADIENT,
     "Parameter": 't.parameter("w", 64)',
     "Module": "@t.model  # on a function; layers are functions, too",
     "nn": 't.linear(x, 64, name="f")  # layers are functions',

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from treadle.files.nearest_names import NearestNames
 from treadle.files.switches import read_switch
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
@@ -177,8 +178,10 @@ class Optimized:
                     f"{name} is a rule of the pass {record.name}, not a pass",
                     hint=Hint(f"after({record.name!r})", f"--after {record.name}"),
                 )
-        known = ", ".join(dict.fromkeys(r.name for r in stages))
-        raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
+        known = list(dict.fromkeys(r.name for r in stages))
+        near = NearestNames(known).of(name)
+        one_of = f"one of {', '.join(known)}" if known else None
+        raise UsageError(f"no pass {name!r} was run", hint=f"{near[0]}?" if near else one_of)
 
     def products_of(self, name: str) -> Mapping[type[Any], Any]:
         """Return what the (last) pass of that name made in addition to the graph, by type."""

@@ -157,7 +157,7 @@ def _planned(name: str, type: Type, readers: _Readers, scheme: Callable[[int, bo
     try:
         encoded = type.as_encoded(encoding).encoding
     except (GraphError, RuleError) as error:
-        return WeightPlan(name, type, None, error.what)
+        return WeightPlan(name, type, None, error.what, misfit=True)
     why = f"multiplied by {', '.join(readers.products)}"
     why += ", an output" if readers.output else ""
     why += f"; {', '.join(readers.moves)} looks up rows of it" if readers.moves else ""

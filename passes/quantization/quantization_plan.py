@@ -33,12 +33,14 @@ class WeightPlan:
     type      its type before quantization
     encoding  its new encoding; None if it is unchanged
     reason    the reason for the encoding, or for the absence of one
+    misfit    True if the scheme applies to the weight, but has no encoding for its sizes
     """
 
     name: str
     type: Type
     encoding: Encoding | None
     reason: str
+    misfit: bool = False
 
     @property
     def bytes(self) -> int:
@@ -114,6 +116,19 @@ class QuantizationPlan:
         """The number of bytes of all weights before quantization."""
         return sum(w.type.bytes_at({}) for w in self.weights)
 
+    @property
+    def misfits(self) -> tuple[str, ...]:
+        """A line for each kind of weight that stays unquantized only because of its sizes, with the reason."""
+        kinds = _folded(w for w in self.weights if w.misfit)
+        return tuple(f"{_name(kind)}: {kind[0].type}, {kind[0].reason}" for kind in kinds)
+
+    @property
+    def summary(self) -> list[str]:
+        """The number of weights in blocks, their bytes, and the weights that stay only because of their sizes."""
+        lines = [f"not quantized: {line}" for line in self.misfits[:_MOST_LINES]]
+        more = len(self.misfits) - len(lines)
+        return [self._head(), *lines, *([f"not quantized: {more} more kinds of weights"] if more else [])]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as data for JSON."""
         facts = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
@@ -125,16 +140,18 @@ class QuantizationPlan:
             facts["stored"] = {name: str(rounding) for name, rounding in self.stored.items()}
         return facts
 
-    def __str__(self) -> str:
+    def _head(self) -> str:
         before = sum(w.type.encoding is not None for w in self.weights)
         encoded = len(self.encodings) + before
-        head = (
+        return (
             f"{self.model}, {self.scheme}: {encoded} of {len(self.weights)} weights in blocks"
             f"{f', {before} of them already' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
         )
+
+    def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("weight", "type", "encoding", "bytes", "was", "why")]
         rows += [_row(group) for group in _folded(self.weights)]
-        lines = [head, "", *_table(rows)]
+        lines = [self._head(), "", *_table(rows)]
         if self.activations:
             lines += [
                 "",
@@ -159,6 +176,7 @@ class QuantizationPlan:
 
 
 _TO_THE_RIGHT = ("bytes", "was")
+_MOST_LINES = 4  # of a summary
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -40,8 +40,8 @@ class QuantizeWeights(Pass):
     file stores in blocks are unchanged.
 
     Refuses, with a reason in the plan: a weight that is not a matrix, or that has readers other than products and row
-    lookups; a row whose length is not a multiple of the group. Raises UsageError for a model in blocks if nothing
-    changes.
+    lookups; a row whose length is not a multiple of the group. Raises UsageError if nothing changes for a model in
+    blocks, or for one with such rows.
     """
 
     requires: ClassVar[Facts] = BEFORE_LOWERING | {FULL_PRECISION}
@@ -59,9 +59,10 @@ class QuantizeWeights(Pass):
         plan = plan_quantization(graph, self.scheme)
         check_quantization(plan, graph)
         log.notes += str(plan).splitlines()
+        log.products[QuantizationPlan] = plan
         rounded = [each for each in plan.activations if each.encoding is not None]
         if not plan.encodings and not rounded:
-            _refuse_blocks(plan)
+            _refuse_without_effect(plan)
             return 0
         encode_activations(graph, plan.activations)
         encoded = encode_parameters(
@@ -73,10 +74,19 @@ class QuantizeWeights(Pass):
         return len(plan.encodings) or len(rounded)
 
 
-def _refuse_blocks(plan: QuantizationPlan) -> None:
-    """Raise UsageError if a plan quantizes nothing of a model whose weights are in blocks, so that it would have no
-    effect.
+def _refuse_without_effect(plan: QuantizationPlan) -> None:
+    """Raise UsageError if a plan quantizes nothing of a model whose weights are in blocks, or have other sizes than the
+    scheme takes, so that it would have no effect.
     """
+    if plan.misfits:
+        raise UsageError(
+            f"{plan.scheme} quantizes nothing of {plan.model}: no matrix has the sizes for it",
+            received="\n".join(plan.misfits[:4]),
+            hint=Hint(
+                'quantize="int8-weights", which takes rows of any length',
+                "--quantize int8-weights, which takes rows of any length",
+            ),
+        )
     forms = Counter(str(weight.type.encoding) for weight in plan.weights if weight.type.encoding is not None)
     if forms:
         held = ", ".join(f"{count} in {form}" for form, count in forms.items())

@@ -30,6 +30,7 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.files.nearest_names import with_nearest_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
     from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
@@ -37,7 +38,8 @@ def compile_model(
     from treadle.reporting.tables import console
 
     if output is not None and not is_artifact(output):
-        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
+        hint = with_nearest_suffix(str(output), [SUFFIX])
+        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=hint)
     started = time.perf_counter()
     certify = keywords.get("certify", False)
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):

@@ -39,9 +39,9 @@ def embed_sentences(
     from treadle.npy_files import write_npy
     from treadle.program.given_texts import read_sentences
     from treadle.progress import working
-    from treadle.reporting.arrays import shortest, similarity_table
+    from treadle.reporting.arrays import shortest, similarity_tables
     from treadle.reporting.counts import counted
-    from treadle.reporting.tables import console
+    from treadle.reporting.tables import console, print_whole
     from treadle.sentence_embedding import SentenceEmbedder
 
     texts = read_sentences(sentences or [], file, column)
@@ -71,7 +71,8 @@ def embed_sentences(
         }
         print_json({**facts, "similarity": shortest(near)} if similarity else facts)
     elif similarity:
-        console().print(similarity_table(texts, near))
+        for table in similarity_tables(texts, near, console().width if sys.stdout.isatty() else None):
+            print_whole(table)
     elif not files:
         for vector in vectors:
             print(" ".join(map(str, shortest(vector))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
+from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import UsageError
 from treadle.program.options import EXPLAINED
 
@@ -103,7 +105,11 @@ def explain_sites(
     if subject is None:
         raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
     if subject not in functions:
-        raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
+        near = NearestNames(functions).of(subject)
+        hint = f"{near[0]}?" if near else "one of " + ", ".join(functions)
+        if model in functions:  # the arguments are in the other order
+            hint = f"treadle explain {shlex.quote(subject)} {model}"
+        raise UsageError("unknown subject to explain", received=repr(subject), hint=hint)
     options = CompileOptions.of(f"explain {subject}", keywords)
     if subject not in ("memory", "sharding") and svg is not None:
         raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")

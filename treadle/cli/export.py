@@ -12,6 +12,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
+from treadle.files.nearest_names import with_nearest_suffix
 from treadle.ir.errors import UsageError
 
 _FOLDER = "compressed-tensors"
@@ -74,7 +75,8 @@ def export_model(
     if _SUFFIXES[to] and output.suffix not in _SUFFIXES[to]:
         name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
         suffixes = " or ".join(_SUFFIXES[to])
-        raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=f"{output}{_SUFFIXES[to][0]}")
+        hint = with_nearest_suffix(str(output), _SUFFIXES[to])
+        raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=hint)
     if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
         formats = ", ".join(_MODELS)
         raise UsageError(f"--backend, --sizes and --times apply to other formats than {formats}", hint="--to json")

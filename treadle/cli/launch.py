@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,8 @@ def launch_command(
     has_mesh = any(word == "--mesh" or word.startswith("--mesh=") for word in words)
     received, able = printable(" ".join(words), 80), rank_commands()
     if words[0].endswith(".py"):
+        if not Path(words[0]).is_file():
+            raise UsageError(f"there is no file {printable(words[0])}", hint="the path of a Python file")
         started = [sys.executable, *words]
     elif words[0] not in able:
         is_command = words[0] in COMMANDS

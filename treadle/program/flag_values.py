@@ -20,6 +20,15 @@ _MOST_SIZE = 10**12 - 1
 _MOST_LIMIT = 10**18 - 1
 
 
+def inputs_of(text: str) -> tuple[str, ...]:
+    """Return the names of optional inputs. Raises UsageError for a value of an input, which another option takes."""
+    if "=" in text:
+        raise UsageError(
+            "--inputs has names of optional inputs", received=printable(text), hint=f"--input {text}, of treadle run"
+        )
+    return names_of(text)
+
+
 def names_of(text: str) -> tuple[str, ...]:
     """Return the names in a list separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())

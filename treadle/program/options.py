@@ -27,6 +27,7 @@ from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.ir.transforms.rounded_inputs import AS_STORED
+from treadle.ir.types import DType
 from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
 
@@ -73,6 +74,13 @@ def _option(default: Any, about: str, help: str = "", flag: Flag | None = None, 
     return declare(default, about, help, flag, takers=_ENTRIES.difference(but))
 
 
+def _dtype_names(value: Any) -> Any:
+    """Return the name of a dtype, `bf16` as "bf16", also in a list of dtypes. Other values are unchanged."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
+    return str(value) if isinstance(value, DType) else value
+
+
 @dataclass(frozen=True)
 class ReadingOptions:
     """Options that select the parts of a model to read, and the limits on its files."""
@@ -81,7 +89,7 @@ class ReadingOptions:
         None,
         'optional inputs of the declaration to include, such as ("lengths",)',
         "Optional inputs to include, such as lengths or lengths,token_types.",
-        Flag("inputs", "NAMES", flag_values.names_of),
+        Flag("inputs", "NAMES", flag_values.inputs_of),
         but={"load", "artifact", "generate", "task", "embed"},
     )
     outputs: Sequence[str] | None = _option(
@@ -286,7 +294,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         for name in keywords:
             if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
-        chosen = {name: value for name, value in keywords.items() if name in known and value is not None}
+        chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
         made = cls(**{**defaults, **chosen}, entry=entry, config=config)
@@ -403,8 +411,14 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         return any(map(self._nearest, self.config))
 
     def _nearest(self, name: str) -> list[str]:
-        """Return the option with the most similar name, or an empty list if none is similar."""
-        return list(NearestNames([each.name for each in taken_by(self.entry)]).of(name, 1, 0.75))
+        """Return the option that has this name in other libraries, or else the most similar name, or an empty list."""
+        names = [each.name for each in taken_by(self.entry)]
+        if self.entry == "train":
+            from treadle.training.trainer import Trainer
+
+            names = [each for each in inspect.signature(Trainer.__init__).parameters if each not in ("self", "config")]
+        other = _OTHER_LIBRARIES.get(name)
+        return [other] if other in names else list(NearestNames(names).of(name, 1, 0.75))
 
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
@@ -415,6 +429,23 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
             )
+
+
+_OTHER_LIBRARIES = {
+    "lr": "learning_rate",
+    "device": "target",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "max_norm": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+    "quantization": "quantize",
+    "loss_fn": "loss",
+    "criterion": "loss",
+    "optim": "optimizer",
+    "state_dict": "weights",
+}
+"""Options by their names in other libraries, which are not similar enough."""
 
 
 def declared_options() -> Mapping[str, Option]:

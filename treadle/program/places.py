@@ -10,7 +10,7 @@ from pathlib import Path
 from treadle.fetch import fetched_model
 from treadle.files.shown_names import shown_path
 from treadle.frontends.safetensors_file import refuse_pickle
-from treadle.hub_models import cached_hub_model, is_hub_name
+from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.registry import family_names
 from treadle.wheels.pinned_models import PINNED
@@ -51,10 +51,11 @@ def find_place(name: str) -> Path:
         return cached_hub_model(name)
     if name not in PINNED:
         known = [*family_names(), *PINNED]
-        near = difflib.get_close_matches(name, known, n=1)
+        near, hub = difflib.get_close_matches(name, known, n=1), hub_name_in(name)
         raise UsageError(
             f"there is no model {name!r}",
             hint=(f"{near[0]}? " if near else "")
+            + (f"{hub}, for a model of the Hugging Face hub; " if hub is not None else "")
             + f"file.py:function, a folder with config.json and model.safetensors, or one of {', '.join(known)}",
         )
     folder = fetched_model(name)

@@ -76,6 +76,11 @@ BLOCKS = "blocks"
 """The value of `widen` that decodes the blocks of a file."""
 
 
+def compiling_with_weights(model: str, file: str) -> str:
+    """Return the command that writes a declaration and its weights to one file, which then is a model."""
+    return f"treadle compile {printable(model)} --weights FOLDER -o {file}"
+
+
 class ModelSource:
     """A model, found and opened once: its graph, its weights (not yet read), its configuration and its text files.
 
@@ -160,7 +165,11 @@ class ModelSource:
             raise UsageError(
                 "only a declaration takes its weights from a folder",
                 received=text or f"a {type(model).__name__}",
-                hint="file.py:function, or a family of the zoo",
+                hint=Hint(
+                    "file.py:function, or a family of the zoo; or leave weights= out: this model has weights",
+                    "file.py:function, or a family of the zoo; or leave --weights out: this model has weights. To "
+                    f"serve a declaration next to it, `{compiling_with_weights('file.py:function', 'FILE.treadle')}`",
+                ),
             )
         if isinstance(model, Model):
             return _Declared(model.name, model, python_file(model), weights, limits)

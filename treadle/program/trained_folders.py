@@ -146,13 +146,14 @@ class DeclarationReference:
         path = os.path.join(folder.shown, weights)
         named = model.name if file is None else f"{shown_path(file)}:{model.name}"
         was = "" if self.is_family else f"{self.label}: "
+        same = "the file as it was then" if self.function == model.name else self.label
         raise CheckpointError(
             f"{named} is not the declaration with which these weights were trained",
             received=f"{_short(received or 'not of the zoo')}, recorded {was}{_short(str(recorded))}",
             within=folder.show(CONFIG),
             hint=Hint(
-                f"the file as it was then, or weights={path!r}, which is read without the comparison",
-                f"the file as it was then, or --weights {path}, which is read without the comparison",
+                f"{same}, or weights={path!r}, which is read without the comparison",
+                f"{same}, or --weights {path}, which is read without the comparison",
             ),
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.text import Text
 from treadle.reporting import Facts
 from treadle.reporting.tables import plain_table
 
+_SENTENCE, _ELLIPSIS = 48, 8  # the most and the fewest characters of a sentence in a table of similarities
 _SHOWN_VALUES = 64  # an output of at most this many elements is printed in full
 
 
@@ -66,13 +68,24 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any]) -> Table:
-    """Return a table of cosine similarities in which high values are highlighted."""
-    table = plain_table(
-        "", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1)))
-    )
-    for i, (sentence, row) in enumerate(zip(sentences, similarity, strict=True)):
-        cells = [Text(f"{x:.2f}", style="bold green" if x > 0.5 and i != j else "") for j, x in enumerate(row)]
-        shown = sentence if len(sentence) <= 48 else f"{sentence[:45]}..."
-        table.add_row(Text(f"{i + 1}  {shown}", no_wrap=True, overflow="ellipsis"), *cells)
-    return table
+def similarity_tables(
+    sentences: Sequence[str], similarity: np.ndarray[Any, Any], width: int | None = None
+) -> Iterator[Table]:
+    """Yield tables of cosine similarities in which high values are highlighted. Each has a row for each sentence, and
+    as many of the columns as fit into `width` characters; None: one table with all columns.
+    """
+    cells = [[f"{x:.2f}" for x in row] for row in similarity]
+    wide = max(len(cell) for cell in [*chain(*cells), str(len(sentences))])
+    most = _SENTENCE if width is None else max(_ELLIPSIS, min(_SENTENCE, width - wide - len(f"{len(sentences)}") - 5))
+    labels = [f"{i + 1}  {each if len(each) <= most else each[: most - 3] + '...'}" for i, each in enumerate(sentences)]
+    fitting = len(sentences) if width is None else max(1, (width - max(map(len, labels))) // (wide + 3))
+    for start in range(0, len(sentences), fitting):
+        shown = range(start, min(start + fitting, len(sentences)))
+        table = plain_table("", *(str(j + 1) for j in shown), numbers={str(j + 1) for j in shown})
+        for column in table.columns[1:]:
+            column.min_width = wide
+        for i, label in enumerate(labels):
+            styles = ["bold green" if similarity[i, j] > 0.5 and i != j else "" for j in shown]
+            numbers = [Text(cells[i][j], style=style) for j, style in zip(shown, styles, strict=True)]
+            table.add_row(Text(label, no_wrap=True, overflow="ellipsis"), *numbers)
+        yield table

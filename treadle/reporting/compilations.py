@@ -11,6 +11,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.analysis.cost import parameter_count
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.passes.framework.pass_log import PassLog
+from treadle.passes.quantization.quantization_plan import QuantizationPlan
 from treadle.reporting import Facts
 from treadle.reporting.counts import counted
 from treadle.reporting.graphs import port_facts
@@ -55,6 +56,9 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
     )
     yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
     yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
+    for record in compiled.log:
+        plan = record.product(QuantizationPlan)
+        yield from plan.summary if plan is not None else ()
     for names, kind, text in (
         (compiled.unused, "tensor", "of the checkpoint not used"),
         (compiled.unread, "key", f"of config.json that {compiled.name} does not know"),

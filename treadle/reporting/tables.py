@@ -30,6 +30,14 @@ def console(*, stderr: bool = False) -> Console:
     return _Plain(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
+def print_whole(table: Table) -> None:
+    """Print a table. In a pipe, no cell is broken, and the lines are as long as they need to be."""
+    out = console()
+    if not out.is_terminal:
+        out.width = max(out.width, Measurement.get(out, out.options.update(max_width=sys.maxsize), table).maximum)
+    out.print(table)
+
+
 @dataclass(frozen=True)
 class Items:
     """Strings in a row, separated by commas. Lines are broken only between two of them.

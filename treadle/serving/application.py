@@ -33,7 +33,7 @@ from treadle.serving.answering import Answering, TokenEvent
 from treadle.serving.answers import DONE, AnswerForm, GrowingChoice, embeddings, event, text_of
 from treadle.serving.fields import Fields
 from treadle.serving.metrics import Metrics
-from treadle.serving.models import Served, ServedEmbedder, ServedWriter
+from treadle.serving.models import Served, ServedWriter
 from treadle.serving.observing import HEADER, HttpExchange, Observed, RequestLog
 from treadle.serving.refusals import RequestRefusal, shutting_down
 from treadle.serving.requests import WantedTexts
@@ -168,8 +168,8 @@ class Server:
         """Return embeddings of texts."""
         wanted = requests.read_embeddings(await self._fields(request))
         served = self._named(wanted.model)
-        if not isinstance(served, ServedEmbedder):
-            raise RequestRefusal(400, f"{served.name} generates text, and has no embeddings", field="model")
+        if isinstance(served, ServedWriter):
+            served = await asyncio.to_thread(served.embedder)
         found = await asyncio.to_thread(served.embed, wanted.texts)
         return _json(embeddings(served.name, found.vectors, sum(found.tokens), wanted.as_bytes))
 

@@ -1,10 +1,11 @@
-"""Served models: a language model with a scheduler, or a sentence embedding model."""
+"""Served models: a language model with a scheduler, which may embed too, or a sentence embedding model."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from treadle.chatting.templates import ChatTemplate
@@ -34,6 +35,12 @@ class ServedWriter:
     notes   remarks on sizes that differ from the caller's, as sentences
     """
 
+    _open_embedder: Callable[[], SentenceEmbedder] | None = None
+    _embedder: ServedEmbedder | None = None
+    _no_embeddings = ""  # the reason
+    _queue = QUEUE
+    _opening = threading.Lock()
+
     def __init__(
         self,
         name: str,
@@ -46,6 +53,7 @@ class ServedWriter:
         budget: int | None = None,
         prefixes: int | None = None,
         clips: bool = False,
+        embedder: Callable[[], SentenceEmbedder] | None = None,
     ) -> None:
         """Allocate the rows.
 
@@ -53,6 +61,7 @@ class ServedWriter:
         capacity  tokens of a row; None: 2048, or the model's maximum if this is less
         budget    maximum number of tokens of a step; None: the scheduler's default
         prefixes  maximum size of prefixes in host memory in bytes; None: none are stored
+        embedder  opens the same model for embeddings, at the first request for them; None: it has no embeddings
 
         Raises as `SteppedModel.session` and `Session.cache_prefixes` do, and UsageError if the caches are larger than
         the free memory.
@@ -69,6 +78,23 @@ class ServedWriter:
             session.cache_prefixes(prefixes)
         self.scheduler = Scheduler(session, queue=queue, budget=BUDGET if budget is None else budget)
         self._template: ChatTemplate | None = None
+        self._open_embedder, self._queue = embedder, queue
+
+    def embedder(self) -> ServedEmbedder:
+        """Return the same model for embeddings. The first call compiles it.
+
+        Raises RequestRefusal if the model has no embeddings, with the reason.
+        """
+        with self._opening:
+            if self._embedder is None and self._open_embedder is not None:
+                try:
+                    self._embedder = ServedEmbedder(self.name, self._open_embedder(), queue=self._queue)
+                except TreadleError as error:
+                    self._no_embeddings, self._open_embedder = f": {error.what}", None
+        if self._embedder is None:
+            what = f"{self.name} generates text, and has no embeddings{self._no_embeddings}"
+            raise RequestRefusal(400, what, field="model")
+        return self._embedder
 
     def _fitting_rows(self, rows: int | None, tokens: int, prefixes: int) -> int:
         """Return the number of rows: the given one if it fits into the free memory, else the largest one up to 16."""
@@ -289,12 +315,13 @@ class Opening:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
         chosen = CompileOptions.of("generate", options)
         source = chosen.open(place)
+        embedder = partial(SentenceEmbedder.open, source, **chosen.but(cache=None).keywords())
         try:
             writer = TextWriter.open(source, **options)
         except TreadleError as writes_not:
             try:
-                embedder = SentenceEmbedder.open(source, **chosen.but(cache=None).keywords())
+                return ServedEmbedder(name, embedder(), queue=self.queue)
             except TreadleError:
                 raise writes_not from None
-            return ServedEmbedder(name, embedder, queue=self.queue)
-        return ServedWriter(name, writer, **{each.name: getattr(self, each.name) for each in fields(self)})
+        sizes = {each.name: getattr(self, each.name) for each in fields(self)}
+        return ServedWriter(name, writer, **sizes, embedder=embedder)

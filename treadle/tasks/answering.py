@@ -27,7 +27,7 @@ from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("answer questions", ("ForQuestionAnswering",))
+HEAD = Head("answer questions", ("ForQuestionAnswering",), ("B", "S", "2"))
 WINDOW, OVERLAP = 384, 128
 """Number of tokens of a window, including the question, and number of tokens that two consecutive windows share."""
 

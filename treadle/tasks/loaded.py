@@ -120,6 +120,7 @@ class LoadedModel:
 
     def embed(self, sentences: str | list[str]) -> Vectors:
         """Return a sentence's embedding [D], or several sentences' embeddings [N, D]."""
+        _check_texts(sentences)
         found = self.embedder.embed(_listed(sentences))
         return found if _many(sentences) else found[0]
 
@@ -188,6 +189,7 @@ class LoadedModel:
         or the model's maximum. A quantized or reduced-precision model is compared with the model in its original
         precision.
         """
+        _check_texts(text)
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
     @with_option_hints
@@ -204,13 +206,18 @@ class LoadedModel:
         return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
 
     @overload
-    def search(self, prompts: str, *, most: int = 128, beams: Beams) -> list[str]: ...
+    def search(self, prompts: str, *, most: int = 128, beams: Beams | int = 4) -> list[str]: ...
     @overload
-    def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
+    def search(self, prompts: list[str], *, most: int = 128, beams: Beams | int = 4) -> list[list[str]]: ...
     @with_option_hints
-    def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
-        """Return the best continuations of a prompt that a beam search finds, best first."""
-        searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
+    def search(self, prompts: Any, *, most: int = 128, beams: Beams | int = 4) -> Any:
+        """Return the best continuations of a prompt that a beam search finds, best first. If `beams` is an integer,
+        one continuation is returned.
+        """
+        from treadle.runtime.beams import Beams
+
+        chosen = Beams(beams) if isinstance(beams, int) else beams
+        searched = self.writer.searched(_listed(prompts), most=most, beams=chosen)
         found = [[each.text for each in of_one] for of_one in searched]
         return found if _many(prompts) else found[0]
 
@@ -293,6 +300,14 @@ def _many(given: object) -> bool:
 
 def _listed(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [given]
+
+
+def _check_texts(texts: Any) -> None:
+    """Raise UsageError if a text is not a string."""
+    for text in _listed(texts):
+        if not isinstance(text, str):
+            what, hint = "a text must be a string", "a string, or a list of strings"
+            raise UsageError(what, received=f"{text!r}"[:80], hint=hint)
 
 
 def _texts(found: Sequence[Rewritten], given: Any) -> Any:

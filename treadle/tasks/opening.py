@@ -37,13 +37,15 @@ class Head:
 
     does   the task as a phrase for error messages: "classify texts"
     ends   suffixes of the names of the Hugging Face classes that have this head
-    logits the output `logits` of a declaration that has this head, as its axes: ("B", "S", "vocab"); empty: tasks of
-           this head need a checkpoint of these classes
+    logits the output `logits` of a declaration that has this head, as its axes: ("B", "S", "vocab"), where a number
+           is a size; empty: tasks of this head need a checkpoint of these classes
+    needs_names  True if config.json must have the names of a declaration's labels; otherwise they are numbers
     """
 
     does: str
     ends: tuple[str, ...]
     logits: tuple[str, ...] = ()
+    needs_names: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
         or logits.rank != len(head.logits)
         or logits.shape[:-1] != tokens.shape[: logits.rank - 1]
         or logits.shape[-1].constant is None
+        or (head.logits[-1].isdigit() and logits.shape[-1].constant != int(head.logits[-1]))
     ):
         ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
         raise UsageError(
@@ -144,11 +147,18 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
     assert resolved.model is not None
     if source.path is None:
         error = source.without_weights()
-        if logits.rank == 2:  # `treadle train` trains logits of tokens
+        if head.logits[-1] != "vocab":  # `treadle train` trains logits over the vocabulary
             how = "whose weights `t.Trainer` has trained: docs/own-models.md"
             error.hint = Hint(f'weights="FOLDER", {how}', f"--weights FOLDER, {how}")
         raise error
     config = source.folder.config if source.folder.has(CONFIG) else {}
+    if head.needs_names and "id2label" not in config:
+        raise UsageError(
+            f"the labels of {printable(source.label)} have no names",
+            received=f"logits: {logits}",
+            within=source.folder.show(CONFIG),
+            hint='"id2label": {"0": "O", "1": "B-name", "2": "I-name"}, with the name of each label',
+        )
     numbers = {str(number): str(number) for number in range(logits.shape[-1].constant)}
     return resolved.model, {"id2label": numbers, **config}
 

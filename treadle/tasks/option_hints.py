@@ -1,11 +1,13 @@
-"""Hints for keyword arguments that are misspelled or have another name in other libraries."""
+"""Checks of the keyword arguments of tasks: unknown names, with a hint if another library has them, and values of
+another type.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from treadle.ir.errors import UsageError
@@ -28,8 +30,14 @@ _ELSEWHERE = {
 """Hints for generation options that have another name in other libraries, mostly in Hugging Face's, by that name."""
 
 
+_EXAMPLES = {"Sampling": _SAMPLING, "TokenRules": _RULES, "Beams": "beams=t.Beams(4, best=2)"}
+"""A value for each class of options."""
+
+
 def with_option_hints(method: Method) -> Method:
-    """Decorate a method: if a caller passes an unknown option, the error suggests the right name."""
+    """Decorate a method. If a caller passes an unknown option, the error suggests the right name. If a value has
+    another type than the annotation, the error says so, and has an example for the classes of `_EXAMPLES`.
+    """
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -41,9 +49,24 @@ def with_option_hints(method: Method) -> Method:
                     received=f"{name}={value!r}"[:80],
                     hint=_here(name, signature) or _spelled(method.__name__, signature),
                 )
+            _check_type(signature.parameters[name], value)
         return method(self, *given, **options)
 
     return checked  # type: ignore[return-value]
+
+
+def _check_type(option: inspect.Parameter, value: object) -> None:
+    """Raise UsageError if the value of an option has another type than the option's annotation."""
+    types = str(option.annotation).split(" | ")
+    if value is option.default or ("int" in types and isinstance(value, int) and not isinstance(value, bool)):
+        return
+    received = f"{option.name}={value!r}"[:80]
+    if types[0] in _EXAMPLES and type(value).__name__ != types[0]:
+        raise UsageError(f"{option.name} must be t.{types[0]}(...)", received=received, hint=_EXAMPLES[types[0]])
+    if types[0] == "int":
+        raise UsageError(f"{option.name} must be an integer", received=received)
+    if types[0] == "Sequence[str]" and not isinstance(value, Sequence):
+        raise UsageError(f"{option.name} must be a list of strings", received=received, hint=f'{option.name}=["."]')
 
 
 def _here(name: str, signature: inspect.Signature) -> str | None:

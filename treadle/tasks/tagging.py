@@ -26,7 +26,7 @@ from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("tag tokens", ("ForTokenClassification",))
+HEAD = Head("tag tokens", ("ForTokenClassification",), ("B", "S", "labels"), needs_names=True)
 GROUPINGS = ("none", "simple", "first", "average", "max")
 OUTSIDE = "O"
 """The label of tokens outside any span."""

@@ -106,11 +106,24 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
         path = source.path
         own = path if path is None or path.is_dir() else path.parent
         folder, reference = checked_folder(target, replace, own), source.reference(resolved.model)
-        logits = resolved.graph.main.outputs.get("logits")
         kept = TextFiles({} if source.text_source is source else source.text_files())
-        return WeightsSaver(folder, resolved.name, reference, 0 if logits is None else logits.type.rank, kept)
+        return WeightsSaver(folder, resolved.name, reference, _task(resolved), kept)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
+
+
+def _task(resolved: Resolved) -> str:
+    """Return the command that uses a declaration's output `logits`. Logits of tokens with fewer classes than the
+    tokenizer has tokens are labels.
+    """
+    logits, source = resolved.graph.main.outputs.get("logits"), resolved.source
+    if logits is None or logits.type.rank not in (2, 3):
+        return ""
+    if logits.type.rank == 2:
+        return "classify"
+    classes = logits.type.shape[-1].constant
+    count = 0 if source.text_source is source else len(source.tokenizer().vocabulary())
+    return "tag" if classes is not None and classes < count else "generate"
 
 
 @dataclass(frozen=True)
@@ -118,14 +131,14 @@ class WeightsSaver:
     """A writer of the weights of a declaration or a graph, under parameter names.
 
     reference  the declaration, to which config.json refers; None for a graph, whose folder has weights alone
-    logits     number of axes of the output `logits`: 3 for logits per token, 2 per text; 0 if there is no such output
+    task       the command that uses the output `logits`: "generate", "tag" or "classify"; empty if there is none
     texts      the files of the model's tokenizer
     """
 
     target: Path
     model: str
     reference: DeclarationReference | None = None
-    logits: int = 0
+    task: str = ""
     texts: TextFiles = field(default_factory=lambda: TextFiles({}))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
@@ -153,13 +166,11 @@ class WeightsSaver:
 
     def _command(self, model: str) -> str:
         """Return a command that uses the model: the task of its logits if its tokenizer is saved, else `inspect`."""
-        if not self.texts.files or self.logits not in (2, 3):
+        if not self.texts.files or not self.task:
             return f"treadle inspect {model}"
-        if self.logits == 2:
-            return f'treadle classify {model} "A text"'
-        if self.texts.mask is not None:
+        if self.task == "generate" and self.texts.mask is not None:
             return f'treadle fill {model} "A {self.texts.mask} text"'
-        return f'treadle generate {model} "A text"'
+        return f'treadle {self.task} {model} "A text"'
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,6 +53,9 @@ from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
 from treadle.training.states import TrainingState, read_state, write_state
 
+if TYPE_CHECKING:
+    from treadle.training.saving import SavedModel
+
 Array = np.ndarray[Any, Any]
 
 WIDENED = ("bf16", "f16", BLOCKS)
@@ -86,7 +89,7 @@ class StepResult:
 
 
 class Trainer:
-    """A model in training: call `step` with a batch, then `compiled` for the trained model.
+    """A model in training: call `step` with a batch, then `compiled` for the trained model, or `save` for a folder.
 
     gradient   the compiled gradient graph: inputs, targets, trained weights -> loss, number of targets, gradients
     update     the compiled optimizer: weights, gradients, moments -> new weights, new moments, gradient norm
@@ -414,6 +417,23 @@ class Trainer:
         """Compile the model with the current weights. `options` are passed to `compile`."""
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, CompileOptions.of("compile", {**options, "weights": weights}))
+
+    def save(self, folder: PathLike, *, replace: bool = False) -> SavedModel:
+        """Write the model with its trained weights to a folder (`treadle.training.saving`), and return the files and
+        the code that loads them.
+
+        A model that was read from a folder is written in that folder's layout, with its tokenizer and configuration.
+        For a declaration, the folder has the weights, a reference to the declaration, and the tokenizer of
+        `tokenizer=`: `treadle.load(MODEL, weights=folder)` loads it.
+
+        replace  True if the folder may contain files; files of the same names are overwritten
+
+        Raises UsageError if the model's format cannot be written (a GGUF or an ONNX file), or if the folder cannot be
+        written, is not empty or is the model's own.
+        """
+        from treadle.training.saving import saver_for
+
+        return saver_for(self.resolved, folder, replace=replace).save(self.weights)
 
     def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
         """Write trained weights, moments and the number of updates to one file atomically, to resume by `restore`.
