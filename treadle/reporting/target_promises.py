@@ -81,7 +81,7 @@ PROMISES = (
         "tvm backend",
         IN_SOFTWARE,
         "on wgpu with lavapipe, Mesa's Vulkan driver for the CPU",
-        "naga, wgpu's compiler, validates every kernel",
+        "naga, wgpu's compiler, validates the kernels that run",
         "GPUs of laptops and phones: Vulkan, Direct3D 12, Metal",
     ),
     Promise(
