@@ -423,7 +423,7 @@ class Session:
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
         for name in self._inputs.rules:
             inputs[name] = self._along(name, {row: len(piece) or ids.shape[1] for row, piece in pieces.items()}, ids)
-        inputs = {name: _padded(array, padding) for name, array in inputs.items()} | sampling
+        inputs = {**{name: _padded(array, padding) for name, array in inputs.items()}, **sampling}
         inputs["rows"] = np.array(rows + [self._slots.count] * padding, np.int64)
         inputs["start"] = np.array(start + start[:1] * padding, np.int64)
         try:

@@ -198,7 +198,7 @@ def _reason() -> str:
     if not torch.version.cuda:
         return "without CUDA"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return f"for CUDA {torch.version.cuda}: {str(error).strip().partition(chr(10))[0]}"
     return f"for CUDA {torch.version.cuda}"

@@ -89,8 +89,8 @@ class CodedWeight(QuantizedWeight):
         return codes
 
 
-def _pack(stored: Array, made: Array) -> None:
+def _pack(stored: Array, blocks: Array) -> None:
     """Pack codes of 4 bits that are stored in pairs."""
-    pairs = stored.reshape(made.shape)
-    for piece in pieces(len(made), stored.shape[1]):
-        made[piece] = packed_pairs(pairs[piece])
+    pairs = stored.reshape(blocks.shape)
+    for piece in pieces(len(blocks), stored.shape[1]):
+        blocks[piece] = packed_pairs(pairs[piece])

@@ -185,13 +185,13 @@ def _token_id(file: GGUFFile, key: str, count: int, default: int | None = None) 
     return file.integer(key, default if default is not None and default < count else None, least=0, most=count - 1)
 
 
-def _add_special_tokens(tokenizers: Any, made: Any, file: GGUFFile, tokens: list[str]) -> None:
+def _add_special_tokens(tokenizers: Any, tokenizer: Any, file: GGUFFile, tokens: list[str]) -> None:
     """Add the tokens that are matched as a whole."""
     kinds = _of_tokens(file, _TYPES, tokens, "type") if file.has(_TYPES) else ()
     for kind, token in zip(kinds, tokens, strict=False):
         if kind in (CONTROL, USER_DEFINED) and token:
             added = tokenizers.AddedToken(token, normalized=False, special=bool(kind == CONTROL))
-            (made.add_special_tokens if kind == CONTROL else made.add_tokens)([added])
+            (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)([added])
 
 
 def _pre_tokenizer(tokenizers: Any, pattern: str | None, single_digits: bool) -> Any:

@@ -57,7 +57,7 @@ def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
         kind = spelling.attribute or accepted_annotation(str(field.type))
         default = field.default.constant if isinstance(field.default, Size) else field.default
         default = Parameter.empty if default is dataclasses.MISSING else default
-        passed = Parameter.KEYWORD_ONLY
+        passed: Any = Parameter.KEYWORD_ONLY
         if field.name == text:
             default = None if is_variadic else default
             kind, passed = (f"{kind} | None", passed) if is_variadic else (kind, Parameter.POSITIONAL_OR_KEYWORD)
