@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from typing import Any
 
 from treadle.ir.attribute_values import accepted_annotation
 from treadle.ir.operation import Op
