@@ -54,6 +54,11 @@ class Isa:
         return self.lanes()
 
     @property
+    def joins_tasks(self) -> bool:
+        """True if statements after a parallel loop run when all its tasks have ended, and run once."""
+        return True
+
+    @property
     def multiplies_tiles(self) -> bool:
         """True if there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 bytes (`narrow.tiles`)."""
         return "amx_bf16" in self.needs

@@ -138,7 +138,11 @@ def _attention(w: RoutineWriter, node: Node) -> None:
 
 
 def _heads_a_step(w: RoutineWriter, s: Size, shared: Size, d: int, e: int) -> int:
-    """Return the number of heads that share keys if the kernel for one query per row can be used, else 0."""
+    """Return the number of heads that share keys if the kernel for one query per row can be used, else 0. The kernel
+    merges parts after its loop over tasks, which thread blocks of a device cannot.
+    """
+    if not w.isa.joins_tasks:
+        return 0
     lanes = w.isa.lanes()
     heads = shared.constant or 0
     return heads if s == ONE and d % lanes == e % lanes == 0 and heads <= steps_at_once(w.isa) else 0

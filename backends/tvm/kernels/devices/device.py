@@ -43,6 +43,10 @@ class Device(Isa):
         return self.group
 
     @property
+    def joins_tasks(self) -> bool:
+        return False  # thread blocks do not wait for each other
+
+    @property
     def widest(self) -> int:
         return self.limits.group
 

@@ -36,6 +36,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Store,
     When,
     lane_of,
+    walk,
 )
 from treadle.backends.tvm.kernels.devices.task_counts import count_tasks
 from treadle.backends.tvm.kernels.devices.values import (
@@ -206,6 +207,7 @@ class GroupEmitter(Emitter):
         if not self._has_tasks:  # one task
             zero = ThreadNode("variable", INDEX, (), self._named("task"))
             self.made.body = body = [Loop(zero, constant(1, INDEX), list(body), tasks=True)]
+        _refuse_stores_after_tasks(body)
         self.made.shared = place_registers(body, self.isa)
         self.made.body = place_barriers(body, self.isa)
         return self.made
@@ -594,6 +596,19 @@ class GroupEmitter(Emitter):
 
     def effect(self, name: str, declared: str, call: str, *operands: Any, constant: str = "") -> None:
         raise LackingWord("effect", f"the intrinsic of {name}")
+
+
+def _refuse_stores_after_tasks(body: list[Statement]) -> None:
+    """Raise LackingWord if a kernel writes to a buffer after its loop over tasks: every block would do it, while others
+    still run tasks.
+    """
+    after = False
+    for statement in body:
+        inside = list(walk([statement]))
+        if any(isinstance(each, Loop) and each.tasks for each in inside):
+            after = True
+        elif after and any(isinstance(each, Store) and each.access.memory.place == GLOBAL for each in inside):
+            raise LackingWord("parallel", "blocks do not wait for each other, and a store follows the loop over tasks")
 
 
 _DTYPE = {"u16": "bf16"}  # 16-bit numbers are their bits
