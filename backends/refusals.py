@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def refuse_nodes(
         lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
     raise BackendError(
         f"the {backend} backend cannot run {graph.name}",
-        received=_listed(lines),
+        received=_listed([line if n == 1 else f"{line}, {n} times" for line, n in Counter(lines).items()]),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
         hint=hint(refused[0][0]) if callable(hint) else hint,
     )
