@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
     if found not in known or not shape_fits(wanted.storage_type, tuple(array.shape)) or layout_of(array) != "strided":
-        raise misfit(name, wanted, shown(array))
+        raise misfit(name, wanted, array)
 
 
 def layout_of(value: Any) -> str:
@@ -59,10 +60,16 @@ def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str
         )
 
 
-def misfit(name: str, wanted: Type, received: str) -> BackendError:
-    """Return the error for a weight of another shape or dtype."""
+def misfit(name: str, wanted: Type, array: Any) -> BackendError:
+    """Return the error for a weight of another shape or dtype. Its hint is the conversion, if there is one."""
     held = f", stored as {wanted.storage_type}" if wanted.encoding is not None else ""
-    return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
+    dtype, shape, hint = wanted.dtype.numpy, tuple(array.shape), None
+    is_plain = wanted.encoding is None and dtype is not None and layout_of(array) == "strided"
+    if is_plain and shape == wanted.static_shape and wanted.dtype.is_float:
+        hint = f"w.to(torch.{dtype})" if hasattr(array, "detach") else f"w.astype({str(dtype)!r})"
+    elif is_plain and len(shape) == 2 and shape[::-1] == wanted.static_shape:
+        hint = "w.T, if it is stored as [inputs, outputs]"
+    return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {shown(array)}", hint=hint)
 
 
 def out_of_memory(count: int, purpose: str) -> BackendError:
@@ -156,7 +163,7 @@ def refuse_nodes(
         lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
     raise BackendError(
         f"the {backend} backend cannot run {graph.name}",
-        received=listed(lines),
+        received=listed([line if n == 1 else f"{line}, {n} times" for line, n in Counter(lines).items()]),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
         hint=hint(refused[0][0]) if callable(hint) else hint,
     )

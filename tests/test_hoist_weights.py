@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,23 @@ def test_missing_and_misfitting_weights_are_named_as_the_caller_knows_them(merge
     weights["h.1.k.weight"] = np.zeros((2, 5), np.float32)
     with pytest.raises(BackendError, match=r"weight h.1.k.weight must be f32\[2, 4\]"):
         find_backend(backend).compile(merged, Target("cpu"), weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_conversion_of_a_misfitting_weight_works(merged: Graph, backend: str) -> None:
+    """An array or a tensor of another float dtype is converted, and a matrix of [inputs, outputs] is transposed."""
+    weights = initial_weights(merged)
+    w = weights["h.1.k.weight"]
+    misfits: list[Any] = [w.astype(np.float64), w.astype(np.float16), np.ascontiguousarray(w.T)]
+    names: dict[str, Any] = {}
+    if importlib.util.find_spec("torch") is not None:
+        names["torch"] = importlib.import_module("torch")
+        misfits.append(names["torch"].from_numpy(w.copy()).double())
+    for misfit in misfits:
+        with pytest.raises(BackendError, match=r"weight h\.1\.k\.weight must be") as error:
+            find_backend(backend).compile(merged, Target("cpu"), {**weights, "h.1.k.weight": misfit})
+        converted = eval(str(error.value.hint).partition(",")[0], {**names, "w": misfit})
+        find_backend(backend).compile(merged, Target("cpu"), {**weights, "h.1.k.weight": converted})
 
 
 def test_weights_in_bfloat16_are_joined_as_they_are() -> None:

@@ -319,6 +319,7 @@ def test_the_contents_of_a_step_are_reported() -> None:
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more"),
         ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps must be 1 or more"),
         ({"trained": ["h.9.*"]}, "no weight matches 'h.9.*'"),
+        ({"trained": "mlp"}, "'*mlp*', which matches"),
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
         ({"target": "cuda"}, "training runs on the CPU, not on cuda"),

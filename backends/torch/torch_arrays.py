@@ -18,7 +18,6 @@ from treadle.backends.refusals import (
     misfit,
     out_of_memory,
     shape_fits,
-    shown,
 )
 from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.torch.devices import TorchDevice
@@ -275,7 +274,7 @@ class TorchArrays:
                 wanted.dtype,
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
-                raise misfit(name, declared, shown(array))
+                raise misfit(name, declared, array)
             owner, tensor = self._weights.get(key, (None, None))
             if owner is None or tensor is None or owner() is None:
                 # A checkpoint's bf16 weight is passed as float32.
@@ -284,7 +283,7 @@ class TorchArrays:
             return tensor
         dense = layout_of(value) == "strided"
         if not dense or not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
-            raise misfit(name, declared, shown(value))
+            raise misfit(name, declared, value)
         return value.detach().to(self.device)
 
 

@@ -41,10 +41,10 @@ class SizeNumbers:
 
     def __index__(self) -> int:
         if self.constant is None:
+            value = f't.size(value="{self}", dtype=t.f32) is a tensor of this value'
             raise SizeError(
                 f"the size {self} is not a number while a model is traced, since it differs from call to call",
-                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of this value; a loop over the axis needs a '
-                "number as its size, or a function such as t.cumsum (docs/dsl.md)",
+                hint=f"{value}; to loop over the axis, give it a number as its size, or use t.cumsum (docs/dsl.md)",
             )
         return self.constant
 

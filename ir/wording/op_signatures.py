@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import Any
 
 from treadle.ir.attribute_values import accepted_annotation
 from treadle.ir.operation import Op
@@ -58,11 +57,11 @@ def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
         kind = spelling.attribute or accepted_annotation(str(field.type))
         default = field.default.constant if isinstance(field.default, Size) else field.default
         default = Parameter.empty if default is dataclasses.MISSING else default
-        passed: Any = Parameter.KEYWORD_ONLY
-        if field.name == text:
-            default = None if is_variadic else default
-            kind, passed = (f"{kind} | None", passed) if is_variadic else (kind, Parameter.POSITIONAL_OR_KEYWORD)
-        found.append(Parameter(field.name, passed, default=default, annotation=Annotation(kind)))
+        is_text = field.name == text
+        if is_text and is_variadic:
+            default, kind = None, f"{kind} | None"
+        form = Parameter.POSITIONAL_OR_KEYWORD if is_text and not is_variadic else Parameter.KEYWORD_ONLY
+        found.append(Parameter(field.name, form, default=default, annotation=Annotation(kind)))
     if spelling is not PATTERN:  # patterns name captures with p.named
         found.append(Parameter("name", Parameter.KEYWORD_ONLY, default=None, annotation=Annotation("str | None")))
     return Signature(found, return_annotation=Annotation(_results(cls, spelling.result)))

@@ -412,11 +412,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
     def _nearest(self, name: str) -> list[str]:
         """Return the option that has this name in other libraries, or else the most similar name, or an empty list."""
-        names = [each.name for each in taken_by(self.entry)]
-        if self.entry == "train":
-            from treadle.training.trainer import Trainer
-
-            names = [each for each in inspect.signature(Trainer.__init__).parameters if each not in ("self", "config")]
+        names = [*_OWN_PARAMETERS.get(self.entry, ()), *[each.name for each in taken_by(self.entry)]]
         other = _OTHER_LIBRARIES.get(name)
         return [other] if other in names else list(NearestNames(names).of(name, 1, 0.75))
 
@@ -446,6 +442,10 @@ _OTHER_LIBRARIES = {
     "state_dict": "weights",
 }
 """Options by their names in other libraries, which are not similar enough."""
+
+
+_OWN_PARAMETERS: dict[str, list[str]] = {}
+"""The keyword parameters of an entry function that are not options, such as `learning_rate` of a trainer."""
 
 
 def declared_options() -> Mapping[str, Option]:
@@ -491,6 +491,7 @@ def with_options(function: Callable[..., Any], entry: str) -> inspect.Signature:
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    _OWN_PARAMETERS[entry] = [each.name for each in own if each.kind is keyword]
     named = [
         inspect.Parameter(each.name, keyword, default=each.default, annotation=each.type)
         for each in taken_by(entry)

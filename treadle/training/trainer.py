@@ -48,6 +48,7 @@ from treadle.program.options import CompileOptions, with_options
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS, AnyModel
 from treadle.program.weights import weights_of
+from treadle.reporting.counts import counted
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
@@ -247,8 +248,10 @@ class Trainer:
             raise UsageError("the model has no float32 weight to train", received=repr(self.resolved.graph))
         for pattern in given:
             if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(names[:6])
-                raise UsageError(f"no weight matches {pattern!r}", hint=f"a pattern of names such as {shown}")
+                hint = f"a pattern of names such as {', '.join(names[:6])}"
+                if inside := [name for name in names if fnmatchcase(name, f"*{pattern}*")]:
+                    hint = f"'*{pattern}*', which matches {counted(len(inside), 'weight')}, such as {inside[0]}"
+                raise UsageError(f"no weight matches {pattern!r}", hint=hint)
         return tuple([name for name in names if any(fnmatchcase(name, pattern) for pattern in given)])
 
     # -- steps -------------------------------------------------------------------------------------------------
