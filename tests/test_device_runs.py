@@ -146,6 +146,18 @@ def test_poison_mode_and_times_of_launches(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(exe(**given)["y"], before)
 
 
+def test_an_input_that_no_kernel_reads_has_no_memory() -> None:
+    exe = emulated(compile(graph_of(_partly), backend="tvm", target="cuda"))
+    x = np.linspace(-1, 1, 12, dtype=np.float32)
+    np.testing.assert_allclose(exe(x=x, unread=np.ones(5))["y"], np.exp(x), rtol=1e-6)
+    assert set(exe.executable.launch_table(N=12, M=5).spaces) == {Input("x"), Output("y")}
+
+
+def _partly(b: Builder) -> Expr:
+    b.input("unread", "f32[M]")
+    return b.exp(b.input("x", "f32[N]"))
+
+
 def test_a_donated_input_receives_the_output() -> None:
     graph = graph_of(lambda b: b.exp(b.input("x", "f32[B, 40]")))
     exe = emulated(compile(graph, backend="tvm", target="cuda", donate=("x",)))
@@ -281,17 +293,39 @@ def test_without_a_device_a_program_can_be_inspected_and_a_call_says_what_is_mis
     exe = mapped()
     assert "TREADLE_KERNEL(32) softmax_f32(" in exe.source
     assert exe.launch_table(N=1, T=1).launches
-    for call in (lambda: exe(**inputs_of(3)), new_states):
+    for call in (lambda: exe(**inputs_of(3)), lambda: stateful().new_states(R=2, C=8)):
         with pytest.raises(BackendError, match="cuda needs a driver"):
             call()
 
 
-def new_states() -> Any:
+def stateful_graph() -> Graph:
+    """Return a graph that appends to rows of a state, and returns the exponential of the whole state."""
     b = Builder(Graph("stateful"))
     state = b.state("cache", "f32[R, C, 4]")
     x, rows, start = b.input("x", "f32[B, 1, 4]"), b.input("rows", "i64[B]"), b.input("start", "i64[B]")
     b.outputs(y=b.exp(b.append(state, x, rows, start, axis=1)))
-    return find_backend("tvm").compile(b.graph, Target("cuda"), {}).new_states(R=2, C=8)  # type: ignore[attr-defined]
+    return b.graph
+
+
+def stateful(target: str = "cuda") -> Any:
+    return find_backend("tvm").compile(stateful_graph(), Target(target), {})
+
+
+def test_states_are_on_one_device_and_fit_into_it() -> None:
+    exe, other = emulated(stateful()), emulated(stateful())
+    states = exe.new_states(R=2, C=8)
+    given = {"x": np.ones((1, 1, 4), np.float32), "rows": np.array([1]), "start": np.array([3])}
+    wanted = np.ones((2, 8, 4), np.float32)
+    wanted[1, 3] = np.exp(np.float32(1))
+    np.testing.assert_allclose(exe.entry("main")(states, **given)["y"], wanted, rtol=1e-6)
+    (copy,) = states.read([("cache", (1, slice(2, 5)))])
+    np.testing.assert_array_equal(copy, np.array([0, 1, 0], np.float32)[:, None].repeat(4, 1))
+    with pytest.raises(BackendError, match="the states are on another device than stateful"):
+        other.entry("main")(states, **given)
+    with pytest.raises(BackendError, match="there is not enough memory on the device"):
+        emulated(stateful(), EmulatorRuntime(size=511)).new_states(R=4, C=8)
+    with pytest.raises(BackendError, match="these are not states of stateful for the tvm backend"):
+        stateful("cpu").entry("main")(states, **given)
 
 
 def test_a_cpu_has_no_launches() -> None:
