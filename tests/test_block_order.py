@@ -46,9 +46,9 @@ def test_a_step_does_not_merge_parts_after_its_tasks_on_a_device() -> None:
         target: list(
             map(str, (k.title for k in compile(gpt2, backend="tvm", target=target).stepped.executable.kernels))
         )
-        for target in ("cpu", "cuda")
+        for target in ("arm64", "cuda")
     }
-    assert "cached_attention_64_step" in titles["cpu"]
+    assert "cached_attention_64_step" in titles["arm64"]
     assert "cached_attention_64" in titles["cuda"]
     assert "cached_attention_64_step" not in titles["cuda"]
     assert all(isa.joins_tasks for isa in ISAS.values())
