@@ -405,7 +405,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Return the option that has this name in other libraries, or else the most similar name, or an empty list."""
         names = [*_OWN_PARAMETERS.get(self.entry, ()), *[each.name for each in taken_by(self.entry)]]
         other = _OTHER_LIBRARIES.get(name)
-        return [other] if other in names else list(NearestNames(names).of(name, 1, 0.75))
+        return [other] if other is not None and other in names else list(NearestNames(names).of(name, 1, 0.75))
 
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
