@@ -15,9 +15,10 @@ from tests.support.stand_in_driver import StandInDriver
 from treadle.backends.tvm.kernels.devices.cuda_compiler import missing_compiler
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
-from treadle.backends.tvm.runtimes import cuda_runtime
+from treadle.backends.tvm.runtimes import cuda_driver, cuda_runtime
 from treadle.backends.tvm.runtimes import runtime as runtimes
-from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_runtime
+from treadle.backends.tvm.runtimes.cuda_driver import CudaDriver
+from treadle.backends.tvm.runtimes.cuda_runtime import CudaRuntime, open_runtime
 from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceLostError
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.runtimes.runtime import register_runtime
@@ -184,14 +185,14 @@ def test_no_gpu_and_no_driver_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(BackendError, match=r"there is no NVIDIA GPU\n.*CUDA_ERROR_NO_DEVICE"):
         StandInDriver(devices=0).runtime()
     driver = StandInDriver()
-    monkeypatch.setattr(cuda_runtime, "_library", lambda: driver.library)
+    monkeypatch.setattr(cuda_runtime, "driver_library", lambda: driver.library)
     assert open_runtime(Target("cuda:0")).name == "stand-in GPU"
     with pytest.raises(BackendError, match=r"there is no NVIDIA GPU 1\n.*the driver lists 1"):
         open_runtime(Target("cuda:1"))
     with pytest.raises(BackendError, match=r"the GPU of this machine is not h100\n.*stand-in GPU"):
         open_runtime(Target("h100"))
     monkeypatch.undo()
-    monkeypatch.setattr(cuda_runtime.sys, "platform", "win32")
+    monkeypatch.setattr(cuda_driver.sys, "platform", "win32")
     with pytest.raises(BackendError, match="there is no NVIDIA driver on this machine"):
         open_runtime(Target("cuda"))
 
@@ -203,7 +204,7 @@ def test_an_old_driver_is_refused(driver: StandInDriver, monkeypatch: pytest.Mon
         BackendError, match=r"(?s)UNSUPPORTED_PTX_VERSION; the driver supports CUDA 11.4.*a newer driver"
     ):
         _prepared(runtime)
-    monkeypatch.setattr(cuda_runtime, "FUNCTIONS", {**cuda_runtime.FUNCTIONS, "cuLaunchKernelOfTomorrow": ()})
+    monkeypatch.setattr(cuda_driver, "FUNCTIONS", {**cuda_driver.FUNCTIONS, "cuLaunchKernelOfTomorrow": ()})
     with pytest.raises(BackendError, match=r"too old\n.*a driver without cuLaunchKernelOfTomorrow"):
         CudaDriver(driver.library)
 

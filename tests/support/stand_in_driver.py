@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.support.gpu_emulator.emulation import EmulatedKernel, built
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
-from treadle.backends.tvm.runtimes.cuda_runtime import Compiler, CudaDriver, CudaRuntime
+from treadle.backends.tvm.runtimes.cuda_driver import CudaDriver
+from treadle.backends.tvm.runtimes.cuda_runtime import Compiler, CudaRuntime
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

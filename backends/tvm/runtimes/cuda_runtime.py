@@ -1,4 +1,4 @@
-"""The runtime of NVIDIA GPUs: the CUDA driver's interface, by ctypes, without another package.
+"""The runtime of NVIDIA GPUs, by the CUDA driver's interface (`cuda_driver`), without another package.
 
 A runtime uses the primary context of a GPU, as PyTorch does, and one stream of its own, so copies and launches run in
 the order of the calls. The host copies through pinned memory and waits only to read. Launches whose buffers are bound
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,24 @@ from treadle.backends.refusals import other_gpu
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_cuda, compile_ptx
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
+from treadle.backends.tvm.runtimes.cuda_driver import (
+    DRIVER_IS_OLDER,
+    ELSEWHERE,
+    MAJOR,
+    MAX_GRID,
+    MAX_SHARED,
+    MINOR,
+    NON_BLOCKING,
+    OUT_OF_MEMORY,
+    RELAXED,
+    WARP,
+    CudaDriver,
+    driver_library,
+)
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
     BufferPart,
     DeviceBuffer,
-    DeviceLostError,
     failed_allocation,
 )
 from treadle.backends.tvm.runtimes.launch_table import Launch
@@ -41,138 +53,9 @@ from treadle.ir.target import Target
 STAGING = 32 << 20
 """Bytes of pinned memory through which the host copies."""
 
-_POINTER, _SIZE, _INT, _UNSIGNED = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
-_ADDRESS = ctypes.c_uint64  # CUdeviceptr
-
-FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
-    "cuInit": (_UNSIGNED,),
-    "cuDriverGetVersion": (_POINTER,),
-    "cuGetErrorName": (_INT, _POINTER),
-    "cuGetErrorString": (_INT, _POINTER),
-    "cuDeviceGetCount": (_POINTER,),
-    "cuDeviceGet": (_POINTER, _INT),
-    "cuDeviceGetName": (_POINTER, _INT, _INT),
-    "cuDeviceGetAttribute": (_POINTER, _INT, _INT),
-    "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
-    "cuCtxPushCurrent_v2": (_POINTER,),
-    "cuCtxPopCurrent_v2": (_POINTER,),
-    "cuMemGetInfo_v2": (_POINTER, _POINTER),
-    "cuMemAlloc_v2": (_POINTER, _SIZE),
-    "cuMemFree_v2": (_ADDRESS,),
-    "cuMemAllocHost_v2": (_POINTER, _SIZE),
-    "cuMemFreeHost": (_POINTER,),
-    "cuMemcpyHtoDAsync_v2": (_ADDRESS, _POINTER, _SIZE, _POINTER),
-    "cuMemcpyDtoHAsync_v2": (_POINTER, _ADDRESS, _SIZE, _POINTER),
-    "cuMemcpyDtoDAsync_v2": (_ADDRESS, _ADDRESS, _SIZE, _POINTER),
-    "cuMemsetD8Async": (_ADDRESS, ctypes.c_ubyte, _SIZE, _POINTER),
-    "cuStreamCreate": (_POINTER, _UNSIGNED),
-    "cuStreamSynchronize": (_POINTER,),
-    "cuStreamDestroy_v2": (_POINTER,),
-    "cuStreamBeginCapture_v2": (_POINTER, _INT),
-    "cuStreamEndCapture": (_POINTER, _POINTER),
-    "cuGraphInstantiateWithFlags": (_POINTER, _POINTER, ctypes.c_ulonglong),
-    "cuGraphLaunch": (_POINTER, _POINTER),
-    "cuGraphDestroy": (_POINTER,),
-    "cuGraphExecDestroy": (_POINTER,),
-    "cuModuleLoadData": (_POINTER, _POINTER),
-    "cuModuleUnload": (_POINTER,),
-    "cuModuleGetFunction": (_POINTER, _POINTER, ctypes.c_char_p),
-    "cuLaunchKernel": (_POINTER, *[_UNSIGNED] * 7, _POINTER, _POINTER, _POINTER),
-}
-"""The driver's functions that are called, with the types of their arguments. Each returns a CUresult."""
-
-OUT_OF_MEMORY, NO_DEVICE, INVALID_DEVICE = 2, 100, 101
-_DRIVER_IS_OLDER = (209, 222)  # no binary for this GPU, an unsupported version of PTX
-_LOSSES = frozenset({214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 720})
-"""Errors after which a context cannot be used: a kernel failed or ran too long, or the hardware failed."""
-
-_MAX_GRID, _MAX_SHARED, _WARP, _MAJOR, _MINOR = 5, 8, 10, 75, 76  # CUdevice_attribute
-_NON_BLOCKING, _RELAXED = 1, 2  # a stream that does not wait for others; other threads may allocate during a capture
-
 Compiler = Callable[[str, tuple[int, int]], bytes]
 """A function that compiles a kernel's text for a compute capability. It returns an image that the driver loads: machine
 code, or PTX."""
-
-
-class CudaDriver:
-    """The functions of the CUDA driver. They raise errors instead of returning numbers.
-
-    version  version of CUDA that the driver supports, as 12.4
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = {}
-        self._loss: str | None = None
-        for name, types in FUNCTIONS.items():
-            try:
-                function = getattr(library, name)
-            except AttributeError:
-                raise BackendError(
-                    "NVIDIA's driver is too old", received=f"a driver without {name}", hint="a driver for CUDA 12"
-                ) from None
-            function.argtypes, function.restype = types, ctypes.c_int
-            self._functions[name] = function
-        self.call("cuInit", 0)
-        self.version = "{}.{}".format(*divmod(self.integer("cuDriverGetVersion") // 10, 100))
-
-    def result(self, name: str, *arguments: Any) -> int:
-        """Call a function and return its result: 0, or the number of an error. Raises DeviceLostError if the context
-        cannot be used any more.
-        """
-        if self._loss is not None:
-            raise DeviceLostError("the GPU was lost", received=self._loss, hint=_AFTER_LOSS)
-        number = int(self._functions[name](*arguments))
-        if number in _LOSSES:
-            self._loss = f"{name}: {self.describe(number)}"
-            raise DeviceLostError("the GPU was lost", received=self._loss, hint=_AFTER_LOSS)
-        return number
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function. Raises BackendError if it fails."""
-        number = self.result(name, *arguments)
-        if number in (NO_DEVICE, INVALID_DEVICE):
-            raise BackendError("there is no NVIDIA GPU", received=f"{name}: {self.describe(number)}", hint=_ELSEWHERE)
-        if number:
-            raise BackendError("NVIDIA's driver failed", received=f"{name}: {self.describe(number)}")
-
-    def integer(self, name: str, *arguments: Any) -> int:
-        """Return the integer that a function writes to its first argument."""
-        made = ctypes.c_int()
-        self.call(name, ctypes.byref(made), *arguments)
-        return made.value
-
-    def handle(self, name: str, *arguments: Any) -> int:
-        """Return the handle that a function writes to its first argument."""
-        made = ctypes.c_void_p()
-        self.call(name, ctypes.byref(made), *arguments)
-        return made.value or 0
-
-    @contextmanager
-    def within(self, context: int) -> Iterator[None]:
-        """A context manager in which a context is current in this thread. The caller's is current again after it."""
-        self.call("cuCtxPushCurrent_v2", context)
-        try:
-            yield
-        finally:
-            self._functions["cuCtxPopCurrent_v2"](ctypes.byref(ctypes.c_void_p()))
-
-    def release(self, name: str, handle: int, context: int) -> None:
-        """Release a handle. A failure is ignored: the context may be lost, or the process may end."""
-        with suppress(BackendError), self.within(context):
-            self.call(name, handle)
-
-    def describe(self, number: int) -> str:
-        """Return the name and the description of an error."""
-        texts = []
-        for name in ("cuGetErrorName", "cuGetErrorString"):
-            text = ctypes.c_char_p()
-            if self._functions[name](number, ctypes.byref(text)) == 0 and text.value:
-                texts.append(text.value.decode(errors="replace"))
-        return ", ".join(texts) or f"error {number}"
-
-
-_ELSEWHERE = "another target: cpu, opencl, webgpu"
-_AFTER_LOSS = "a new process: a context with this error cannot be used any more"
 
 
 class CudaMemory:
@@ -326,7 +209,7 @@ class CudaLaunches:
     def _captured(self, driver: CudaDriver, stream: int) -> int:
         """Return the launches as an instantiated graph."""
         graph = ctypes.c_void_p()
-        driver.call("cuStreamBeginCapture_v2", stream, _RELAXED)
+        driver.call("cuStreamBeginCapture_v2", stream, RELAXED)
         try:
             try:
                 self._start_all(driver, stream)
@@ -350,7 +233,7 @@ class _Module:
             raise BackendError(
                 f"NVIDIA's driver does not load the kernel {name}",
                 received=f"{driver.describe(number)}; the driver supports CUDA {driver.version}",
-                hint="a newer driver of NVIDIA's" if number in _DRIVER_IS_OLDER else None,
+                hint="a newer driver of NVIDIA's" if number in DRIVER_IS_OLDER else None,
             )
         weakref.finalize(self, driver.release, "cuModuleUnload", module.value or 0, runtime.context).atexit = False
         self.function = driver.handle("cuModuleGetFunction", module, kernel.group_kernel.name.encode())
@@ -390,7 +273,7 @@ class CudaRuntime:
         count = driver.integer("cuDeviceGetCount")
         if number >= count:
             what = f"there is no NVIDIA GPU {number}" if count else "there is no NVIDIA GPU"
-            raise BackendError(what, received=f"the driver lists {count}", hint=_ELSEWHERE)
+            raise BackendError(what, received=f"the driver lists {count}", hint=ELSEWHERE)
         device = driver.integer("cuDeviceGet", number)
         name = ctypes.create_string_buffer(200)
         driver.call("cuDeviceGetName", name, len(name), device)
@@ -400,18 +283,18 @@ class CudaRuntime:
         def attribute(which: int) -> int:
             return driver.integer("cuDeviceGetAttribute", which, device)
 
-        self.capability = attribute(_MAJOR), attribute(_MINOR)
+        self.capability = attribute(MAJOR), attribute(MINOR)
         limits = DeviceLimits(
             "cuda",
-            group=attribute(_WARP),
-            shared=attribute(_MAX_SHARED),
+            group=attribute(WARP),
+            shared=attribute(MAX_SHARED),
             matrix_unit=self.capability >= (7, 0),
-            groups=attribute(_MAX_GRID),
+            groups=attribute(MAX_GRID),
         )
         self.device = Device.of("cuda", limits)
         self.context = driver.handle("cuDevicePrimaryCtxRetain", device)
         with driver.within(self.context):
-            self.stream = driver.handle("cuStreamCreate", _NON_BLOCKING)
+            self.stream = driver.handle("cuStreamCreate", NON_BLOCKING)
         self.memory = CudaMemory(driver, self.context, self.stream)
         self._compiler = compiler or image
         self._modules: weakref.WeakValueDictionary[str, _Module] = weakref.WeakValueDictionary()  # by text
@@ -457,17 +340,7 @@ def open_runtime(target: Target) -> CudaRuntime:
     """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU, or
     if the target names another GPU.
     """
-    runtime = CudaRuntime(CudaDriver(_library()), target.index or 0)
+    runtime = CudaRuntime(CudaDriver(driver_library()), target.index or 0)
     if (other := other_gpu(target, runtime.name)) is not None:
         raise other
     return runtime
-
-
-def _library() -> ctypes.CDLL:
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        raise BackendError(
-            "there is no NVIDIA driver on this machine", received=str(error), hint=f"NVIDIA's driver, or {_ELSEWHERE}"
-        ) from error

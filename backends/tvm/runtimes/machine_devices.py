@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from treadle.backends.tvm.runtimes.cuda_driver import MAJOR, MINOR, driver_library
 from treadle.files.installation import pip_install
+from treadle.ir.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,16 @@ def cuda_devices() -> list[MachineDevice]:
 
 def cuda_driver() -> Any | None:
     """Return NVIDIA's driver library, or None if this machine has none."""
-    with suppress(OSError):
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    with suppress(BackendError):
+        return driver_library()
     return None
-
-
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 def _cuda_device(driver: Any, ordinal: int) -> MachineDevice:
     device, name, words = ctypes.c_int(), ctypes.create_string_buffer(256), []
     driver.cuDeviceGet(ctypes.byref(device), ordinal)
     driver.cuDeviceGetName(name, len(name), device)
-    for attribute in (_MAJOR, _MINOR):
+    for attribute in (MAJOR, MINOR):
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         words.append(str(value.value))
