@@ -296,7 +296,7 @@ GPT2 = ("run", "gpt2", *SMALL, "--mesh")
             "has no CUDA device of its",
         ),
         (("run", "nothing.treadle", "--mesh", "tp=3"), "an artifact was compiled for one device"),
-        (("run", "gpt3", "--mesh", "tp=3", "--recipe", "megatron"), "gpt3"),
+        (("run", "gpt3", "--mesh", "tp=3", "--recipe", "megatron"), "there is no model 'gpt3'"),
         (("generate", "gpt2", "a", "--mesh", "tp=3", "--recipe", "megatron"), "gpt2"),
     ],
 )

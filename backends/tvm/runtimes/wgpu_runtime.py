@@ -317,7 +317,7 @@ class WgpuKernels:
                 ranges = [(buffers[each.space].handle, each.begin, each.nbytes) for each in bound.bindings]
                 ranges.append((numbers, offset, _up(_WORD * len(bound.numbers), 16)))
                 entries = [
-                    {"binding": i, "resource": {"buffer": buffer, "offset": begin, "size": size}}
+                    {"binding": i, "resource": dict(buffer=buffer, offset=begin, size=size)}  # noqa: C408
                     for i, (buffer, begin, size) in enumerate(ranges)
                 ]
                 group = gpu.create_bind_group(layout=made.layout, entries=entries)
