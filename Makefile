@@ -15,6 +15,7 @@ VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 DEMO := torch,text,chat,gguf,tvm
 FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings config_keys
+DRIVERS := mesa-vulkan-drivers pocl-opencl-icd
 BOUNDED := tiny cli from_torch torch_operators torch_arena gguf templates serving memory_placement kernel_cache session \
   trainer safetensors onnx_import onnx_export_files image_tasks sentencepiece
 FOLDERS := backends files frontends ir models passes runtime
@@ -22,7 +23,7 @@ FOLDERS := backends files frontends ir models passes runtime
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden docs bench fuzz first-hour bounds dev clean .typecheck
+.PHONY: help demo test lint golden docs bench fuzz first-hour bounds drivers dev clean .typecheck
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
@@ -60,6 +61,10 @@ bounds: $(VENV_PYTHON) ## install the lowest versions that pyproject.toml allows
 	@build/bounds/bin/python -m uv pip install --quiet --python build/bounds/bin/python --resolution lowest-direct \
 	  --editable '.[bounds]'
 	@PYTHONDONTWRITEBYTECODE= build/bounds/bin/python -m pytest -n auto --maxprocesses 4 $(BOUNDED:%=tests/test_%.py) $(ARGS)
+
+drivers: ## install drivers that compute on the CPU, for tests of WebGPU and OpenCL (Debian, as root)
+	@dpkg-query -W $(DRIVERS) >/dev/null 2>&1 || { apt-get -qq update && \
+	  apt-get -qq install -y --no-install-recommends $(DRIVERS); }
 
 dev: .venv/ready-dev .typecheck ## make the environment for working on Treadle (editors find it in .venv)
 
