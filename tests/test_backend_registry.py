@@ -282,8 +282,9 @@ def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert str(tmp_path) in str(caught.value.received) and "pip install" in str(caught.value.hint)
 
 
-def test_a_session_for_a_missing_gpu_is_refused_before_its_first_call() -> None:
+def test_a_session_for_a_missing_gpu_is_refused_before_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", None)
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     made = treadle.compile("gpt2", backend="torch", target="cuda", layers=1, dim=32, heads=2, vocab=20)

@@ -37,7 +37,7 @@ def numbers(*shape: int, seed: int = 0) -> Array:
 def over(*terms: Term, heads: int, groups: int, d: int, e: int, narrow: bool = True) -> Graph:
     def build(b: Builder) -> Expr:
         types = {"q": f"f32[B,{heads},S,{d}]", "k": f"f32[B,{groups},T,{d}]", "v": f"f32[B,{groups},T,{e}]"}
-        given = [b.input(name, type) for name, type in types.items()]
+        given = [b.input(*each) for each in types.items()]
         own = {Padding: "i64[B]", TensorBias: "f32[S,T]"}
         more = [b.input("x", own[type(term)]) for term in terms if type(term) in own]
         if not narrow:
