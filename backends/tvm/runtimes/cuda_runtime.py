@@ -41,6 +41,7 @@ from treadle.backends.tvm.runtimes.cuda_driver import (
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
     BufferPart,
+    CountedMemory,
     DeviceBuffer,
     failed_allocation,
 )
@@ -58,15 +59,14 @@ Compiler = Callable[[str, tuple[int, int]], bytes]
 code, or PTX."""
 
 
-class CudaMemory:
+class CudaMemory(CountedMemory):
     """The memory of a GPU, and the stream of its copies, which it owns. See
     `treadle.backends.tvm.runtimes.device_memory.DeviceMemory`.
     """
 
     def __init__(self, driver: CudaDriver, context: int, stream: int) -> None:
+        super().__init__()
         self._driver, self._context, self._stream = driver, context, stream
-        self.used = self.peak = 0
-        self._counting = threading.RLock()  # a buffer may be released at any time, in this thread, too
         self._pinned: Array | None = None
         self._filled = 0  # bytes of pinned memory that copies may still access
         weakref.finalize(self, driver.release, "cuStreamDestroy_v2", stream, context).atexit = False
@@ -84,12 +84,7 @@ class CudaMemory:
                 raise failed_allocation(nbytes, self._free())
         if number:
             raise BackendError("NVIDIA's driver failed", received=f"cuMemAlloc: {self._driver.describe(number)}")
-        buffer = DeviceBuffer(address.value, nbytes)
-        weakref.finalize(buffer, self._release, address.value, nbytes).atexit = False
-        with self._counting:
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
-        return buffer
+        return self._buffer(address.value, nbytes)
 
     def write(self, buffer: DeviceBuffer, data: Array, at: int = 0) -> None:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
@@ -153,10 +148,9 @@ class CudaMemory:
         begin, self._filled = self._filled, self._filled + nbytes
         return self._pinned[begin : begin + nbytes]
 
-    def _release(self, address: int, nbytes: int) -> None:
-        self._driver.release("cuMemFree_v2", address, self._context)
-        with self._counting:
-            self.used -= nbytes
+    def _released(self, handle: Any, nbytes: int) -> None:
+        self._driver.release("cuMemFree_v2", handle, self._context)
+        super()._released(handle, nbytes)
 
 
 class _BoundLaunch:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -107,15 +108,38 @@ class DeviceMemory(Protocol):
         ...
 
 
-class HostMemory:
+class CountedMemory:
+    """The base class of memories: it counts the bytes of buffers until they are released, which may happen in any
+    thread, and also while this thread counts.
+    """
+
+    def __init__(self) -> None:
+        self.used = self.peak = 0
+        self._counting = threading.RLock()
+
+    def _buffer(self, handle: Any, nbytes: int) -> DeviceBuffer:
+        """Return a buffer of memory that was allocated."""
+        buffer = DeviceBuffer(handle, nbytes)
+        with self._counting:
+            self.used += nbytes
+            self.peak = max(self.peak, self.used)
+        weakref.finalize(buffer, self._released, handle, nbytes).atexit = False
+        return buffer
+
+    def _released(self, handle: Any, nbytes: int) -> None:
+        with self._counting:
+            self.used -= nbytes
+
+
+class HostMemory(CountedMemory):
     """A `DeviceMemory` whose buffers are arrays of the host.
 
     size  bytes of the memory; None: no limit
     """
 
     def __init__(self, size: int | None = None) -> None:
+        super().__init__()
         self.size = size
-        self.used = self.peak = 0
 
     @property
     def free(self) -> int | None:
@@ -125,16 +149,9 @@ class HostMemory:
         if self.free is not None and nbytes > self.free:
             raise failed_allocation(nbytes, self.free)
         try:
-            buffer = DeviceBuffer(np.empty(nbytes, np.uint8), nbytes)
+            return self._buffer(np.empty(nbytes, np.uint8), nbytes)
         except (MemoryError, OverflowError, ValueError) as error:
             raise failed_allocation(nbytes, self.free) from error
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
-        weakref.finalize(buffer, self._released, nbytes)
-        return buffer
-
-    def _released(self, nbytes: int) -> None:
-        self.used -= nbytes
 
     def write(self, buffer: DeviceBuffer, data: Array, at: int = 0) -> None:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

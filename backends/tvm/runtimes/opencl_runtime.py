@@ -26,6 +26,7 @@ from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_memory import (
     Array,
     BufferPart,
+    CountedMemory,
     DeviceBuffer,
     DeviceLostError,
     failed_allocation,
@@ -135,14 +136,13 @@ class OpenclRuntime:
         return f"<{self.name}, {self.device.threads} threads for {self.device.tasks} tasks>"
 
 
-class OpenclMemory:
+class OpenclMemory(CountedMemory):
     """The memory of a device. See `treadle.backends.tvm.runtimes.device_memory.DeviceMemory`."""
 
     def __init__(self, runtime: OpenclRuntime) -> None:
+        super().__init__()
         self._runtime, self._cl = runtime, runtime.cl
-        self._counting = threading.RLock()  # a buffer may be released at any time, in this thread, too
         self._pending: list[Any] = []  # events of copies, which own the memory that they read
-        self.used = self.peak = 0
 
     @property
     def free(self) -> int | None:
@@ -157,16 +157,7 @@ class OpenclMemory:
             handle = cl.Buffer(self._runtime.context, cl.mem_flags.READ_WRITE, size=max(1, nbytes))
         except cl.Error as error:  # MemoryError of pyopencl among them
             raise failed_allocation(nbytes, free) from error
-        buffer = DeviceBuffer(handle, nbytes)
-        with self._counting:
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
-        weakref.finalize(buffer, self._released, nbytes)
-        return buffer
-
-    def _released(self, nbytes: int) -> None:
-        with self._counting:
-            self.used -= nbytes
+        return self._buffer(handle, nbytes)
 
     def write(self, buffer: DeviceBuffer, data: Array, at: int = 0) -> None:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

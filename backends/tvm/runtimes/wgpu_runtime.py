@@ -24,7 +24,13 @@ import numpy as np
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing
-from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, DeviceLostError, failed_allocation
+from treadle.backends.tvm.runtimes.device_memory import (
+    BufferPart,
+    CountedMemory,
+    DeviceBuffer,
+    DeviceLostError,
+    failed_allocation,
+)
 from treadle.backends.tvm.runtimes.launch_bindings import LaunchBindings, bind_launch
 from treadle.backends.tvm.runtimes.launch_table import Launch
 from treadle.backends.tvm.spaces import Space
@@ -150,15 +156,14 @@ class WgpuRuntime:
         return BackendError(f"WebGPU cannot {action}", received=message)
 
 
-class WgpuMemory:
+class WgpuMemory(CountedMemory):
     """A `treadle.backends.tvm.runtimes.device_memory.DeviceMemory` of storage buffers."""
 
     def __init__(self, runtime: WgpuRuntime) -> None:
+        super().__init__()
         self._runtime = runtime
         usage = runtime.wgpu.BufferUsage
         self._usage = usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
-        self._counting = threading.Lock()
-        self.used = self.peak = 0
 
     @property
     def free(self) -> int | None:
@@ -182,16 +187,7 @@ class WgpuMemory:
             if nbytes > self._runtime.gpu.limits["max-buffer-size"]:
                 raise failed_allocation(nbytes, None) from error
             raise
-        buffer = DeviceBuffer(handle, nbytes)
-        with self._counting:
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
-        weakref.finalize(buffer, self._released, nbytes)
-        return buffer
-
-    def _released(self, nbytes: int) -> None:
-        with self._counting:
-            self.used -= nbytes
+        return self._buffer(handle, nbytes)
 
     def write(self, buffer: DeviceBuffer, data: Array, at: int = 0) -> None:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

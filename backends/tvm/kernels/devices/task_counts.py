@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from treadle.backends.tvm.kernels.devices.statements import Let, Loop, Statement, When, walk
-from treadle.backends.tvm.kernels.devices.values import ThreadNode
+from treadle.backends.tvm.kernels.devices.values import ARITHMETIC, COMPARISONS, ThreadNode
 
 _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b if b else 0,  # a branch that is not taken may divide by 0
-    "%": lambda a, b: a % b if b else 0,
-    "min": min,
-    "max": max,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
+    **ARITHMETIC,
+    **COMPARISONS,
     "&&": lambda a, b: a and b,
     "||": lambda a, b: a or b,
 }
@@ -74,4 +63,8 @@ def _evaluate(node: ThreadNode, numbers: Mapping[str, int]) -> int | None:
     if node.op not in _OPERATIONS:
         return None
     a, b = (_evaluate(arg, numbers) for arg in node.args)
-    return None if a is None or b is None else int(_OPERATIONS[node.op](a, b))
+    if a is None or b is None:
+        return None
+    if node.op in "/%" and not b:  # in a branch that is not taken
+        return 0
+    return int(_OPERATIONS[node.op](a, b))

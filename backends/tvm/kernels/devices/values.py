@@ -54,7 +54,7 @@ def is_constant(node: ThreadNode) -> bool:
     return node.op == "const"
 
 
-_FOLDED: dict[str, Callable[[int, int], int]] = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -63,7 +63,7 @@ _FOLDED: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-_COMPARED: dict[str, Callable[[int, int], bool]] = {
+COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b,
@@ -75,13 +75,13 @@ _COMPARED: dict[str, Callable[[int, int], bool]] = {
 
 def operation(op: str, a: ThreadNode, b: ThreadNode) -> ThreadNode:
     """Return a binary operation. Index arithmetic on constants is folded."""
-    type = "bool" if op in _COMPARED or op in ("&&", "||") else a.type
+    type = "bool" if op in COMPARISONS or op in ("&&", "||") else a.type
     if a.type == INDEX:
         if is_constant(a) and is_constant(b):
-            if op in _COMPARED:
-                return constant(_COMPARED[op](a.data, b.data), "bool")
-            if op in _FOLDED and (op not in "/%" or (b.data > 0 and a.data >= 0)):
-                return constant(_FOLDED[op](a.data, b.data), INDEX)
+            if op in COMPARISONS:
+                return constant(COMPARISONS[op](a.data, b.data), "bool")
+            if op in ARITHMETIC and (op not in "/%" or (b.data > 0 and a.data >= 0)):
+                return constant(ARITHMETIC[op](a.data, b.data), INDEX)
         if is_constant(b) and (op, b.data) in (("+", 0), ("-", 0), ("*", 1), ("/", 1)):
             return a
         if is_constant(a) and (op, a.data) in (("+", 0), ("*", 1)):
