@@ -22,6 +22,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
+from treadle.backends.tvm.machine_calls import MachineCall
 from treadle.backends.tvm.output_memory import stored
 from treadle.backends.tvm.planning import Plan
 from treadle.backends.tvm.runtimes.device_arrays import DeviceAccess
@@ -170,11 +171,9 @@ class _KernelEntry:
         self.signature.refuse_undetermined(self._program.symbols)
 
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
-        held = self._kinds.check(states)
-        taken, sizes = self.signature.bind_sized(given, take, held.sizes)
-        self._donated.check(self.inputs, given, taken, self._machine.lasting(held))
-        arrays = dict(zip(self._program.inputs, taken, strict=True))
-        made = self._machine.run(self._name, sizes, arrays, held, self._stored)
+        call = self._call(given, states)
+        self._donated.check(self.inputs, given, list(call.inputs.values()), self._machine.lasting(call.states))
+        made = self._machine.run(call)
         tensors = any(_is_tensor(value) for value in given.values())
         outputs = Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
         return self._donated.returned(given, outputs)
@@ -187,11 +186,16 @@ class _KernelEntry:
         Returns the plan, the sizes of the symbols, and for each run the seconds of every call. For profiling; see
         `treadle.backends.tvm.profiling`. Raises BackendError as a call does.
         """
+        call = self._call(given, states)
+        plan, seconds = self._machine.timed(call, runs)
+        return plan, dict(call.sizes), seconds
+
+    def _call(self, given: Mapping[str, Any], states: States | None) -> MachineCall:
+        """Return a call on a caller's values, in the form that kernels read."""
         held = self._kinds.check(states)
         taken, sizes = self.signature.bind_sized(given, take, held.sizes)
         arrays = dict(zip(self._program.inputs, taken, strict=True))
-        plan, seconds = self._machine.timed(self._name, sizes, arrays, held, self._stored, runs)
-        return plan, sizes, seconds
+        return MachineCall(self._name, sizes, arrays, held, self._stored)
 
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))

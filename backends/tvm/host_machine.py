@@ -26,6 +26,7 @@ from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, func
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import KernelProgram
+from treadle.backends.tvm.machine_calls import MachineCall
 from treadle.backends.tvm.output_memory import OutputMemory, allocated, placed, stored
 from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls, reported_error
 from treadle.backends.tvm.planning import HostEncoder, Plan
@@ -87,68 +88,46 @@ class HostMachine:
         """Return the arrays that outlive a call: weights and states."""
         return (*self.weights.values(), *states.values())
 
-    def run(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-    ) -> dict[str, Array]:
-        """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
+    def run(self, call: MachineCall) -> dict[str, Array]:
+        """Run an entry. Return new arrays of the outputs."""
         with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, inputs, states, outputs)
+            runner, plan, table, made = self._ready(call)
             with tvm_runtime.at_work():
                 failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
             self._check(plan, failed)
         return made
 
-    def timed(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-        runs: int,
-    ) -> tuple[Plan, list[list[float]]]:
+    def timed(self, call: MachineCall, runs: int) -> tuple[Plan, list[list[float]]]:
         """Run an entry `runs` times, call by call. Return its plan and, for each run, the seconds of every call."""
         with self._lock:
-            runner, plan, table, made = self._ready(entry, sizes, inputs, states, outputs)
-            calls = [table[i : i + 1] for i in range(len(table))]
-            seconds: list[list[float]] = [[] for _ in calls]
+            runner, plan, table, made = self._ready(call)
+            records = [table[i : i + 1] for i in range(len(table))]
+            seconds: list[list[float]] = [[] for _ in records]
             for _ in range(runs):
-                for number, (call, found) in enumerate(zip(calls, seconds, strict=True)):
+                for number, (record, found) in enumerate(zip(records, seconds, strict=True)):
                     started = time.perf_counter()
-                    failed = runner(call)
+                    failed = runner(record)
                     found.append(time.perf_counter() - started)
                     self._check(plan, -1 if failed < 0 else number)
         del made  # the calls wrote to their memory
         return plan, seconds
 
-    def _ready(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-    ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
+    def _ready(self, call: MachineCall) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
         """Return the table runner, an entry's plan, the plan's table with all addresses filled in, and the output
         arrays.
         """
         if self._runner is None:
             self.cache.refuse_other_machine()
         assert self._runner is not None
-        plan = self._plan(entry, sizes)
-        over = self.program.entries[entry].over
+        plan = self._plan(call.entry, call.sizes)
+        over = self.program.entries[call.entry].over
         made = {
-            name: inputs[over[name]]
+            name: call.inputs[over[name]]
             if name in over
             else self._outputs.array(name, plan.shapes[name], dtype, aligned=name == plan.host)
-            for name, dtype in outputs.items()
+            for name, dtype in call.outputs.items()
         }
-        return self._runner, plan, self._place(plan, inputs, states, made), made
+        return self._runner, plan, self._place(plan, call.inputs, call.states, made), made
 
     def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
         key = entry, tuple(sorted(sizes.items()))

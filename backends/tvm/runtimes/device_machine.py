@@ -24,6 +24,7 @@ from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import KernelProgram
+from treadle.backends.tvm.machine_calls import MachineCall
 from treadle.backends.tvm.output_memory import stored
 from treadle.backends.tvm.placed_calls import reported_error
 from treadle.backends.tvm.poisoning import run_poisoned_on_device
@@ -153,45 +154,30 @@ class DeviceMachine:
 
     # -- running ---------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-    ) -> dict[str, Array]:
-        """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
+    def run(self, call: MachineCall) -> dict[str, Array]:
+        """Run an entry. Return new arrays of the outputs."""
         with self._at_work() as spaces:
-            plan, buffers = self._ready(entry, sizes, inputs, states, spaces)
-            run = _Run(self, plan, self._loaded[entry], buffers, spaces.runtime)
+            plan, buffers = self._ready(call, spaces)
+            run = _Run(self, plan, self._loaded[call.entry], buffers, spaces.runtime)
             self._is_clear = False
             if poisons():
-                over = self.program.entries[entry].over
+                over = self.program.entries[call.entry].over
                 run_poisoned_on_device(
                     plan, spaces.runtime.memory, buffers, over, lambda a, b: run.launch(run.prepare(a, b))
                 )
             else:
-                run.launch(self._parts(run, states))
-            results = run.results(inputs, outputs, self.program.entries[entry].over)
+                run.launch(self._parts(run, call.states))
+            results = run.results(call.inputs, call.outputs, self.program.entries[call.entry].over)
             self._is_clear = True
             return results
 
-    def timed(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        outputs: Mapping[str, np.dtype[Any]],
-        runs: int,
-    ) -> tuple[DevicePlan, list[list[float]]]:
+    def timed(self, call: MachineCall, runs: int) -> tuple[DevicePlan, list[list[float]]]:
         """Run an entry `runs` times, launch by launch. Return its plan and, for each run, the seconds of every launch,
         from its start until the host knows that it has ended.
         """
         with self._at_work() as spaces:
-            plan, buffers = self._ready(entry, sizes, inputs, states, spaces)
-            run = _Run(self, plan, self._loaded[entry], buffers, spaces.runtime)
+            plan, buffers = self._ready(call, spaces)
+            run = _Run(self, plan, self._loaded[call.entry], buffers, spaces.runtime)
             self._is_clear = False
             seconds: list[list[float]] = [[] for _ in plan.steps]
             for _ in range(runs):
@@ -202,34 +188,27 @@ class DeviceMachine:
                     run.launch(parts)
                     run.wait()
                     found.append(time.perf_counter() - started)
-                run.results(inputs, {}, {})
+                run.results(call.inputs, {}, {})
             self._is_clear = True
         return plan, seconds
 
-    def _ready(
-        self,
-        entry: str,
-        sizes: Mapping[str, int],
-        inputs: Mapping[str, Array],
-        states: States,
-        spaces: SpaceBuffers,
-    ) -> tuple[DevicePlan, Buffers]:
+    def _ready(self, call: MachineCall, spaces: SpaceBuffers) -> tuple[DevicePlan, Buffers]:
         """Return an entry's plan and the buffers of its spaces, with the inputs in them."""
         program, runtime = self.program, spaces.runtime
-        stored_inputs = {name: to_stored(array, program.form, f"input {name}") for name, array in inputs.items()}
-        plan = program.plan(entry, sizes)
+        stored_inputs = {name: to_stored(array, program.form, f"input {name}") for name, array in call.inputs.items()}
+        plan = program.plan(call.entry, call.sizes)
         if plan not in self._checked:
-            refuse(program.name, f"{self.target} ({runtime.name})", self.exceeded(entry, sizes))
+            refuse(program.name, f"{self.target} ({runtime.name})", self.exceeded(call.entry, call.sizes))
             self._checked.add(plan)
-        if entry not in self._loaded:
-            self._loaded[entry] = runtime.load(program.kernels(entry))
+        if call.entry not in self._loaded:
+            self._loaded[call.entry] = runtime.load(program.kernels(call.entry))
         spaces.copy_weights()
         if not self._is_clear:
             spaces.clear_status()
-        known = self._prepared_on(states).get(plan)
+        known = self._prepared_on(call.states).get(plan)
         buffers: Buffers
         if known is None:
-            buffers = spaces.bound(plan, states, program.entries[entry].over, self._prepared.clear)
+            buffers = spaces.bound(plan, call.states, program.entries[call.entry].over, self._prepared.clear)
         else:
             buffers = known.buffers
         for name, array in stored_inputs.items():
