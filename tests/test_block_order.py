@@ -9,7 +9,7 @@ import pytest
 from tests.backend_checks import needs_tvm
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.kernel import Kernel

@@ -16,7 +16,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.tvm import backend as tvm_backend
 from treadle.backends.tvm.kernels.devices.device import DEVICES, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.softmax import Softmax

@@ -11,7 +11,7 @@ from tests.backend_checks import graph_of, needs_tvm
 from tests.support.gpu_emulator.emulation import EmulatedKernel, EmulatorError, Region, compiler
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes.runtime import find_runtime
 from treadle.entry_functions import compile

@@ -17,7 +17,7 @@ from tests.error_texts import raises_freely
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.devices.device import DEVICES, Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.kernel import Kernel

@@ -190,10 +190,10 @@ class _KernelEntry:
         plan, seconds = self._machine.timed(call, runs)
         return plan, dict(call.sizes), seconds
 
-    def _call(self, given: Mapping[str, Any], states: States | None) -> MachineCall:
+    def _call(self, values: Mapping[str, Any], states: States | None) -> MachineCall:
         """Return a call on a caller's values, in the form that kernels read."""
         held = self._kinds.check(states)
-        taken, sizes = self.signature.bind_sized(given, take, held.sizes)
+        taken, sizes = self.signature.bind_sized(values, take, held.sizes)
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         return MachineCall(self._name, sizes, arrays, held, self._stored)
 

@@ -26,7 +26,7 @@ from tests.support.gpu_emulator.programs import PROGRAMS, program_inputs
 from treadle.backends.tvm.kernels.devices.cuda_compiler import Resources, compile_cuda
 from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 

@@ -20,7 +20,7 @@ from tests.op_checks import TESTED, refusal
 from tests.support.gpu_emulator.emulator_runtime import emulated, runtime_of
 from tests.test_op_suite import Held, assert_within, forwards, samples_of
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 
 
 def check(held: Held, target: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, device_kernel
-from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
+from treadle.backends.tvm.kernels.devices.group_kernel import LackingWord
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of

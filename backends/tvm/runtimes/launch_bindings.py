@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from treadle.backends.tvm.kernels.devices.device import Device
-from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
+from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing, stored_bytes
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.spaces import Space

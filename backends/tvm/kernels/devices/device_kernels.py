@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
 from treadle.backends.tvm.kernels.devices.device import Device
-from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, refuse_dtype, write_kernel
+from treadle.backends.tvm.kernels.devices.group_emitter import write_kernel
+from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel, LackingWord, refuse_dtype
 from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
 from treadle.backends.tvm.kernels.devices.metal_kernel_text import MetalPrinter
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions

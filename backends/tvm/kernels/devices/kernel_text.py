@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
+from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel
 from treadle.backends.tvm.kernels.devices.statements import (
     SHARED,
     Access,

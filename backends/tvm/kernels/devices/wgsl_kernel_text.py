@@ -27,7 +27,7 @@ from functools import cached_property
 import numpy as np
 
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import FMOD, narrowed
-from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
+from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel
 from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
 from treadle.backends.tvm.kernels.devices.statements import (
     GLOBAL,
