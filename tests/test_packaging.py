@@ -401,7 +401,7 @@ CHANGING = {
     "backends/python/emission.py": {"_Text"},
     "backends/torch/captured_graphs.py": {"_Repeated"},
     "backends/tvm/planning.py": {"Relocation", "Plan"},
-    "backends/tvm/kernels/devices/group_emitter.py": {"GroupKernel"},
+    "backends/tvm/kernels/devices/group_kernel.py": {"GroupKernel"},
     "backends/tvm/kernels/devices/statements.py": {"Memory"},
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
