@@ -1,8 +1,14 @@
-"""The memory that this process can still allocate."""
+"""The memory that this process can still allocate, and memory that is allocated before its first use."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = (  # version 2 and version 1 of control groups
@@ -13,6 +19,9 @@ _GROUPS = (  # version 2 and version 1 of control groups
 cache that the kernel can drop.
 """
 
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE in <linux/mman.h>, since Linux 5.14."""
+
 
 def free_memory() -> int | None:
     """Return the bytes that the machine has available, and the process's control group allows. None if the operating
@@ -20,6 +29,22 @@ def free_memory() -> int | None:
     """
     found = [available for available in (_machine(), *(_group(*group) for group in _GROUPS)) if available is not None]
     return min(found) if found else None
+
+
+def prefault(array: np.ndarray[Any, Any]) -> bool:
+    """Let the operating system allocate the pages of a contiguous array now, in place of at the first write to each.
+    The elements do not change, and other threads may read and write them meanwhile (madvise(2)).
+
+    Returns False if the system cannot: it is not Linux, older than 5.14, or has no memory left. The first writes then
+    allocate the pages.
+    """
+    if not sys.platform.startswith("linux") or not array.nbytes:
+        return False
+    size = mmap.PAGESIZE
+    begin = array.ctypes.data // size * size
+    end = -(-(array.ctypes.data + array.nbytes) // size) * size
+    madvise = ctypes.CDLL(None).madvise
+    return bool(madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _POPULATE_WRITE) == 0)
 
 
 def _machine() -> int | None:

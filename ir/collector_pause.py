@@ -1,4 +1,4 @@
-"""Pausing the cyclic garbage collector while a graph is built.
+"""Pausing the cyclic garbage collector while a graph is built, and keeping it away from objects that stay alive.
 
 A graph is many small objects, all of which stay alive. A collection during the build would free nothing, but would scan
 every object, which takes 7 % of the time of tracing a deep model. Reference counting continues as usual.
@@ -21,3 +21,16 @@ def collection_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def objects_kept() -> Iterator[None]:
+    """Let the cyclic collector skip all objects that exist now, until the context ends. A full collection of a process
+    that serves a model takes 60 ms otherwise, and all its threads wait.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -17,7 +17,7 @@ _DECAY = 0.85
 """Weight of earlier guesses in the estimate of p, relative to the guess after them."""
 _SLOPE = 0.25
 """Cost of a further token in a call relative to a call of one token, until a call of several tokens was measured."""
-_GAIN = 1.05
+_GAIN = 1.1
 """Least estimated gain over calls of one token for which tokens are guessed."""
 _REST = 16
 """Number of calls without a guess after which a source that is not cheap is tried again."""

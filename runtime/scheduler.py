@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -43,6 +44,8 @@ BUDGET = 96
 """Default maximum number of tokens of a step: with SmolLM2 on one core, a burst of prompts then delays running texts by
 a few steps, and the last prompt of the burst by about a third (docs/serving.md).
 """
+_SPARE = 2
+"""Number of unused rows whose memory is allocated in advance, so that a new text does not delay the running ones."""
 _WIDTH = 16  # a piece that is not the end of its prompt is a multiple of this number, as prefill pads to it
 
 
@@ -217,12 +220,14 @@ class Scheduler:
         self._closing: Cut | None = None
         self._drains = False
         self._thread: threading.Thread | None = None
+        self._allocating = ThreadPoolExecutor(1, "memory of rows")
         self._load = Load()
 
     # -- the callers' side -------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread. A scheduler is started once."""
+        self._allocating.submit(self.session.prefault, _SPARE)
         self._thread = threading.Thread(target=self._run, name="treadle scheduler", daemon=True)
         self._thread.start()
 
@@ -344,6 +349,7 @@ class Scheduler:
                 continue
             try:
                 self._rows.append(self._begun(ticket, self._rows))
+                self._allocating.submit(self.session.prefault, self._rows[-1].row + 1 + _SPARE)
             except Exception as error:  # the inputs of this request could not be computed
                 with self._changed:
                     self._joined -= 1
@@ -459,6 +465,7 @@ class Scheduler:
     def _give_up(self, why: Cut) -> None:
         for each in list(self._rows):
             self._leave(each, why)
+        self._allocating.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             self._closing = why
             left = list(self._waiting)

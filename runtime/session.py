@@ -22,6 +22,7 @@ import numpy as np
 
 from treadle.backends.protocol import Entry, StatefulExecutable
 from treadle.backends.states import States
+from treadle.files.available_memory import prefault
 from treadle.ir.errors import UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
@@ -99,6 +100,7 @@ class Session:
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
         rings = [Ring(sizes[s], reach) for s, reach in derived.windows.items()]
+        self._prefaulted = 0
         self._slots = Slots(self.states, sizes[SLOTS], rings, whole=derived.carries)
         self._rows = self._slots.rows
         self._inputs = RowInputs(derived, sizes)
@@ -135,6 +137,18 @@ class Session:
     def nbytes(self) -> int:
         """Size of all states in bytes."""
         return self.states.nbytes
+
+    def prefault(self, rows: int) -> None:
+        """Let the operating system allocate the memory of the first `rows` rows now, unless it was called for them.
+        Otherwise, the first tokens of a row wait for it. New rows are opened in this order.
+
+        Safe on another thread, one call at a time. Has no effect on a device, and on systems without such a call.
+        """
+        for row in range(self._prefaulted, min(rows, self._slots.count)):
+            for array in self.states.values():
+                if isinstance(array, np.ndarray):
+                    prefault(array[row])
+            self._prefaulted = row + 1
 
     @property
     def vocabulary(self) -> int | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import resource
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
@@ -40,6 +45,7 @@ class _Recorder:
         self.listening: Any = None
         self.drain = 0.0
         self.signals: list[int] = []
+        self.frozen = 0
 
     def config(self, application: Any, **settings: Any) -> Any:
         self.settings = {"application": application, **settings}
@@ -55,6 +61,7 @@ class _Recorder:
         assert self.listening.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
         socket.create_connection(self.listening.getsockname()[:2], timeout=10).close()
         self.handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        self.frozen = gc.get_freeze_count()
         if threading.current_thread() is threading.main_thread():
             signal.raise_signal(signal.SIGTERM)
         self.ready()
@@ -86,6 +93,7 @@ def test_a_server_listens_before_it_says_so(drain: float | None, seconds: float,
     }
     assert recorder.drain == seconds
     assert CONNECTIONS == 1024
+    assert recorder.frozen > 0 == gc.get_freeze_count(), "the collector skips the models' objects only meanwhile"
     assert recorder.signals == [signal.SIGTERM], "a signal before uvicorn has its handlers ends the server, too"
     assert recorder.listening.fileno() == -1, "it is closed"
     assert all(mine is not other for mine, other in zip(recorder.handlers, before, strict=True))
@@ -205,6 +213,25 @@ def test_free_memory_is_the_least_of_the_machines_and_the_groups(
     assert available_memory.free_memory() == 5120, "the group has no limit"
     (tmp_path / "max").write_text("6000\n")
     assert available_memory.free_memory() == 3000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux allocates pages on request")
+def test_pages_that_were_allocated_in_advance_cause_no_faults() -> None:
+    memory = np.zeros(1 << 23, np.uint8)
+    memory[5000] = 7
+    part = memory[4000 : 1 << 22]
+    if not available_memory.prefault(part):
+        pytest.skip("the kernel is older than 5.14")
+    assert memory[5000] == 7
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    part[:: mmap.PAGESIZE] += 1
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 20
+    assert not available_memory.prefault(memory[:0])
+
+
+def test_systems_that_allocate_no_pages_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not available_memory.prefault(np.zeros(9000, np.uint8))
 
 
 @pytest.mark.parametrize(

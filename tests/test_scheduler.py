@@ -409,3 +409,34 @@ def test_a_prefix_that_lost_its_slot_is_read_from_host_memory(model: Compiled) -
         assert ticket.reused == (32 if number == 5 else 0)
     scheduler.close()
     assert scheduler.load().cached == session.cached_bytes > 0
+
+
+def test_rows_have_their_memory_before_texts_need_them(model: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of used rows, and of the two rows after them, is allocated in order, each once."""
+    session = model.session(rows=8, capacity=40)
+    first = next(iter(session.states.values()))
+    rows: list[int] = []
+    changed = threading.Condition()
+
+    def record(part: np.ndarray[Any, Any]) -> bool:
+        with changed:
+            if np.shares_memory(part, first):
+                rows.append((part.ctypes.data - first.ctypes.data) // part.nbytes)
+                changed.notify()
+        return True
+
+    def reached(count: int) -> bool:
+        with changed:
+            return changed.wait_for(lambda: len(rows) >= count, timeout=30)
+
+    monkeypatch.setattr("treadle.runtime.session.prefault", record)
+    scheduler = Scheduler(session)
+    scheduler.start()
+    assert reached(2)
+    assert rows == [0, 1]
+    ended = queue.Queue[Any]()
+    orders = [TextOrder(prompt=(3, n, 5), choosing=Choosing(most=2)) for n in range(3)]
+    scheduler.submit([(order, ended.put) for order in orders])
+    assert reached(5)
+    scheduler.close(drain=30)
+    assert rows == [0, 1, 2, 3, 4]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from treadle.ir.collector_pause import objects_kept
 from treadle.ir.errors import Hint, UsageError
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import Served
@@ -72,7 +73,7 @@ def serve(
         timeout_graceful_shutdown=_LINGER,
     )
     process = _Process(config, server, drain, lambda: ready(address))
-    with _ended_by_signals(process):
+    with _ended_by_signals(process), objects_kept():
         try:
             process.run(sockets=[listening])
         finally:
