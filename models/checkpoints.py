@@ -113,6 +113,15 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, option
     )
 
 
+def read_graph(model: ReadModel, weights: Checkpoint, options: ReadOptions) -> ReadModel:
+    """Return a model whose graph is known with the tensors of a folder, which have the parameters' names.
+
+    Raises CheckpointError for a tensor that is missing or does not fit.
+    """
+    found = bind(_parameters(model.graph), {}, weights, deferred=options.deferred)
+    return replace(model, weights=found.arrays, unused=found.unused)
+
+
 def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, options: ReadOptions) -> ReadModel:
     """Read a folder with safetensors; `read` is its configuration. Raises as `read_declaration` does."""
     declared = read.model.configure(inputs=options.inputs, **options.config)

@@ -303,11 +303,9 @@ def test_a_declaration_with_a_folder_has_the_folders_tokenizer(gpt2: Path, tmp_p
     assert t.load(source).generate("the cat", most=4) == t.load(gpt2).generate("the cat", most=4)
 
 
-@pytest.mark.parametrize("model", ["folder", "graph"])
-def test_only_a_declaration_takes_weights_of_a_folder(model: str, gpt2: Path, mine: str) -> None:
-    given: Any = {"folder": gpt2, "graph": resolve(mine).graph}[model]
-    with pytest.raises(UsageError, match="only a declaration takes its weights from a folder"):
-        ModelSource.open(given, weights=gpt2)
+def test_a_model_with_weights_takes_none_of_a_folder(gpt2: Path) -> None:
+    with pytest.raises(UsageError, match="only a declaration or a graph takes its weights from a folder"):
+        ModelSource.open(gpt2, weights=gpt2)
 
 
 def test_models_without_files_have_no_tokenizer(mine: str) -> None:

@@ -534,7 +534,7 @@ def test_weights_are_those_of_one_model(trained: Treadle) -> None:
     assert trained(written[1].replace("FOLDER", "out")).code == 0
     assert trained(drafted + "draft.treadle").code == 0
     said = trained(f"serve draft.treadle {OWN} --weights out")
-    refused(said, "only a declaration takes its weights from a folder", "draft.treadle")
+    refused(said, "only a declaration or a graph takes its weights from a folder", "draft.treadle")
     assert "`treadle compile file.py:function --weights FOLDER -o FILE.treadle`" in hint_of(said)
 
 

@@ -291,6 +291,25 @@ def test_a_model_of_the_zoo_gets_a_folder_that_is_read_alone(tmp_path: Path) -> 
         np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
 
 
+@pytest.mark.parametrize("kind", ["module", "graph"])
+def test_a_module_or_a_graph_takes_the_weights_that_were_saved(kind: str, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
+    imported = t.from_torch(module, (torch.zeros(2, 5, dtype=torch.long),))
+    model = imported if kind == "module" else imported.graph
+    (name,) = imported.inputs
+    tokens = np.arange(10).reshape(2, 5) % 9
+    trainer = t.Trainer(model, backend="numpy")
+    trainer.step(**{name: tokens}, targets=tokens)
+    made = trainer.save(tmp_path / "to")
+    exe = eval(made.loading, {"treadle": t, "model": model})
+    assert any(np.any(exe.weights[at] != imported.weights[at]) for at in exe.weights)
+    for at, weight in trainer.weights.items():
+        np.testing.assert_array_equal(exe.weights[at], weight)
+    save_file({"0.weight": np.zeros((9, 4), np.float32)}, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=r"1\.bias"):
+        t.compile(model, weights=tmp_path / "part.safetensors")
+
+
 def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
     held: dict[str, Array] = {
         "flag": np.array([True, False, True]),

@@ -60,8 +60,9 @@ def compile(
     mmproj    for a language model in a GGUF file, the GGUF file of its image encoder and projector. None: the file
               mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
-              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
-              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+              declaration, a graph or an imported module, the folder or .safetensors file that holds them. If there are
+              none, initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them
+              afterwards
     seed      an integer, 0 or more
     passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
               graph as declared; None: `treadle.passes.pipelines.DEFAULT`
@@ -129,8 +130,9 @@ def load(
     mmproj    for a language model in a GGUF file, the GGUF file of its image encoder and projector. None: the file
               mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
-              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
-              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+              declaration, a graph or an imported module, the folder or .safetensors file that holds them. If there are
+              none, initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them
+              afterwards
     passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
               graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)

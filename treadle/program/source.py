@@ -53,6 +53,7 @@ from treadle.models.checkpoints import (
     read_ctranslate2,
     read_declaration,
     read_gguf_weights,
+    read_graph,
 )
 from treadle.models.family import LANGUAGE_ONLY, NO_PROJECTOR, Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
@@ -111,7 +112,8 @@ class ModelSource:
     ) -> ModelSource:
         """Find the model that MODEL names. If it is a source, return it unchanged.
 
-        weights    for a declaration, the folder or the .safetensors file that holds its weights under their own names
+        weights    for a declaration, a graph or an imported module, the folder or the .safetensors file that holds its
+                   weights under their own names
         tokenizer  another model, whose tokenizer, chat template and end tokens are used
         mmproj     for a GGUF file, the file of its image encoder, or "none"; None: mmproj*.gguf next to it, if any
         limits     limits on what a file may contain: {"tensors": 1_000_000}
@@ -161,10 +163,14 @@ class ModelSource:
                 received=text or f"a {type(model).__name__}",
                 hint="leave it out",
             )
+        if isinstance(model, Graph | TorchModel):
+            return _Given(model, weights, limits)
+        if not isinstance(model, Model | str | Path):
+            raise refuse_object(model)
         if weights is not None and not declared:
             raise UsageError(
-                "only a declaration takes its weights from a folder",
-                received=text or f"a {type(model).__name__}",
+                "only a declaration or a graph takes its weights from a folder",
+                received=text,
                 hint=Hint(
                     "file.py:function, or a family of the zoo; or leave weights= out: this model has weights",
                     "file.py:function, or a family of the zoo; or leave --weights out: this model has weights. To "
@@ -173,10 +179,6 @@ class ModelSource:
             )
         if isinstance(model, Model):
             return _Declared(model.name, model, python_file(model), weights, limits)
-        if isinstance(model, Graph | TorchModel):
-            return _Given(model)
-        if not isinstance(model, str | Path):
-            raise refuse_object(model)
         if in_python:
             loaded = load_declaration(Path(path), function)
             return _Declared(text, loaded, Path(path), weights, limits)
@@ -329,22 +331,33 @@ class ModelSource:
 
 
 class _Given(ModelSource):
-    """A graph, or an imported module with its weights."""
+    """A graph or an imported module, with its own weights or with weights in a folder."""
 
     kind = "graph"
 
-    def __init__(self, model: Graph | TorchModel) -> None:
-        super().__init__(model.name, None)
+    def __init__(self, model: Graph | TorchModel, weights: str | Path | None, limits: Limits) -> None:
+        super().__init__(model.name, None if weights is None else Path(weights), limits)
         self.model = model
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_weights(self.place, self.limits)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return self.checkpoint.folder
 
     def _read(self, options: ReadOptions) -> ReadModel:
         if options.config or options.inputs:
             received = ", ".join([*options.config, *(options.inputs or ())])
             raise UsageError("a graph takes no configuration", received=received)
         model = self.model
-        if isinstance(model, TorchModel):
-            return ReadModel(model.name, model.graph, None, model.weights, learned=model.learned)
-        return ReadModel(model.name, model)
+        read = ReadModel(model.name, model) if isinstance(model, Graph) else _read_module(model)
+        return read if self.path is None else read_graph(read, self.checkpoint, options)
+
+
+def _read_module(model: TorchModel) -> ReadModel:
+    return ReadModel(model.name, model.graph, None, model.weights, learned=model.learned)
 
 
 class _Declared(ModelSource):

@@ -100,14 +100,14 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     """
     source = resolved.source
     if source.kind == "graph":
-        return WeightsSaver(checked_folder(target, replace), resolved.name)
+        return WeightsSaver(checked_folder(target, replace))
     if source.kind == "declaration":
         assert resolved.model is not None
         path = source.path
         own = path if path is None or path.is_dir() else path.parent
         folder, reference = checked_folder(target, replace, own), source.reference(resolved.model)
         kept = TextFiles({} if source.text_source is source else source.text_files())
-        return WeightsSaver(folder, resolved.name, reference, _task(resolved), kept)
+        return WeightsSaver(folder, reference, _task(resolved), kept)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
@@ -136,7 +136,6 @@ class WeightsSaver:
     """
 
     target: Path
-    model: str
     reference: DeclarationReference | None = None
     task: str = ""
     texts: TextFiles = field(default_factory=lambda: TextFiles({}))
@@ -158,7 +157,7 @@ class WeightsSaver:
     def _loading(self) -> str:
         folder = os.fspath(self.target)
         if self.reference is None:
-            return f"treadle.compile({self.model}, weights={folder!r})"
+            return f"treadle.compile(model, weights={folder!r})"
         if self.reference.is_family:
             return Hint(f"treadle.compile({folder!r})", self._command(folder))
         label = self.reference.label
