@@ -527,12 +527,15 @@ def test_a_declaration_tags_and_answers(trained: Treadle) -> None:
 def test_weights_are_those_of_one_model(trained: Treadle) -> None:
     """A declaration becomes a model with its weights, to be used next to another model."""
     drafted = f"generate {OWN} the --weights out --tokens 4 --draft "
-    said = trained(drafted + OWN)
-    refused(said, "a draft model is a model with its weights", f"--draft {OWN}, a declaration")
-    written = re.search(r"`treadle (compile .*)`", hint_of(said))
-    assert written is not None
-    assert trained(written[1].replace("FOLDER", "out")).code == 0
-    assert trained(drafted + "draft.treadle").code == 0
+    taught = f"train {OWN} corpus.txt --weights out -o student --steps 2 --length 16 --teacher "
+    for option, command in (("draft", drafted), ("teacher", taught)):
+        for name, received in ((OWN, f"{OWN}, a declaration"), ("out", f"out, weights of {OWN}")):
+            said = trained(command + name)
+            refused(said, f"a {option} is a model with its weights", f"--{option} {received}")
+            written = re.search(r"`treadle (compile .*)`", hint_of(said))
+            assert written is not None
+        assert trained(written[1]).code == 0
+        assert trained(f"{command}{option}.treadle").code == 0
     said = trained(f"serve draft.treadle {OWN} --weights out")
     refused(said, "only a declaration or a graph takes its weights from a folder", "draft.treadle")
     assert "`treadle compile file.py:function --weights FOLDER -o FILE.treadle`" in hint_of(said)

@@ -23,6 +23,7 @@ REFUSED = [
     ("inspect m.py:small --entry step --follow B", "--entry prints a graph derived"),
     ("inspect m.py:small --follow B --source", "--follow prints neither"),
     ("inspect m.py:small --follow B --unfold", "--follow prints neither"),
+    ("inspect m.py:small --source --unfold", "--unfold unfolds the graph"),
     ("inspect m.py:small --backend nump", "there is no backend 'nump'"),
     (f"inspect m.treadle --inputs y --widen bf16 --after dead-code {HOW}", "an artifact is already compiled"),
     ("inspect m.treadle --after dead-code", "an artifact has no graphs after single passes"),

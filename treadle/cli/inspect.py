@@ -72,6 +72,8 @@ def inspect_graph(
         raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
+    if source and unfold:
+        raise UsageError("--unfold unfolds the graph, and --source prints the backend's code", hint="one of them")
     options = CompileOptions.of("inspect", {**keywords, **({"passes": ()} if raw else {})})
     check_backend(options.backend)
     with working(f"optimizing {model}", shown=not as_json):

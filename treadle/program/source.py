@@ -77,9 +77,9 @@ BLOCKS = "blocks"
 """The value of `widen` that decodes the blocks of a file."""
 
 
-def compiling_with_weights(model: str, file: str) -> str:
+def compiling_with_weights(model: str, file: str, folder: str = "FOLDER") -> str:
     """Return the command that writes a declaration and its weights to one file, which then is a model."""
-    return f"treadle compile {printable(model)} --weights FOLDER -o {file}"
+    return f"treadle compile {printable(model)} --weights {printable(folder)} -o {file}"
 
 
 class ModelSource:

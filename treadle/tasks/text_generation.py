@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treadle.continuation import FoundText, Piece, TextWriter, need_for_text
-from treadle.files.shown_names import printable
-from treadle.ir.errors import Hint, UsageError
+from treadle.program.further_models import open_further
 from treadle.program.options import CompileOptions
-from treadle.program.source import ModelSource, compiling_with_weights
 from treadle.reporting.counts import counted
 from treadle.runtime.speculation import Guess, PromptLookup, SpeculationTally
 from treadle.stepped import SteppedModel, open_stepped
@@ -68,7 +66,7 @@ class TextGeneration:
         if settings.samples_on_device:
             options["device_sampling"] = "random" if settings.temperature > 0 else "greedy"
         need_for_text(model, chat=settings.chat)
-        draft = None if settings.draft is None else _opened_draft(settings.draft)
+        draft = None if settings.draft is None else open_further(settings.draft, "draft")
         writer = TextWriter.open(model, stepped=stepped, **options)
         if settings.most != DecodingSettings.most:  # the default applies to models with fewer positions, too
             writer.check_count(settings.most, "most", "--tokens")
@@ -262,16 +260,3 @@ class Written:
 
 def _priced(writer: TextWriter, number: int, logprob: float | None) -> dict[str, Any]:
     return {"token": number, "text": writer.tokenizer.token(number), "logprob": logprob}
-
-
-def _opened_draft(name: str) -> ModelSource:
-    """Find a draft model. Raises UsageError for a declaration: no option names its weights."""
-    draft = ModelSource.open(name)
-    if draft.path is None:
-        written = f"`{compiling_with_weights(name, 'draft.treadle')}` writes"
-        raise UsageError(
-            "a draft model is a model with its weights, which --weights does not name",
-            received=f"--draft {printable(name)}, a {draft.kind}",
-            hint=Hint(f'draft="draft.treadle", which {written}', f"--draft draft.treadle, which {written}"),
-        )
-    return draft

@@ -25,9 +25,10 @@ from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
+from treadle.program.further_models import open_further
 from treadle.program.given_texts import read_documents
 from treadle.program.resolved import Resolved
-from treadle.program.source import ModelSource
+from treadle.program.source import ArtifactSource, ModelSource
 from treadle.program.trained_folders import family_of_declaration
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -108,9 +109,12 @@ class TextData:
             )
         graphs = [resolved.graph]
         source = resolved.source
-        taught_by = None if teacher is None else ModelSource.open(teacher)
+        taught_by = None if teacher is None else open_further(teacher, "teacher")
         if taught_by is not None:
-            graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
+            if isinstance(taught_by, ArtifactSource):
+                graphs.append(taught_by.content.optimized.source)
+            else:
+                graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
         sources = [source, *([] if taught_by is None else [taught_by])]
         length = _checked_length(graphs, sources, length)
         _check_model(resolved, objective)

@@ -145,6 +145,7 @@ class TextTraining:
 
     def _teacher(self) -> dict[str, Any]:
         """Compile the teacher, and return the arguments of `Trainer` for it: a dict that is empty without a teacher."""
+        from treadle.artifacts import is_artifact, load_artifact
         from treadle.compiling import compile_model
 
         settings = self.settings
@@ -152,6 +153,9 @@ class TextTraining:
             return {}
         how = CompileOptions(backend=self.options.backend, target=self.options.target, widen=("bf16", "f16"))
         distilled = {"temperature": settings.temperature, "distillation_weight": settings.distillation_weight}
+        if is_artifact(settings.teacher):
+            chosen = load_artifact(settings.teacher, backend=how.backend, target=how.target, widen=how.widen)
+            return {"teacher": chosen, **distilled}
         return {"teacher": compile_model(settings.teacher, how), **distilled}
 
     def held_out(self, *, progress: Callable[[int], None], interrupted: Callable[[], bool]) -> float | None:

@@ -1,0 +1,38 @@
+"""A further model of a command: the draft of a model that generates, or the teacher of a model in training.
+
+It is opened next to MODEL, whose weights, tokenizer and configuration the other options name. So one name stands for
+all of these: a folder with a checkpoint, a GGUF file, or an artifact.
+"""
+
+from __future__ import annotations
+
+from treadle.files.shown_names import printable
+from treadle.ir.errors import Hint, UsageError
+from treadle.program.source import ModelSource, compiling_with_weights
+from treadle.program.trained_folders import DeclarationReference
+
+
+def open_further(name: str, option: str) -> ModelSource:
+    """Find the model of an option, "draft" or "teacher".
+
+    Raises UsageError for a declaration without weights, and for weights of a declaration in Python, with the command
+    that writes both to one file; and as `ModelSource.open` does.
+    """
+    source = ModelSource.open(name)
+    if source.kind not in ("declaration", "graph"):
+        return source
+    stored = None if source.path is None else DeclarationReference.read(source.folder)
+    if stored is not None and stored.is_family:
+        return source
+    file = f"{option}.treadle"
+    if stored is None:
+        received, command = f"{name}, a {source.kind}", compiling_with_weights(name, file)
+    else:
+        received, command = f"{name}, weights of {stored.label}", compiling_with_weights(stored.label, file, name)
+        if stored.file is None:
+            command = f"t.compile({stored.function}, weights={name!r}).save({file!r})"
+    raise UsageError(
+        f"a {option} is a model with its weights, which --weights does not name",
+        received=f"--{option} {printable(received)}",
+        hint=Hint(f'{option}="{file}", which `{command}` writes', f"--{option} {file}, which `{command}` writes"),
+    )
