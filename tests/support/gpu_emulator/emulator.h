@@ -1,9 +1,11 @@
 // An emulator of CUDA blocks: threads are fibers. Included before a kernel's text, which it executes unchanged.
 //
 // One thread at a time runs as far as it can, in random order: to a barrier, to an exchange, or to its end. So a thread
-// that does not wait for the others meets memory that they have not written yet. Shared and private memory begins as NaN.
-// Every access is checked against its array. With EMULATOR_COUNTS, accesses are counted by line. See emulator.cpp for the
-// scheduler and the counters.
+// that does not wait for the others meets memory that they have not written yet. Several blocks may be alive at once:
+// then a random one runs after a barrier, after an exchange, and at random accesses to global memory. Shared and private
+// memory begins as NaN. Every access is checked against its array, and accesses to global memory against those of other
+// blocks. With EMULATOR_COUNTS, accesses are counted by line. See emulator.cpp for the scheduler, races, asynchronous
+// copies and the counters.
 #pragma once
 #include <string.h>
 
@@ -15,6 +17,30 @@ typedef long long Index;
 struct Buffer {
   void* data;
   Index bytes;
+};
+// A pointer among a kernel's parameters: the bytes of an element, and true if the kernel writes to it.
+struct Parameter {
+  const char* name;
+  int width;
+  bool written;
+};
+struct Cell;  // the accesses of blocks to an element of global memory
+// The memory of one argument in a launch. `cells` is null if races are not checked. If it is `agreed`, several blocks may
+// write the same value to an element.
+struct Region {
+  Buffer buffer;
+  const char* name;
+  Cell* cells;
+  bool agreed;
+};
+// A launch: the number of blocks and of threads in a block, the number of blocks that are alive at once, and true if
+// each thread runs a task of its own. Races are checked if `agreed` is not null; it has a number for each pointer.
+struct Launch {
+  Index blocks;
+  int threads, together;
+  bool slow;
+  unsigned seed;
+  const int* agreed;
 };
 
 // End the launch with this message. Does not return.
@@ -47,30 +73,107 @@ typedef Index Place;
 #define EMULATOR_NOTE(place, name, shared, offset, bytes)
 #endif
 
+// An access to `bytes` bytes of an array, `offset` bytes from its start, at element `index` of `count`.
+struct Access {
+  const char* name;
+  Index index, count, offset, bytes;
+};
+extern Index until_pause;    // number of accesses to global memory before another block runs
+extern int copies_in_flight;  // number of asynchronous copies that have not taken effect
+void pause();
+// Record a read, or a write of the bytes at `value`, of an array that starts at `data`. Fails if the access conflicts with
+// another block's.
+void record(Cell* cells, const void* data, const void* value, bool agreed, const Access& access);
+// Fail if a copy in flight reads bytes that are written. If races are checked, fail also if it writes to the bytes.
+void check_copies(const void* data, bool writes, const Access& access);
+// Begin a copy from global to shared memory, of 4, 8 or 16 bytes. The last `zeros` of them become 0.
+void issue_copy(void* to, const void* from, Index bytes, Index zeros);
+void commit_group();
+// Wait until at most `newest` groups of the thread's copies are in flight.
+void wait_group(int newest);
+
+template <class T> struct Plain { typedef T Value; };
+template <class T> struct Plain<const T> { typedef T Value; };
+template <class T> struct Element;
+
 template <class T> struct Array {
+  typedef typename Plain<T>::Value Value;
   T* data;
   Index count;
   const char* name;
   bool shared;
-  T& operator[](Place at) const {
-    Index i = EMULATOR_INDEX(at);
-    if (i < 0 || i >= count) fail("index out of range", name, i, count);
-    EMULATOR_NOTE(at, name, shared, i * sizeof(T), sizeof(T));
-    return data[i];
+  Cell* cells;
+  bool agreed;
+
+  Element<T> operator[](Place at) const { return {*this, at}; }
+  Value read(Place at) const {
+    T* from = check(at, 1);
+    before(from, 0, sizeof(T));
+    return *from;
+  }
+  void write(Place at, Value value) const {
+    T* to = check(at, 1);
+    before(to, &value, sizeof(T));
+    *to = value;
   }
   template <class W> W wide(Place at) const {
-    Index i = EMULATOR_INDEX(at), n = sizeof(W) / sizeof(T);
-    if (i < 0 || i + n > count) fail("index out of range", name, i, count);
-    EMULATOR_NOTE(at, name, shared, i * sizeof(T), sizeof(W));
-    if ((unsigned long long)(data + i) % sizeof(W)) fail("address not aligned", name, i, count);
+    T* from = check(at, sizeof(W) / sizeof(T));
+    if ((unsigned long long)from % sizeof(W)) fail("address not aligned", name, from - data, count);
+    before(from, 0, sizeof(W));
     W word;
-    memcpy(&word, data + i, sizeof(W));
+    memcpy(&word, from, sizeof(W));
     return word;
+  }
+  // Return the address of `n` elements from an index on, which are accessed next.
+  T* check(Place at, Index n) const {
+    Index i = EMULATOR_INDEX(at);
+    if (i < 0 || i + n > count) fail("index out of range", name, i, count);
+    EMULATOR_NOTE(at, name, shared, i * sizeof(T), n * sizeof(T));
+    return data + i;
+  }
+  void before(const T* place, const void* value, Index bytes) const {
+    if (!shared && --until_pause < 0) pause();
+    if (!cells && !copies_in_flight) return;
+    Access access = {name, place - data, count, (place - data) * (Index)sizeof(T), bytes};
+    if (cells) record(cells, data, value, agreed, access);
+    if (copies_in_flight) check_copies(data, value, access);
   }
 };
 
-template <class T> Array<T> global(const Buffer& buffer, const char* name) {
-  return {(T*)buffer.data, buffer.bytes / (Index)sizeof(T), name, false};
+// The address of an element: an operand of an asynchronous copy.
+template <class T> struct Address {
+  const Array<T>& array;
+  Place at;
+};
+
+template <class T> struct Element {
+  typedef typename Plain<T>::Value Value;
+  const Array<T>& array;
+  Place at;
+  operator Value() const { return array.read(at); }
+  void operator=(Value value) const { array.write(at, value); }
+  void operator=(const Element& other) const { array.write(at, other); }
+  Address<T> operator&() const { return {array, at}; }
+};
+
+template <class T> Array<T> global(const Region& region) {
+  return {(T*)region.buffer.data, region.buffer.bytes / (Index)sizeof(T), region.name, false, region.cells,
+          region.agreed};
+}
+
+template <class T, class S> void copy_async(Address<T> to, Address<S> from, Index bytes, Index zeros = 0) {
+  const Array<T>& written = to.array;
+  const Array<S>& source = from.array;
+  if (!written.shared || source.shared) fail("a copy that is not from global to shared memory", written.name, 0, 0);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || zeros < 0 || zeros > bytes)
+    fail("an asynchronous copy of this size", written.name, bytes, zeros);
+  T* place = written.check(to.at, bytes / sizeof(T));
+  S* origin = source.check(from.at, (bytes - zeros) / sizeof(S));
+  if ((unsigned long long)place % bytes) fail("address not aligned", written.name, place - written.data, written.count);
+  if ((unsigned long long)origin % bytes) fail("address not aligned", source.name, origin - source.data, source.count);
+  source.before(origin, 0, bytes - zeros);
+  written.before(place, place, bytes);
+  issue_copy(place, origin, bytes, zeros);
 }
 
 template <class T, Index n> struct Private {
@@ -91,6 +194,10 @@ template <class T> T shuffled(T value, int from, int line) {
   return value;
 }
 
+template <class T> typename Plain<T>::Value shuffled(const Element<T>& value, int from, int line) {
+  return shuffled((typename Plain<T>::Value)value, from, line);
+}
+
 inline Index checked_division(Index x, Index y, const char* what) {
   if (x < 0 || y <= 0) fail(what, "an index", x, y);
   return x / y;
@@ -106,4 +213,8 @@ inline Index checked_division(Index x, Index y, const char* what) {
 #define TREADLE_SHUFFLE(v, t) emulator::shuffled(v, t, __LINE__)
 #define TREADLE_BARRIER emulator::barrier(__LINE__)
 #define TREADLE_UNROLL
+// names of CUDA's <cuda_pipeline.h>
+#define __pipeline_memcpy_async(...) emulator::copy_async(__VA_ARGS__)
+#define __pipeline_commit() emulator::commit_group()
+#define __pipeline_wait_prior(n) emulator::wait_group(n)
 #include "checked_memory.h"
