@@ -74,6 +74,15 @@ def _outside(k: Emitter) -> None:
         k.store(view, [i + 1], k.number(1.0, f32))
 
 
+def _shared_scratch(k: Emitter) -> None:
+    """y[i] = x[i] through an element of a buffer, which all tasks use."""
+    px, ps, py, n = (*(k.pointer(name, f32) for name in ("x", "scratch", "y")), k.size("n"))
+    x, scratch, y = k.view(px, [n]), k.view(ps, [k.index(1)]), k.view(py, [n])
+    with k.parallel(n, "i") as i:
+        k.store(scratch, [0], k.load(x, [i]))
+        k.store(y, [i], k.load(scratch, [0]))
+
+
 def _intrinsic(k: Emitter) -> None:
     x = k.view(k.pointer("x", f32), [k.index(1)])
     with k.parallel(1):
@@ -85,6 +94,7 @@ KERNELS: dict[str, Callable[[Emitter], None]] = {
     "turned_halves": _turned_halves,
     "words": _words,
     "outside": _outside,
+    "shared_scratch": _shared_scratch,
     "intrinsic": _intrinsic,
 }
 

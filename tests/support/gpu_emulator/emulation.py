@@ -39,14 +39,14 @@ class EmulatorError(Exception):
 class Region:
     """An argument of a launch.
 
-    array   an array
-    at      index of the first element that the kernel sees
-    agreed  True if several blocks may write the same value to an element
+    array    an array
+    at       index of the first element that the kernel sees
+    checked  False if several blocks may write to an element: the status words
     """
 
     array: Array
     at: int = 0
-    agreed: bool = False
+    checked: bool = True
 
 
 def compiler() -> str | None:
@@ -109,9 +109,9 @@ static void call(const long long* numbers, const emulator::Region* regions) {{
 }}
 static const emulator::Parameter parameters[] = {{{", ".join(parameters)}}};
 extern "C" const char* run(const emulator::Buffer* buffers, const long long* numbers, long long blocks, unsigned seed,
-                           int together, const int* agreed) {{
+                           int together, const int* checked) {{
   const emulator::Launch how = {{blocks, {written.device.threads}, together, {str(written.device.tasks > 1).lower()},
-                                seed, agreed}};
+                                seed, checked}};
   return emulator::launch(call, numbers, buffers, parameters, {count}, how);
 }}
 extern "C" const char* counters() {{ return emulator::counters(); }}
@@ -146,8 +146,8 @@ extern "C" const char* counters() {{ return emulator::counters(); }}
         pairs = [(r.array.ctypes.data, r.array.nbytes) for r in regions]
         buffers = (ctypes.c_longlong * (2 * len(pairs)))(*[n for pair in pairs for n in pair])
         numbers = (ctypes.c_longlong * (len(regions) + len(sizes)))(*[r.at for r in regions], *sizes)
-        agreed = (ctypes.c_int * len(regions))(*[r.agreed for r in regions]) if races else None
-        how = ctypes.c_longlong(blocks), ctypes.c_uint(seed), ctypes.c_int(together), agreed
+        checked = (ctypes.c_int * len(regions))(*[r.checked for r in regions]) if races else None
+        how = ctypes.c_longlong(blocks), ctypes.c_uint(seed), ctypes.c_int(together), checked
         error = self.library.run(buffers, numbers, *how)
         if error:
             raise EmulatorError(f"{written.name}: {error.decode()}")

@@ -21,7 +21,7 @@ namespace emulator {
 enum State { READY, AT_BARRIER, AT_EXCHANGE, DONE };
 const int MOST = 1024, GROUP = 32, ARRAYS = 256;
 const int TOGETHER = 8;  // most blocks that are alive
-const int PACE = 64;     // mean number of accesses of threads before another block runs
+const int PACES = 10;    // a turn has up to 2^n reads of global memory, for a random n below this
 const size_t STACK = 256 << 10;
 
 // A context is the top of a stack with the saved registers. `swapcontext` makes two system calls for each switch.
@@ -164,30 +164,33 @@ static void fail_race(const char* kind, int other, const char* verb, const Acces
   fail(text, access.name, access.index, access.count);
 }
 
-void record(Cell* cells, const void* data, const void* value, bool agreed, const Access& access) {
+void record(Cell* cells, bool writes, const Access& access) {
   int self = (int)(launched.slow ? block * launched.threads + thread : block) + 1;
   for (Index n = access.offset / cell_bytes; n * cell_bytes < access.offset + access.bytes; ++n) {
     Cell& cell = cells[n];
-    bool foreign = cell.writer && cell.writer != self;
-    if (!value) {
-      if (foreign) fail_race("a read of an element", cell.writer, "writes", access);
+    if (cell.writer && cell.writer != self)
+      fail_race(writes ? "a write to an element" : "a read of an element", cell.writer, "writes", access);
+    if (!writes) {
       int slot = cell.readers[0] && cell.readers[0] != self;
       if (!cell.readers[slot]) cell.readers[slot] = self;
       continue;
     }
-    if (foreign && !(agreed && !memcmp((const char*)data + access.offset, value, access.bytes)))
-      fail_race("a write to an element", cell.writer, "writes", access);
     for (int reader : cell.readers)
       if (reader && reader != self) fail_race("a write to an element", reader, "reads", access);
     cell.writer = self;
   }
 }
 
-// Give the regions their cells: those that overlap share them, and those to which no block writes need none.
-static void allocate_cells(const Parameter* parameters, int count) {
+// Give the regions that are checked their cells: those that overlap share them, and those to which no block writes need
+// none.
+static void allocate_cells(const Parameter* parameters, const int* checked) {
   std::vector<int> order;
   cell_bytes = 8;
-  for (int i = 0; i < count; ++i) order.push_back(i), cell_bytes = std::min(cell_bytes, (Index)parameters[i].width);
+  for (int i = 0; i < (int)regions.size(); ++i) {
+    if (checked[i]) order.push_back(i);
+    cell_bytes = std::min(cell_bytes, (Index)parameters[i].width);
+  }
+  const int count = order.size();
   auto begin = [](int i) { return (char*)regions[i].buffer.data; };
   std::sort(order.begin(), order.end(), [&](int i, int j) { return begin(i) < begin(j); });
   for (int first = 0, after; first < count; first = after) {
@@ -235,7 +238,7 @@ void check_copies(const void* data, bool writes, const Access& access) {
       for (const Copy& copy : each->threads[i].copies) {
         if (writes && overlaps(copy.from, copy.bytes - copy.zeros))
           fail("a write to what an asynchronous copy reads", access.name, access.index, access.count);
-        if (launched.agreed && overlaps(copy.to, copy.bytes))
+        if (launched.checked && overlaps(copy.to, copy.bytes))
           fail(writes ? "a write to what an asynchronous copy writes" : "a read of what an asynchronous copy writes",
                access.name, access.index, access.count);
       }
@@ -376,7 +379,7 @@ static bool run_block() {
   const int count = launched.threads;
   paused = false;
   block = current->number;
-  until_pause = launched.together > 1 ? next_random(2 * PACE) : LLONG_MAX;
+  until_pause = launched.together > 1 ? next_random(1u << next_random(PACES)) : LLONG_MAX;
   while (true) {
     bool ran = false;
     int groups = (count + GROUP - 1) / GROUP, start = next_random(groups);
@@ -439,8 +442,8 @@ const char* launch(void (*kernel)(const Index*, const Region*), const Index* num
   for (Block*& place : places)
     if (!place) place = new Block();
   regions.clear();
-  for (int i = 0; i < count; ++i) regions.push_back({buffers[i], parameters[i].name, 0, how.agreed && how.agreed[i]});
-  if (how.agreed) allocate_cells(parameters, count);
+  for (int i = 0; i < count; ++i) regions.push_back({buffers[i], parameters[i].name, 0});
+  if (how.checked) allocate_cells(parameters, how.checked);
   run_blocks();
   for (Cell* cells : allocated) free(cells);
   allocated.clear();

@@ -25,22 +25,21 @@ struct Parameter {
   bool written;
 };
 struct Cell;  // the accesses of blocks to an element of global memory
-// The memory of one argument in a launch. `cells` is null if races are not checked. If it is `agreed`, several blocks may
-// write the same value to an element.
+// The memory of one argument in a launch. `cells` is null if races are not checked.
 struct Region {
   Buffer buffer;
   const char* name;
   Cell* cells;
-  bool agreed;
 };
 // A launch: the number of blocks and of threads in a block, the number of blocks that are alive at once, and true if
-// each thread runs a task of its own. Races are checked if `agreed` is not null; it has a number for each pointer.
+// each thread runs a task of its own. `checked` has 1 for each pointer whose accesses are checked for races, and 0 for
+// others; it is null if no races are checked.
 struct Launch {
   Index blocks;
   int threads, together;
   bool slow;
   unsigned seed;
-  const int* agreed;
+  const int* checked;
 };
 
 // End the launch with this message. Does not return.
@@ -78,12 +77,12 @@ struct Access {
   const char* name;
   Index index, count, offset, bytes;
 };
-extern Index until_pause;    // number of accesses to global memory before another block runs
-extern int copies_in_flight;  // number of asynchronous copies that have not taken effect
+extern Index until_pause;           // number of reads of global memory before another block runs
+const int READ = 1, WRITE = 32;     // a write counts as several reads: its order among blocks matters more
+extern int copies_in_flight;        // number of asynchronous copies that have not taken effect
 void pause();
-// Record a read, or a write of the bytes at `value`, of an array that starts at `data`. Fails if the access conflicts with
-// another block's.
-void record(Cell* cells, const void* data, const void* value, bool agreed, const Access& access);
+// Record an access to an array, whose first byte has the first cell. Fails if it conflicts with another block's.
+void record(Cell* cells, bool writes, const Access& access);
 // Fail if a copy in flight reads bytes that are written. If races are checked, fail also if it writes to the bytes.
 void check_copies(const void* data, bool writes, const Access& access);
 // Begin a copy from global to shared memory, of 4, 8 or 16 bytes. The last `zeros` of them become 0.
@@ -103,23 +102,22 @@ template <class T> struct Array {
   const char* name;
   bool shared;
   Cell* cells;
-  bool agreed;
 
   Element<T> operator[](Place at) const { return {*this, at}; }
   Value read(Place at) const {
     T* from = check(at, 1);
-    before(from, 0, sizeof(T));
+    before(from, false, sizeof(T));
     return *from;
   }
   void write(Place at, Value value) const {
     T* to = check(at, 1);
-    before(to, &value, sizeof(T));
+    before(to, true, sizeof(T));
     *to = value;
   }
   template <class W> W wide(Place at) const {
     T* from = check(at, sizeof(W) / sizeof(T));
     if ((unsigned long long)from % sizeof(W)) fail("address not aligned", name, from - data, count);
-    before(from, 0, sizeof(W));
+    before(from, false, sizeof(W));
     W word;
     memcpy(&word, from, sizeof(W));
     return word;
@@ -131,12 +129,12 @@ template <class T> struct Array {
     EMULATOR_NOTE(at, name, shared, i * sizeof(T), n * sizeof(T));
     return data + i;
   }
-  void before(const T* place, const void* value, Index bytes) const {
-    if (!shared && --until_pause < 0) pause();
+  void before(const T* place, bool writes, Index bytes) const {
+    if (!shared && (until_pause -= writes ? WRITE : READ) < 0) pause();
     if (!cells && !copies_in_flight) return;
     Access access = {name, place - data, count, (place - data) * (Index)sizeof(T), bytes};
-    if (cells) record(cells, data, value, agreed, access);
-    if (copies_in_flight) check_copies(data, value, access);
+    if (cells) record(cells, writes, access);
+    if (copies_in_flight) check_copies(data, writes, access);
   }
 };
 
@@ -157,8 +155,7 @@ template <class T> struct Element {
 };
 
 template <class T> Array<T> global(const Region& region) {
-  return {(T*)region.buffer.data, region.buffer.bytes / (Index)sizeof(T), region.name, false, region.cells,
-          region.agreed};
+  return {(T*)region.buffer.data, region.buffer.bytes / (Index)sizeof(T), region.name, false, region.cells};
 }
 
 template <class T, class S> void copy_async(Address<T> to, Address<S> from, Index bytes, Index zeros = 0) {
@@ -171,8 +168,8 @@ template <class T, class S> void copy_async(Address<T> to, Address<S> from, Inde
   S* origin = source.check(from.at, (bytes - zeros) / sizeof(S));
   if ((unsigned long long)place % bytes) fail("address not aligned", written.name, place - written.data, written.count);
   if ((unsigned long long)origin % bytes) fail("address not aligned", source.name, origin - source.data, source.count);
-  source.before(origin, 0, bytes - zeros);
-  written.before(place, place, bytes);
+  source.before(origin, false, bytes - zeros);
+  written.before(place, true, bytes);
   issue_copy(place, origin, bytes, zeros);
 }
 

@@ -133,8 +133,8 @@ class EmulatorLaunches:
             (
                 launch,
                 [
-                    # the emulator checks the bounds; every block that finds an error may report it
-                    Region(buffers[a.space].handle[a.begin : a.begin + a.nbytes], a.at, agreed=a.space == Status())
+                    # the emulator checks the bounds; any block that finds an error may report it
+                    Region(buffers[a.space].handle[a.begin : a.begin + a.nbytes], a.at, a.space != Status())
                     for a in launch.arguments
                 ],
             )
