@@ -12,9 +12,10 @@ from tests.backend_checks import needs_tvm
 from tests.support.gpu_emulator.emulation import EmulatorError, Region, compiler
 from tests.support.gpu_emulator.emulator_runtime import emulated
 from tests.support.gpu_emulator.faults import HIDDEN, Fault, observed
-from tests.support.gpu_emulator.hand_written import hand_written
+from tests.support.gpu_emulator.hand_written import cuda_text, hand_written
 from tests.support.gpu_emulator.programs import program_inputs
 from tests.test_device_kernels import CUDA, launched
+from treadle.backends.tvm.kernels.devices.cuda_compiler import compile_cuda, compile_ptx, missing_compiler
 from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.types import DTYPES, f32
@@ -89,7 +90,7 @@ def test_a_race_between_blocks_is_found_in_turns_and_by_the_record_of_accesses(n
 
     assert found(races=False) == ""
     assert found(races=False, together=3) == "wrong"
-    fault = r"hand_written: a (read of|write to) an element that block (\d) (reads|writes) in the same launch: "
+    fault = r"hand_written: a (read of|write to) an element that block (\d) (read|wrote) in the same launch: "
     fault += r"(parts|ended|total), \d+ of \d+, in thread \d+ of block (\d)"
     match = re.fullmatch(fault, found())
     assert match and match[2] != match[5]
@@ -102,7 +103,7 @@ def test_scratch_memory_that_tasks_share_is_found(slow: bool) -> None:
     scratch, y = np.zeros(1, np.float32), np.zeros(7, np.float32)
     who = r"block 0, thread \d," if slow else r"block \d"
     with pytest.raises(
-        EmulatorError, match=rf"an element that {who} (writes|reads) in the same launch: scratch_0, 0 of 1"
+        EmulatorError, match=rf"an element that {who} (read|wrote) in the same launch: scratch_0, 0 of 1"
     ):
         launched("shared_scratch", np.ones(7, np.float32), scratch, y, sizes=(7,), device=CUDA.slow if slow else CUDA)
 
@@ -165,6 +166,16 @@ def effect(text: str, *, races: bool = True) -> str:
 @pytest.mark.parametrize("bytes", [4, 8, 16])
 def test_copies_of_each_size_take_effect_when_their_group_is_waited_for(bytes: int) -> None:
     assert effect(copying(bytes)) == ""
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.parametrize("bytes", [4, 8, 16])
+def test_nvidias_compilers_take_the_text(bytes: int) -> None:
+    text = cuda_text(hand_written(copying(bytes), {"x": f32}, {"y": f32}, "n"))
+    for architecture in ("sm_80", "sm_90"):
+        ptx = compile_ptx(text, architecture)
+        assert re.search(rf"cp\.async\.c[ag]\.shared\.global \[%r\d+\], \[%rd\d+\], {bytes},", ptx)
+        assert compile_cuda(text, architecture).resources.spilled == 0
 
 
 def copying(bytes: int) -> str:

@@ -155,12 +155,12 @@ struct Cell {
 static Index cell_bytes;
 static std::vector<Cell*> allocated;
 
-static void fail_race(const char* kind, int other, const char* verb, const Access& access) {
+static void fail_race(const char* kind, int other, const char* did, const Access& access) {
   char text[200], by[60];
   Index width = launched.slow ? launched.threads : 1, at = other - 1;
   int length = snprintf(by, sizeof(by), "block %lld", at / width);
   if (launched.slow) snprintf(by + length, sizeof(by) - length, ", thread %lld,", at % width);
-  snprintf(text, sizeof(text), "%s that %s %s in the same launch", kind, by, verb);
+  snprintf(text, sizeof(text), "%s that %s %s in the same launch", kind, by, did);
   fail(text, access.name, access.index, access.count);
 }
 
@@ -169,14 +169,14 @@ void record(Cell* cells, bool writes, const Access& access) {
   for (Index n = access.offset / cell_bytes; n * cell_bytes < access.offset + access.bytes; ++n) {
     Cell& cell = cells[n];
     if (cell.writer && cell.writer != self)
-      fail_race(writes ? "a write to an element" : "a read of an element", cell.writer, "writes", access);
+      fail_race(writes ? "a write to an element" : "a read of an element", cell.writer, "wrote", access);
     if (!writes) {
       int slot = cell.readers[0] && cell.readers[0] != self;
       if (!cell.readers[slot]) cell.readers[slot] = self;
       continue;
     }
     for (int reader : cell.readers)
-      if (reader && reader != self) fail_race("a write to an element", reader, "reads", access);
+      if (reader && reader != self) fail_race("a write to an element", reader, "read", access);
     cell.writer = self;
   }
 }

@@ -77,13 +77,16 @@ struct Access {
   const char* name;
   Index index, count, offset, bytes;
 };
-extern Index until_pause;           // number of reads of global memory before another block runs
-const int READ = 1, WRITE = 32;     // a write counts as several reads: its order among blocks matters more
-extern int copies_in_flight;        // number of asynchronous copies that have not taken effect
+// Number of reads of global memory before another block runs. A write counts as several reads: a block that computes from
+// what it has read shows an error if another block runs between the read and the write.
+extern Index until_pause;
+const int READ = 1, WRITE = 32;
 void pause();
+extern int copies_in_flight;  // number of asynchronous copies that have not taken effect
 // Record an access to an array, whose first byte has the first cell. Fails if it conflicts with another block's.
 void record(Cell* cells, bool writes, const Access& access);
-// Fail if a copy in flight reads bytes that are written. If races are checked, fail also if it writes to the bytes.
+// Fail if the access writes to bytes that a copy in flight reads; if races are checked, also if it accesses bytes to which
+// such a copy writes.
 void check_copies(const void* data, bool writes, const Access& access);
 // Begin a copy from global to shared memory, of 4, 8 or 16 bytes. The last `zeros` of them become 0.
 void issue_copy(void* to, const void* from, Index bytes, Index zeros);

@@ -7,11 +7,32 @@ from typing import Any
 
 from tests.support.gpu_emulator.emulation import EmulatedKernel
 from treadle.backends.tvm.kernels.devices.device import DEVICES
-from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
+from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel
 from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
+from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
 from treadle.backends.tvm.kernels.devices.statements import GLOBAL, Memory
 from treadle.ir.types import DType
+
+
+_PIPELINE = """
+static __device__ __forceinline__ void __pipeline_memcpy_async(void* to, const void* from, int bytes, int zeros = 0) {
+  const unsigned int place = (unsigned int)__cvta_generic_to_shared(to), read = bytes - zeros;
+  if (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(place), "l"(from), "r"(read) : "memory");
+  else if (bytes == 8)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(place), "l"(from), "r"(read) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(place), "l"(from), "r"(read) : "memory");
+}
+#define __pipeline_commit() asm volatile("cp.async.commit_group;" ::: "memory")
+#define __pipeline_wait_prior(n) asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory")
+"""  # CUDA's <cuda_pipeline.h>, which is not in the packages of NVRTC and ptxas
+
+
+def cuda_text(kernel: EmulatedKernel) -> str:
+    """Return the whole text of a kernel for CUDA's compiler."""
+    return PRELUDES["cuda"] + lane_functions_text(kernel.kernel.group_kernel, "cuda") + _PIPELINE + kernel.text
 
 
 def hand_written(
