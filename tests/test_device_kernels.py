@@ -136,7 +136,7 @@ def test_a_program_gives_the_interpreters_results_in_any_order_of_threads(name: 
     runtime, run = runs(name)
     wanted = program(name)[2]
     bits = set()
-    for runtime.seed, runtime.blocks in ((1, 1), (2, 3), (3, None)):
+    for runtime.seed, runtime.blocks, runtime.together in ((1, 1, 1), (2, 3, 1), (3, None, 8)):
         made = run()
         for output, expected in wanted.items():
             bound = 1e-5 * max(1.0, float(np.abs(expected).max()))

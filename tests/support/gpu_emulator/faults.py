@@ -98,11 +98,23 @@ FAULTS: tuple[Fault, ...] = (
     Fault("rows", r"\(int\)\(0\)", "(int)(31)", 0),
 )
 
-HIDDEN: tuple[Fault, ...] = tuple(
-    Fault("attention", rf"({memory}_0\[{memory}_0_at \+ )slot_0 ", r"\g<1>0 ", None)
-    for memory in ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
+_TASKS = r"(\w+) = TREADLE_BLOCK; (\w+ < \w+); \w+ \+= TREADLE_BLOCKS", r"\1 = 0; \2; ++\1"
+
+HIDDEN: tuple[Fault, ...] = (
+    # blocks share scratch memory
+    *(
+        Fault("attention", rf"({memory}_0\[{memory}_0_at \+ )slot_0 ", r"\g<1>0 ", None)
+        for memory in ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
+    ),
+    # every block runs every task, whose result is at first in the output
+    Fault("softmax", *_TASKS),
 )
-"""Races between blocks: they share scratch memory. If one block runs after another, results are right."""
+"""Races between blocks. If one block runs after another, results are right; if they run in turns, they are wrong."""
+
+REPEATED: tuple[Fault, ...] = tuple(
+    Fault(name, *_TASKS) for name in ("layer_norm", "matmul", "rows", "columns", "running", "argmax", "embedding")
+)
+"""Races between blocks that write the same values, since every block runs every task. No order shows them."""
 
 UNOBSERVABLE = {
     FAULTS[
@@ -172,12 +184,12 @@ def poisoning() -> Iterator[None]:
 
 def effects() -> Mapping[Fault, str]:
     """Return the effect of every fault."""
-    return {fault: observed(fault) for fault in (*FAULTS, *HIDDEN)}
+    return {fault: observed(fault) for fault in (*FAULTS, *HIDDEN, *REPEATED)}
 
 
 if __name__ == "__main__":  # python -m tests.support.gpu_emulator.faults
     missed = 0
-    for number, planted in enumerate((*FAULTS, *HIDDEN), 1):
+    for number, planted in enumerate((*FAULTS, *HIDDEN, *REPEATED), 1):
         result = observed(planted)
         missed += not result
         print(f"{number:2} {planted}: {result or UNOBSERVABLE.get(planted, 'NOT FOUND')}", flush=True)

@@ -14,7 +14,6 @@ from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
 from treadle.backends.tvm.kernels.devices.statements import GLOBAL, Memory
 from treadle.ir.types import DType
 
-
 _PIPELINE = """
 static __device__ __forceinline__ void __pipeline_memcpy_async(void* to, const void* from, int bytes, int zeros = 0) {
   const unsigned int place = (unsigned int)__cvta_generic_to_shared(to), read = bytes - zeros;
