@@ -439,8 +439,8 @@ const char* launch(void (*kernel)(const Index*, const Region*), const Index* num
   body = kernel, arguments = numbers, launched = how, blocks = how.blocks, failed = false, copies_in_flight = 0;
   launched.together = std::max(1, std::min(how.together, TOGETHER));
   random_state = how.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  for (Block*& place : places)
-    if (!place) place = new Block();
+  for (int i = 0; i < launched.together; ++i)
+    if (!places[i]) places[i] = new Block();
   regions.clear();
   for (int i = 0; i < count; ++i) regions.push_back({buffers[i], parameters[i].name, 0});
   if (how.checked) allocate_cells(parameters, how.checked);
