@@ -97,6 +97,27 @@ def test_a_race_between_blocks_is_found_in_turns_and_by_the_record_of_accesses(n
     assert found(blocks=1) == ""
 
 
+def test_a_read_of_what_another_block_writes_is_found_whichever_is_first() -> None:
+    """Each block reads the sum of the next one, which changes no result."""
+    reads = "if (lane == 0 && parts[parts_at + (TREADLE_BLOCK + 1) % n] == -1) { total[total_at] = 1; }"
+    kernel = hand_written(SUMS + reads, {"x": i32}, {"parts": i32, "total": i32}, "n")
+    arrays = [np.ones((3, 32), np.int32), np.zeros(3, np.int32), np.zeros(1, np.int32)]
+    messages = []
+    for seed in range(1, 9):
+        kernel.launch(list(map(Region, arrays)), [3], seed=seed, races=False)
+        with pytest.raises(EmulatorError) as caught:
+            kernel.launch(list(map(Region, arrays)), [3], seed=seed)
+        messages.append(str(caught.value))
+    for fault in (r"a read of an element that block (\d) wrote", r"a write to an element that block (\d) read"):
+        pattern = rf"hand_written: {fault} in the same launch: parts, (\d) of 3, in thread 0 of block (\d)"
+        found = [match for match in (re.fullmatch(pattern, message) for message in messages) if match]
+        assert found
+        for match in found:
+            other, element, block = map(int, match.groups())
+            reader, writer = (block, other) if "wrote" in fault else (other, block)
+            assert element == writer == (reader + 1) % 3
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_scratch_memory_that_tasks_share_is_found(slow: bool) -> None:
     """In the slow form, each thread is a task of its own."""
