@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import needs_tvm
-from tests.support.gpu_emulator.emulation import EmulatorError, Region, compiler
+from tests.support.gpu_emulator.emulation import EmulatedKernel, EmulatorError, Region, compiler
 from tests.support.gpu_emulator.emulator_runtime import emulated
 from tests.support.gpu_emulator.faults import HIDDEN, REPEATED, Fault, observed
 from tests.support.gpu_emulator.hand_written import cuda_text, hand_written
 from tests.support.gpu_emulator.programs import program_inputs
 from tests.test_device_kernels import CUDA, launched
+from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.devices.cuda_compiler import compile_cuda, compile_ptx, missing_compiler
+from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.types import DTYPES, f32
@@ -143,6 +145,29 @@ def test_any_block_may_report_an_error() -> None:
     given["i"] = np.full_like(given["i"], 7) + np.arange(given["i"].size)
     with pytest.raises(BackendError, match=r"index \d+ is outside an axis of size 5"):
         exe(**given)
+
+
+def test_the_report_of_a_row_without_room_is_that_of_the_first_one() -> None:
+    """Several blocks write it: parts of two rows must not be mixed."""
+    x, y = np.zeros((4, 2, 3, 8), np.int32), np.zeros((4, 2, 10, 8), np.int32)
+    sizes = [*x.shape, 4, 10, 48, 24, 8, 1, 1, 160, 80, 8]
+    kernel = EmulatedKernel(device_kernel(Append(4, rows=True, ring=False), CUDA))
+    for rows, start, report in (
+        ([0, 1, 2, 3], [0, 11, 12, 13], [2, 11, 10, 1]),
+        ([0, 1, 9, 8], [0, 0, 12, 13], [1, 9, 4, 2]),
+        ([0, 1, 2, 7], [0, 0, -1, 0], [2, -1, 10, 2]),
+    ):
+        for seed in range(1, 13):
+            status = np.zeros(4, np.int64)
+            regions = [
+                Region(x),
+                Region(np.array(rows)),
+                Region(np.array(start)),
+                Region(y),
+                Region(status, checked=False),
+            ]
+            kernel.launch(regions, sizes, blocks=24, seed=seed, together=8)
+            assert status.tolist() == report
 
 
 # -- asynchronous copies -----------------------------------------------------------------------------------------------
