@@ -60,7 +60,7 @@ RACES = {
     }
   }
 """,
-    # a block takes memory of its own from a counter, and other blocks write there, too
+    # all blocks use the same scratch memory
     "scratch": """
   for (treadle_i64 task = TREADLE_BLOCK; task < n; task += TREADLE_BLOCKS) {
     TREADLE_BARRIER;
@@ -79,7 +79,8 @@ def test_a_race_between_blocks_is_found_in_turns_and_by_the_record_of_accesses(n
     x = np.random.default_rng(0).integers(0, 100, (6, 32)).astype(np.int32)
     parts = x.sum(1, dtype=np.int32)
 
-    def found(**how: Any) -> str:
+    def effect(**how: Any) -> str:
+        """Return the first error of some orders, or `wrong` for a wrong sum, or an empty text."""
         for seed in range(1, 25):
             made = [np.zeros(6, np.int32), np.zeros(32, np.int32), np.zeros(6, np.int32)]
             try:
@@ -90,13 +91,13 @@ def test_a_race_between_blocks_is_found_in_turns_and_by_the_record_of_accesses(n
                 return "wrong"
         return ""
 
-    assert found(races=False) == ""
-    assert found(races=False, together=3) == "wrong"
+    assert effect(races=False) == ""
+    assert effect(races=False, together=3) == "wrong"
     fault = r"hand_written: a (read of|write to) an element that block (\d) (read|wrote) in the same launch: "
     fault += r"(parts|ended|total), \d+ of \d+, in thread \d+ of block (\d)"
-    match = re.fullmatch(fault, found())
+    match = re.fullmatch(fault, effect())
     assert match and match[2] != match[5]
-    assert found(blocks=1) == ""
+    assert effect(blocks=1) == ""
 
 
 def test_a_read_of_what_another_block_writes_is_found_whichever_is_first() -> None:
@@ -194,7 +195,7 @@ STAGED = """
 COPY = re.compile(r"__pipeline_memcpy_async\(&(.*?) \+ lane \* 4\], &(.*?) \+ lane \* 4\], 16\);")
 
 
-def effect(text: str, *, races: bool = True) -> str:
+def effect_of(text: str, *, races: bool = True) -> str:
     """Return the effect of a text that copies: an error, or `wrong`, or nothing."""
     kernel = hand_written(text, {"x": f32}, {"y": f32}, "n")
     x = np.random.default_rng(0).standard_normal((2, 5, 128)).astype(np.float32)
@@ -211,7 +212,7 @@ def effect(text: str, *, races: bool = True) -> str:
 
 @pytest.mark.parametrize("bytes", [4, 8, 16])
 def test_copies_of_each_size_take_effect_when_their_group_is_waited_for(bytes: int) -> None:
-    assert effect(copying(bytes)) == ""
+    assert effect_of(copying(bytes)) == ""
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -250,14 +251,14 @@ FAULTS_OF_COPIES = {
 @pytest.mark.parametrize("name", FAULTS_OF_COPIES)
 def test_faults_of_copies_are_found(name: str) -> None:
     text, message = FAULTS_OF_COPIES[name]
-    assert text != STAGED and message in effect(text)
+    assert text != STAGED and message in effect_of(text)
 
 
 def test_before_the_wait_a_read_sees_the_old_bytes() -> None:
     """Without a check of the access itself, a result is wrong, or the end of a thread shows the copy in flight. The
     copy that overwrites what others still read takes effect too late to be seen.
     """
-    effects = {name: effect(text, races=False) for name, (text, _) in FAULTS_OF_COPIES.items()}
+    effects = {name: effect_of(text, races=False) for name, (text, _) in FAULTS_OF_COPIES.items()}
     assert [name for name, each in effects.items() if not each] == ["no barrier before the copy"]
     assert effects["no wait"].startswith("hand_written: asynchronous copies for which no one waits")
     assert effects["a wait after the read"] == effects["no barrier after the wait"] == "wrong"

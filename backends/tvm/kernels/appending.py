@@ -2,8 +2,8 @@
 
     y[rows[b], p, start[b] + i, d] = x[b, p, i, d]           `Append`
 
-If a row's slot or positions are out of range, nothing is written for the row, and the kernel reports it in its status
-words (`lowering.program.STATUS`).
+If a row's slot or positions are out of range, nothing is written for the row, and the kernel reports the first such row
+in its status words (`lowering.program.STATUS`).
 """
 
 from __future__ import annotations
