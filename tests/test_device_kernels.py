@@ -74,6 +74,15 @@ def _outside(k: Emitter) -> None:
         k.store(view, [i + 1], k.number(1.0, f32))
 
 
+def _shared_scratch(k: Emitter) -> None:
+    """y[i] = x[i] through an element of a buffer, which all tasks use."""
+    px, ps, py, n = (*(k.pointer(name, f32) for name in ("x", "scratch", "y")), k.size("n"))
+    x, scratch, y = k.view(px, [n]), k.view(ps, [k.index(1)]), k.view(py, [n])
+    with k.parallel(n, "i") as i:
+        k.store(scratch, [0], k.load(x, [i]))
+        k.store(y, [i], k.load(scratch, [0]))
+
+
 def _intrinsic(k: Emitter) -> None:
     x = k.view(k.pointer("x", f32), [k.index(1)])
     with k.parallel(1):
@@ -85,6 +94,7 @@ KERNELS: dict[str, Callable[[Emitter], None]] = {
     "turned_halves": _turned_halves,
     "words": _words,
     "outside": _outside,
+    "shared_scratch": _shared_scratch,
     "intrinsic": _intrinsic,
 }
 
@@ -126,7 +136,7 @@ def test_a_program_gives_the_interpreters_results_in_any_order_of_threads(name: 
     runtime, run = runs(name)
     wanted = program(name)[2]
     bits = set()
-    for runtime.seed, runtime.blocks in ((1, 1), (2, 3), (3, None)):
+    for runtime.seed, runtime.blocks, runtime.together in ((1, 1, 1), (2, 3, 1), (3, None, 8)):
         made = run()
         for output, expected in wanted.items():
             bound = 1e-5 * max(1.0, float(np.abs(expected).max()))

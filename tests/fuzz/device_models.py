@@ -1,11 +1,11 @@
 """Run whole models as device text on the emulator: `python -m tests.fuzz.device_models [--only gpt2] [--form f32]`.
 
 Each model has two layers of width 64. Its outputs are compared with NumPy in float32, and with the CPU's kernels in the
-other forms. Then it runs again with 5 orders of threads and 3 grids, and with dead memory filled with NaN, which must
-give the same bits, and its first row runs alone, which must have the same bits as among 7. A model with caches also
-prefills two rows in a session and takes 20 steps. Prints one line for each model and form, and the kernels that run
-in the slow form. The exit status is 1 if a model fails. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a
-folder.
+other forms. Then it runs again with 5 orders of threads and 3 grids, with blocks one after another and in turns, and
+with dead memory filled with NaN, which must give the same bits, and its first row runs alone, which must have the same
+bits as among 7. A model with caches also prefills two rows in a session and takes 20 steps. Prints one line for each
+model and form, and the kernels that run in the slow form. The exit status is 1 if a model fails, also because of a race
+between blocks. Compiled kernels are kept if TREADLE_EMULATOR_CACHE names a folder.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ APART = {"f32": 1e-5, "bf16": 0.05, "int8": 0.05, "int4-int8": 0.05}
 """Allowed difference, relative to the largest result; 1e-5 for the other forms. Sums of bf16 numbers have another
 order, and a rounded activation may become another number."""
 
-ORDERS, GRIDS = range(2, 7), (1, 3, None)
+ORDERS, GRIDS, TOGETHER = range(2, 7), (1, 3, None), (8, 1)
 
 CACHED: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {},
@@ -106,7 +106,7 @@ def check(model: Any, options: Mapping[str, Any], form: str, target: str = "cuda
         assert not np.isnan(made[name]).any(), f"{name} has NaN"
     assert worst <= APART.get(form, 1e-5), f"off by {worst:.1e}"
     for order, blocks in [(o, GRIDS[o % 3]) for o in ORDERS]:
-        runtime.seed, runtime.blocks = 1000 * order, blocks
+        runtime.seed, runtime.blocks, runtime.together = 1000 * order, blocks, TOGETHER[order % 2]
         _assert_same(made, there(**given), f"order {order}, {blocks} blocks")
     with poisoning():
         _assert_same(made, there(**given), "dead memory is NaN")

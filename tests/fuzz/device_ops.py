@@ -33,7 +33,8 @@ def check(held: Held, target: str) -> list[str]:
         exe = emulated(exe)
     for seed, blocks in ((1, 1), (2, 3)) if target == "cuda" else ((1, 1),):
         if target == "cuda":
-            runtime_of(exe).seed, runtime_of(exe).blocks = seed, blocks
+            runtime = runtime_of(exe)
+            runtime.seed, runtime.blocks, runtime.together = seed, blocks, blocks
         made = exe(**held.inputs)
         for output, wanted in held.wanted.items():
             assert made[output].dtype == (held.graph.main.outputs[output].type.dtype.numpy or np.float32), output

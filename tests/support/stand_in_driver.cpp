@@ -22,7 +22,7 @@ struct Buffer {
   void* data;
   Index bytes;
 };
-typedef const char* (*Run)(const Buffer*, const Index*, Index, unsigned);
+typedef const char* (*Run)(const Buffer*, const Index*, Index, unsigned, int, const int*);
 
 struct Function {
   Run run;
@@ -90,7 +90,7 @@ static bool run(const Operation& o) {
     numbers.push_back(o.words[2 * i + 1]);
   }
   numbers.insert(numbers.end(), o.words.begin() + 2 * o.function->pointers, o.words.end());
-  const char* error = o.function->run(buffers.data(), numbers.data(), o.blocks, ++launches);
+  const char* error = o.function->run(buffers.data(), numbers.data(), o.blocks, ++launches, 1, nullptr);
   if (error) message = error;
   return !error;
 }

@@ -2,8 +2,8 @@
 
     y[rows[b], p, start[b] + i, d] = x[b, p, i, d]           `Append`
 
-If a row's slot or positions are out of range, nothing is written for the row, and the kernel reports it in its status
-words (`lowering.program.STATUS`).
+If a row's slot or positions are out of range, nothing is written for the row, and the kernel reports the first such row
+in its status words (`lowering.program.STATUS`).
 """
 
 from __future__ import annotations
@@ -53,13 +53,21 @@ class Append(Kernel):
         x = k.view(given, [b, p, s, d], x_strides)
         row_of, start_of = k.view(rows, [b], [row_stride]), k.view(start, [b], [start_stride])
         y, status = k.view(written, [slots, p, capacity, d], y_strides), k.view(status_pointer, [4])
+        room = capacity - s
+
+        def errors(row: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+            """Return a row's slot and first position, and the conditions that they are out of range."""
+            slot = k.let(k.index(k.load(row_of, [row])), "slot")
+            first = k.let(k.index(k.load(start_of, [row])), "first")
+            before = first < k.index(0)
+            no_room = before if self.ring else k.any_of(before, first > room)
+            return slot, first, k.any_of(slot < k.index(0), slot >= slots), no_room
+
         with k.parallel(b * p * s, "task") as task:
             place, i = k.let(k.floor_divide(task, s), "place"), k.let(k.floor_mod(task, s), "i")
             row, outer = k.let(k.floor_divide(place, p), "row"), k.let(k.floor_mod(place, p), "outer")
-            slot = k.let(k.index(k.load(row_of, [row])), "slot")
-            first = k.let(k.index(k.load(start_of, [row])), "first")
+            slot, first, no_slot, no_room = errors(row)
             at = k.let(k.floor_mod(first + i, capacity) if self.ring else first + i, "at")
-            room = capacity - s
             has_slot = k.both(slot >= k.index(0), slot < slots)
             has_room = first >= k.index(0) if self.ring else k.both(first >= k.index(0), first <= room)
             with k.when(k.both(has_slot, has_room)):
@@ -69,10 +77,17 @@ class Append(Kernel):
                 else:
                     with k.loop(d, "d") as c:
                         k.store(y, [slot, outer, at, c], k.load(x, [row, outer, i, c]))
-            with k.when(first < k.index(0) if self.ring else k.any_of(first < k.index(0), first > room)):
-                _tell(k, status, 2, first, capacity, row)
-            with k.when(k.any_of(slot < k.index(0), slot >= slots)):
-                _tell(k, status, 1, slot, slots, row)
+            with k.when(k.any_of(no_slot, no_room)):
+                # several tasks report at once: all of them report the first of these rows
+                earlier = k.registers(1, i64, "earlier")
+                k.store(earlier, [0], k.index(0))
+                with k.loop(row, "r") as r, k.when(k.any_of(*errors(r)[2:])):
+                    k.store(earlier, [0], k.index(1))
+                with k.when(k.load(earlier, [0]) < k.index(1)):
+                    with k.when(no_slot):
+                        _tell(k, status, 1, slot, slots, row)
+                    with k.when(k.both(has_slot, no_room)):
+                        _tell(k, status, 2, first, capacity, row)
 
 
 def _tell(k: Emitter, status: Any, what: int, index: Expr, size: Expr, row: Expr) -> None:

@@ -6,7 +6,7 @@
 #undef TREADLE_DIVIDE
 #undef TREADLE_MODULO
 #define TREADLE_GLOBAL(T) emulator::Array<T>
-#define TREADLE_SHARED(T, x, n) emulator::Array<T> x = {(T*)emulator::shared(sizeof(T) * (n)), n, #x, true}
+#define TREADLE_SHARED(T, x, n) emulator::Array<T> x = {(T*)emulator::shared(sizeof(T) * (n)), n, #x, true, 0}
 #define TREADLE_PRIVATE(T, x, n) emulator::Private<T, n> x(#x)
 #define TREADLE_WIDE(T, x, i) (x).wide<T>(i)
 #define TREADLE_DIVIDE(x, y) emulator::checked_division(x, y, "division of a negative index")

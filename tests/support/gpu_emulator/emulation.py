@@ -30,15 +30,23 @@ Array = np.ndarray[Any, Any]
 
 
 class EmulatorError(Exception):
-    """A fault that the emulator found: an access outside its array, or threads that wait at different places."""
+    """A fault that the emulator found: an access outside its array, a race between blocks, or threads that wait at
+    different places.
+    """
 
 
 @dataclass(frozen=True)
 class Region:
-    """An argument of a launch: an array, and the index of the first element that the kernel sees."""
+    """An argument of a launch.
+
+    array    an array
+    at       index of the first element that the kernel sees
+    checked  False if several blocks may write to an element: the status words
+    """
 
     array: Array
     at: int = 0
+    checked: bool = True
 
 
 def compiler() -> str | None:
@@ -66,6 +74,7 @@ class EmulatedKernel:
         """
         written = self.kernel.group_kernel
         narrow, text, buffers = written.device.limits.index == "i32", self.text, []
+        parameters: list[str] = []
         if narrow:
             text = re.sub(r"TREADLE_GLOBAL\((const )?treadle_i64\)", r"TREADLE_GLOBAL(\1int)", text)
         if self.counts:
@@ -73,8 +82,9 @@ class EmulatedKernel:
         for n, memory in enumerate(written.pointers):
             const = "" if memory.is_written else "const "
             stored = "int" if narrow and memory.dtype is i64 else stored_type(memory)
-            buffers.append(f'emulator::global<{const}{stored}>(a->buffers[{n}], "{memory.name}")')
-        numbers = [f"a->numbers[{n}]" for n in range(len(written.numbers))]
+            buffers.append(f"emulator::global<{const}{stored}>(regions[{n}])")
+            parameters.append(f'{{"{memory.name}", sizeof({stored}), {str(memory.is_written).lower()}}}')
+        numbers = [f"numbers[{n}]" for n in range(len(written.numbers))]
         count = len(buffers)
         if written.device.limits.language == "metal":
             start = f'{PRELUDES["metal"]}\n#include "checked_memory.h"\n{lane_functions_text(written, "metal")}'
@@ -90,18 +100,19 @@ class EmulatedKernel:
 #line 1 "{written.name}"
 {text}
 namespace emulator {{
-const char* launch(void (*)(void*), void*, Index, int, unsigned);
+const char* launch(void (*)(const Index*, const Region*), const Index*, const Buffer*, const Parameter*, int,
+                   const Launch&);
 const char* counters();
 }}
-struct Arguments {{ const emulator::Buffer* buffers; const long long* numbers; }};
-static void call(void* given) {{
-  const Arguments* a = (const Arguments*)given;
+static void call(const long long* numbers, const emulator::Region* regions) {{
   {written.name}({", ".join(given)});
 }}
-extern "C" const char* run(const emulator::Buffer* buffers, const long long* numbers, long long blocks, unsigned seed)
-{{
-  Arguments given = {{buffers, numbers}};
-  return emulator::launch(call, &given, blocks, {written.device.threads}, seed);
+static const emulator::Parameter parameters[] = {{{", ".join(parameters)}}};
+extern "C" const char* run(const emulator::Buffer* buffers, const long long* numbers, long long blocks, unsigned seed,
+                           int together, const int* checked) {{
+  const emulator::Launch how = {{blocks, {written.device.threads}, together, {str(written.device.tasks > 1).lower()},
+                                seed, checked}};
+  return emulator::launch(call, numbers, buffers, parameters, {count}, how);
 }}
 extern "C" const char* counters() {{ return emulator::counters(); }}
 """
@@ -111,15 +122,33 @@ extern "C" const char* counters() {{ return emulator::counters(); }}
         """The compiled kernel, with the function `run`."""
         return _library(self.source)
 
-    def launch(self, regions: Sequence[Region], sizes: Sequence[int], *, blocks: int = 3, seed: int = 1) -> None:
-        """Run the kernel, in an order of threads and blocks that the seed determines. Raises EmulatorError."""
+    def launch(
+        self,
+        regions: Sequence[Region],
+        sizes: Sequence[int],
+        *,
+        blocks: int = 3,
+        seed: int = 1,
+        together: int = 1,
+        races: bool = True,
+    ) -> None:
+        """Run the kernel, in an order of threads and blocks that the seed determines.
+
+        together  number of blocks that are alive at once, at most 8, and run in turns
+        races     True if an access to what another block writes in the same launch is an error
+
+        Raises EmulatorError.
+        """
         written = self.kernel.group_kernel
         assert len(regions) == len(written.pointers), (len(regions), len(written.pointers))
         assert len(sizes) == len(written.sizes), (len(sizes), written.sizes)
+        assert together == 1 or not self.counts, "accesses of blocks in turns are not counted"
         pairs = [(r.array.ctypes.data, r.array.nbytes) for r in regions]
         buffers = (ctypes.c_longlong * (2 * len(pairs)))(*[n for pair in pairs for n in pair])
         numbers = (ctypes.c_longlong * (len(regions) + len(sizes)))(*[r.at for r in regions], *sizes)
-        error = self.library.run(buffers, numbers, ctypes.c_longlong(blocks), ctypes.c_uint(seed))
+        checked = (ctypes.c_int * len(regions))(*[r.checked for r in regions]) if races else None
+        how = ctypes.c_longlong(blocks), ctypes.c_uint(seed), ctypes.c_int(together), checked
+        error = self.library.run(buffers, numbers, *how)
         if error:
             raise EmulatorError(f"{written.name}: {error.decode()}")
 
@@ -214,7 +243,7 @@ def _runtime() -> Path:
     path = _folder() / f"runtime-{hashlib.sha256(_emulator().encode()).hexdigest()[:24]}.o"
     if not path.exists():
         part = path.with_suffix(f".{os.getpid()}.part")
-        _compile([str(HERE / "emulator.cpp"), "-c", "-o", str(part)])
+        _compile([str(HERE / "emulator.cpp"), "-O2", "-c", "-o", str(part)])
         part.replace(path)
     return path
 

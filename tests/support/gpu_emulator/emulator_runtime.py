@@ -24,7 +24,7 @@ from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
 from treadle.backends.tvm.runtimes.device_memory import BufferPart, DeviceBuffer, HostMemory
 from treadle.backends.tvm.runtimes.launch_table import Launch
-from treadle.backends.tvm.spaces import Space
+from treadle.backends.tvm.spaces import Space, Status
 
 Array = np.ndarray[Any, Any]
 
@@ -74,6 +74,8 @@ class EmulatorRuntime:
 
     blocks    number of blocks of every launch; None: the table's
     seed      determines the order of threads and of blocks
+    together  number of blocks that are alive at once
+    races     True if races between blocks are errors
     launches  number of launches so far
     loads     the kernels of each call of `load`
     """
@@ -91,6 +93,7 @@ class EmulatorRuntime:
         self.lock = threading.RLock()
         self.blocks: int | None = None
         self.seed, self.launches = 1, 0
+        self.together, self.races = 1, True
         self.loads: list[EmulatorKernels] = []
 
     def load(self, kernels: Mapping[str, DeviceKernel]) -> EmulatorKernels:
@@ -130,7 +133,8 @@ class EmulatorLaunches:
             (
                 launch,
                 [
-                    Region(buffers[a.space].handle[a.begin : a.begin + a.nbytes], a.at)  # checked by the emulator
+                    # the emulator checks the bounds; any block that finds an error may report it
+                    Region(buffers[a.space].handle[a.begin : a.begin + a.nbytes], a.at, a.space != Status())
                     for a in launch.arguments
                 ],
             )
@@ -151,6 +155,8 @@ class EmulatorLaunches:
                 launch.sizes,
                 blocks=launch.blocks if runtime.blocks is None else runtime.blocks,
                 seed=runtime.seed + runtime.launches,
+                together=runtime.together,
+                races=runtime.races,
             )
             runtime.launches += 1
 

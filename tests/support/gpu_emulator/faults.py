@@ -98,6 +98,24 @@ FAULTS: tuple[Fault, ...] = (
     Fault("rows", r"\(int\)\(0\)", "(int)(31)", 0),
 )
 
+_TASKS = r"(\w+) = TREADLE_BLOCK; (\w+ < \w+); \w+ \+= TREADLE_BLOCKS", r"\1 = 0; \2; ++\1"
+
+HIDDEN: tuple[Fault, ...] = (
+    # blocks share scratch memory
+    *(
+        Fault("attention", rf"({memory}_0\[{memory}_0_at \+ )slot_0 ", r"\g<1>0 ", None)
+        for memory in ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
+    ),
+    # every block runs every task, whose result is at first in the output
+    Fault("softmax", *_TASKS),
+)
+"""Races between blocks. If one block runs after another, results are right; if they run in turns, they are wrong."""
+
+REPEATED: tuple[Fault, ...] = tuple(
+    Fault(name, *_TASKS) for name in ("layer_norm", "matmul", "rows", "columns", "running", "argmax", "embedding")
+)
+"""Races between blocks that write the same values, since every block runs every task. No order shows them."""
+
 UNOBSERVABLE = {
     FAULTS[
         -3
@@ -108,9 +126,12 @@ UNOBSERVABLE = {
 """The faults that change no result, with the reason."""
 
 
-def observed(fault: Fault) -> str:
+def observed(fault: Fault, *, together: int = 8, races: bool = True) -> str:
     """Return the effect of a fault: an error of the emulator, NaN, a wrong result, or bits that depend on the order. An
     empty text: none was observed.
+
+    together  number of blocks that are alive at once, in every other run
+    races     True if races between blocks are errors
     """
     runtime, run = runs(fault.name)
     _, _, wanted = program(fault.name)
@@ -119,8 +140,10 @@ def observed(fault: Fault) -> str:
     name, before = list(kernels.items())[-1]
     kernels[name] = EmulatedKernel(before.kernel, fault.planted(before.text))
     bits: set[bytes] = set()
+    runtime.races = races
     try:
-        for runtime.seed, runtime.blocks in SEEDS:
+        for number, (runtime.seed, runtime.blocks) in enumerate(SEEDS):
+            runtime.together = together if number % 2 else 1
             with poisoning():  # else an output that is not written has the numbers of the last run
                 made = run()
             for output, expected in wanted.items():
@@ -131,7 +154,7 @@ def observed(fault: Fault) -> str:
     except EmulatorError as error:
         return str(error)
     finally:
-        kernels[name] = before
+        kernels[name], runtime.together, runtime.races = before, 1, True
     return "" if len(bits) == 1 else "bits that depend on the order of threads"
 
 
@@ -161,13 +184,13 @@ def poisoning() -> Iterator[None]:
 
 def effects() -> Mapping[Fault, str]:
     """Return the effect of every fault."""
-    return {fault: observed(fault) for fault in FAULTS}
+    return {fault: observed(fault) for fault in (*FAULTS, *HIDDEN, *REPEATED)}
 
 
 if __name__ == "__main__":  # python -m tests.support.gpu_emulator.faults
     missed = 0
-    for number, planted in enumerate(FAULTS, 1):
+    for number, planted in enumerate((*FAULTS, *HIDDEN, *REPEATED), 1):
         result = observed(planted)
         missed += not result
         print(f"{number:2} {planted}: {result or UNOBSERVABLE.get(planted, 'NOT FOUND')}", flush=True)
-    print(f"{len(FAULTS) - missed} of {len(FAULTS)} found")
+    print(f"{number - missed} of {number} found")
