@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.files.converted_arrays import ConvertedArray
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node, Value
@@ -20,7 +21,7 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     dtype, shape = wanted.storage_type.dtype.numpy, wanted.storage_type.static_shape
     if dtype is not None and isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
         return  # the usual case; computing a dtype's name would be slow
-    array = value if hasattr(value, "detach") else np.asarray(value)
+    array = value if hasattr(value, "detach") or isinstance(value, ConvertedArray) else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
     if found not in known or not shape_fits(wanted.storage_type, tuple(array.shape)) or layout_of(array) != "strided":

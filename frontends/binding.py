@@ -1,6 +1,6 @@
 """Binding: find the checkpoint tensor, or the part of a tensor, for each parameter of a model.
 
-A table maps parameter names to tensor names of the checkpoint. Both are patterns in which `{i}` stands for a number:
+A table maps parameter names to tensor names of the checkpoint. Both are patterns in which `{i}` held for a number:
 
     "wte.weight":             "embeddings.weight"                             another name
     "h.{i}.attn.q.weight":    Source("h.{i}.attn.c_attn.weight", transpose=True, rows=(0, 768))
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from treadle.files.converted_arrays import ConvertedArray
 from treadle.files.shown_names import printable
 from treadle.frontends.binding_errors import FoldedLine, MissingTensor, NamedTensors, mismatch
 from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
@@ -53,7 +54,7 @@ class TensorStore(NamedTensors, Protocol):
 class BlockStore(TensorStore, Protocol):
     """A store that holds some tensors in blocks, such as a `GGUFFile`."""
 
-    def block_bytes(self, name: str, /) -> npt.NDArray[np.uint8]:
+    def block_bytes(self, name: str, /) -> npt.NDArray[np.uint8] | ConvertedArray:
         """Return a tensor's blocks, read-only."""
 
 
@@ -169,7 +170,7 @@ class Binding:
     """The arrays of a model's parameters, from a checkpoint.
 
     arrays      each parameter's array, read-only; a view of the file if the dtypes agree. With `deferred`, arrays of
-                other dtypes are `DeferredArray`
+                other dtypes are `DeferredArray`; blocks that are computed from several tensors are `ConvertedArray`
     sources     the source of each array, with the tensor's name in the file
     converted   (dtype in the file, dtype of the parameter), for parameters whose dtype differs from the file's
     unused      the file's tensors that no parameter reads, in the file's order
@@ -248,14 +249,18 @@ def bind(
     converted: dict[str, tuple[str, str]] = {}
     stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
     encodings: dict[str, Encoding] = {}
-    in_blocks: dict[str, Array] = {}
+    in_blocks: dict[str, Array | ConvertedArray] = {}
     for name, source in sources.items():
         shape, dtype = parameters[name]
         encoding = checkpoint.record(source.name).encoding
         if blocks is not None and encoding is not None and source.whole_rows and len(shape) > 1 and str(dtype) == "f32":
             if source.name not in in_blocks:
                 in_blocks[source.name] = blocks.block_bytes(source.name)
-            arrays[name], encodings[name] = source.view(in_blocks[source.name]), encoding
+            whole = in_blocks[source.name]
+            if isinstance(whole, ConvertedArray) and source.part:
+                whole = in_blocks[source.name] = whole.array
+            arrays[name] = whole if isinstance(whole, ConvertedArray) else source.view(whole)
+            encodings[name] = encoding
             continue
         held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])
         if held != needed:

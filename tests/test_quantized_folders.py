@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -37,7 +39,10 @@ from tests.quantized_folders import (
     torchao,
     write_folder,
 )
+from treadle.backends.tvm import panel_memory
 from treadle.explaining.quantization import explain_quantization
+from treadle.files.converted_arrays import ConvertedArray
+from treadle.frontends.quantized.quantized_weights import GroupedIntegers
 from treadle.ir.errors import CheckpointError, GraphError, UsageError
 from treadle.ir.interpreter import interpret
 from treadle.program.source import ModelSource
@@ -287,6 +292,80 @@ def test_a_layout_decodes_to_its_numbers(encode: Encoder, settings: Any, form: s
             assert any(np.array_equal(held, numbers[:, order]) for order in orders)
             encoded += 1
     assert encoded == (14 if form else 0)
+
+
+# -- blocks are converted when they are read ---------------------------------------------------------------------------
+
+
+def converted(folder: Path) -> dict[str, ConvertedArray]:
+    weights = ModelSource.open(folder).resolve().weights or {}
+    return {name: array for name, array in weights.items() if isinstance(array, ConvertedArray)}
+
+
+@pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
+def test_rows_are_converted_as_the_whole_weight(encode: Encoder, settings: Any, form: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, encode, settings)
+    found = converted(folder)
+    assert len(found) == (14 if form else 0)
+    for array in [*found.values()][:3]:
+        whole, read = array.read(), array.open()
+        assert whole.shape == array.shape
+        ends = [0, 1, 3, 13, 29, len(whole)]  # ranges that are not multiples of packed words
+        rows = [read(slice(first, last)) for first, last in itertools.pairwise(ends)]
+        np.testing.assert_array_equal(np.concatenate(rows), whole)
+        np.testing.assert_array_equal(array.array, whole)
+
+
+def test_equal_tensors_with_other_settings_have_another_identity(tmp_path: Path) -> None:
+    """Zeros are one more in the first format of GPTQ, so that panels of one model are not those of the other."""
+    pytest.importorskip("tvm")
+    encode, settings = gptq(symmetric=False), gptq_settings()
+    made = []
+    for version in ("gptq", "gptq_v2"):
+        folder, _ = write_folder(tmp_path / version, encode, {**settings, "checkpoint_format": version})
+        made.append(converted(folder))
+    for name, first in made[0].items():
+        second = made[1][name]
+        for one, other in zip(first.parts, second.parts, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert first.recipe != second.recipe
+        assert (first.read() != second.read()).any()
+
+
+def test_a_weight_depends_on_all_tensors_that_it_reads(tmp_path: Path) -> None:
+    """Each part of a weight is one of its hashed arrays: changing a byte of any tensor of a module changes one."""
+    for name, encode, settings, form in LAYOUTS:
+        if not form:
+            continue
+        kept: Stored = {}
+        folder, _ = write_folder(tmp_path / name, encode, settings, change=kept.update)
+        weight = next(weight for weight in converted(folder) if weight.endswith("mlp.up.weight"))
+        array = converted(folder)[weight]
+        modules = [name for name in kept if name.startswith("model.layers.0.mlp.up_proj.")]
+        sizes = sorted(kept[name].nbytes for name in modules if not isinstance(kept[name], str))
+        assert sorted(part.nbytes for part in array.parts) == sizes, name
+
+
+def test_panels_in_the_cache_are_read_without_converting_a_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(panel_memory, "SMALLEST", 0)
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == "awq")
+    folder, _ = write_folder(tmp_path, encode, settings)
+    expected = output(treadle.compile(folder, backend="tvm"))
+    panel_memory.finish_writing()
+    monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
+    opened = []
+    original = GroupedIntegers.reader
+    monkeypatch.setattr(GroupedIntegers, "reader", lambda weight: opened.append(weight) or original(weight))
+    made = treadle.compile(folder, backend="tvm")
+    np.testing.assert_array_equal(output(made), expected)
+    assert opened == []
+    weight = made.weights["layer.0.mlp.up.weight"]
+    assert len(opened) == 1 and isinstance(weight, np.ndarray) and not weight.flags.writeable
+    assert made.weights["layer.0.mlp.up.weight"] is weight
 
 
 @pytest.mark.parametrize("config", [LLAMA, BERT], ids=lambda config: config["model_type"])
@@ -721,7 +800,18 @@ def test_a_damaged_folder_of_other_methods_is_refused(
 ) -> None:
     folder, _ = write_folder(tmp_path, encode, settings, change=change or (lambda tensors: None))
     with pytest.raises(CheckpointError, match=match):
-        ModelSource.open(folder).resolve()
+        treadle.compile(folder, backend="numpy")
+
+
+@pytest.mark.parametrize("layout", ["fp8-tensor", "nf4"])
+def test_damaged_numbers_are_refused_when_panels_are_packed(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    change = put(".weight", (0, 1), np.nan) if layout == "fp8-tensor" else put(".weight.absmax", 3, np.nan)
+    folder, _ = write_folder(tmp_path, encode, settings, change=change)
+    with pytest.raises(CheckpointError, match=r"a (weight|scale) is NaN") as error:
+        treadle.compile(folder, backend="tvm")
+    assert "model.layers.1.mlp.up_proj.weight" in str(error.value) and "byte" in str(error.value)
 
 
 def test_damaged_folders_of_every_layout_are_read_or_refused(tmp_path: Path) -> None:

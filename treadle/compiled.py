@@ -15,7 +15,7 @@ from treadle.artifact_texts import continues_text
 from treadle.artifact_writing import save
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.files.shown_names import printable
-from treadle.held_weights import HeldWeights
+from treadle.held_weights import HeldWeights, stored_weights
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
@@ -182,7 +182,7 @@ class Compiled:
                 self.graph,
                 self.backend,
                 self.target,
-                self.weights,
+                stored_weights(self.weights),
                 cache,
                 device_sampling=device_sampling,
                 torch_compile=bool(self.options.get("torch_compile")),

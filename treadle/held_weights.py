@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from treadle.files.converted_arrays import ConvertedArray
 from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.source_lines import user_line
@@ -15,29 +16,33 @@ Array = np.ndarray[Any, Any]
 
 
 class HeldWeights(Mapping[str, Array]):
-    """A mapping of weights by name to read-only views. Nothing is copied.
+    """A mapping of weights by name to read-only views. Nothing is copied, but a `ConvertedArray` is computed when it is
+    first accessed.
+
+    stored  the same weights, without views: an array that is computed from a file is still a `ConvertedArray`
 
     The executable may hold copies of weights in other layouts, so a write would change the results only in part. To use
     other weights, compile again: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays: dict[str, Array] = {name: _unwritable(array) for name, array in arrays.items()}
+        self.stored: dict[str, Any] = {name: _unwritable(array) for name, array in stored_weights(arrays).items()}
 
     def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
+        array = self.stored[name]
+        return array.array if isinstance(array, ConvertedArray) else array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self.stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._arrays
+        return name in self.stored
 
     def __repr__(self) -> str:
-        held = sum(array.nbytes for array in self._arrays.values())
+        held = sum(array.nbytes for array in self.stored.values())
         return f"<{len(self)} weight{'s' * (len(self) != 1)}, {held:,} bytes>"
 
     def __setitem__(self, name: str, value: object) -> NoReturn:
@@ -55,6 +60,11 @@ class HeldWeights(Mapping[str, Array]):
             source=str(user_line() or "") or None,
             hint=f"treadle.compile(model, weights={{**exe.weights, {name!r}: array}})",
         )
+
+
+def stored_weights(weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return weights for a backend, which reads a `ConvertedArray` itself."""
+    return weights.stored if isinstance(weights, HeldWeights) else weights
 
 
 def _unwritable(array: Any) -> Any:

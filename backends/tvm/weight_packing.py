@@ -25,6 +25,7 @@ from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
+from treadle.files.converted_arrays import ConvertedArray
 from treadle.files.mapped_files import give_back, is_mapped
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_HEAD, QUAD_STEP, ROW_HEAD, Layout, panels
@@ -40,6 +41,8 @@ Array = np.ndarray[Any, Any]
 
 _PANELS_AT_ONCE = 64
 """Number of panels of blocks that are packed at a time; the temporaries are several times as large."""
+_CONVERTED_AT_ONCE = 1 << 17
+"""Bytes of panels for which rows are converted at a time, so that temporaries fit into a core's cache."""
 
 
 def wants(isa: Isa) -> Wants:
@@ -162,7 +165,7 @@ class _Weights:
         self.given = {name: _taken(name, wanted, weights[name]) for name, wanted in read.items()}
         self._weights = weights
 
-    def array(self, name: str) -> Array:
+    def array(self, name: str) -> Array | ConvertedArray:
         """Return a weight as it was passed, with its strides, or compute a derived weight."""
         recipe = self.made.get(name)
         if recipe is None:
@@ -173,7 +176,7 @@ class _Weights:
         return _taken(name, self.parameters[name].type, recipe.make(self._weights))
 
     def row_major(self, name: str) -> Array:
-        array = self.array(name)
+        array = np.asarray(self.array(name))
         return np.ascontiguousarray(array).reshape(array.shape)
 
     def layout(self, name: str) -> Layout:
@@ -189,13 +192,23 @@ class _Weights:
         )
 
     def _packed(self, name: str, made: Array) -> None:
-        array = self.array(name)
-        _fill(made, array, self.layout(name))
-        give_back(array)
+        array, layout = self.array(name), self.layout(name)
+        if not isinstance(array, ConvertedArray):
+            _fill(made, array, layout)
+            give_back(array)
+        elif layout.transposed:
+            _fill(made, array.read(), layout)
+        else:
+            read, step = array.open(), max(1, _CONVERTED_AT_ONCE // made[:1].nbytes)
+            for first in range(0, len(made), step):
+                rows = slice(first * layout.width, min((first + step) * layout.width, len(array)))
+                _fill(made[first : first + step], read(rows), layout)
+            array.release()
 
     def is_mapped(self, name: str) -> bool:
         """Return True if the weight, or every source of a derived weight, is in a mapped file."""
-        return all(is_mapped(self.given[source]) for source in self._sources(name))
+        held = (self.given[source] for source in self._sources(name))
+        return all(each.is_mapped if isinstance(each, ConvertedArray) else is_mapped(each) for each in held)
 
     def identity(self, name: str) -> tuple[object, ...]:
         """Return a key that is equal for two parameters exactly if they have the same sources, recipe and layout."""
@@ -230,10 +243,12 @@ class _Weights:
         return [name] if recipe is None else list(recipe.sources)
 
 
-def _hashed(array: Array) -> str:
+def _hashed(array: Array | ConvertedArray) -> str:
     """Return a hash of an array's elements, shape and dtype. The elements of a transposed array are hashed in memory
-    order.
+    order. An array that is computed from others is hashed as these.
     """
+    if isinstance(array, ConvertedArray):
+        return " ".join([array.recipe, str(array.shape), *map(_hashed, array.parts)])
     lies = array if array.flags.c_contiguous or not array.flags.f_contiguous else array.T
     turned = "" if lies is array else " transposed"
     data = np.ascontiguousarray(lies).reshape(-1).view(np.uint8).data
@@ -341,7 +356,9 @@ def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     return tuple([size.evaluate({}) for size in layout.shape([Size.of(n) for n in shape])])
 
 
-def _taken(name: str, wanted: Type, value: Any) -> Array:
+def _taken(name: str, wanted: Type, value: Any) -> Array | ConvertedArray:
     refuse_misfit(name, wanted, value)
+    if isinstance(value, ConvertedArray):
+        return value
     array = as_numpy_weight(value)
     return rounded(array).reshape(array.shape) if wanted.dtype.numpy is None else array

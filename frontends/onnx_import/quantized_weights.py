@@ -160,8 +160,9 @@ def _integers(site: OnnxSite, steps: _Steps, line: int) -> GroupedIntegers | Non
             if int(q.min()) - least + moved < 0 or int(q.max()) - least + moved > 255:
                 moved = 0
 
-    def codes() -> Array:
-        made: Array = (np.moveaxis(stored.array(), line, -1).astype(np.int16) + (moved - least)).astype(np.uint8)
+    def codes(rows: slice) -> Array:
+        lines = np.moveaxis(stored.array(), line, -1)[rows]
+        made: Array = (lines.astype(np.int16) + (moved - least)).astype(np.uint8)
         return np.ascontiguousarray(made)
 
     first = TensorRecord(stored.name, "i8", stored.shape, 0, stored.count)

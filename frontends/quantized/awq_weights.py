@@ -47,8 +47,10 @@ def _gemm(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
     def factors() -> tuple[Array, Array]:
         return parts.scales(f"{module}.scales").T, _columns(parts.array(f"{module}.qzeros"))
 
-    def integers() -> Array:
-        return _columns(parts.array(f"{module}.qweight"))
+    def integers(rows: slice) -> Array:
+        first, end, _ = rows.indices(outputs)
+        columns = _columns(parts.array(f"{module}.qweight")[:, first // 8 : -(-end // 8)])
+        return columns[first % 8 :][: end - first]
 
     stored = f"awq, 4 bits in groups of {length}"
     return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors)
@@ -87,9 +89,9 @@ def _gemv(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
     return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors, pairs=pairs)
 
 
-def _bytes(name: str, parts: ModuleParts, rows: slice = slice(None)) -> Array:
+def _bytes(name: str, parts: ModuleParts, rows: slice) -> Array:
     return parts.array(name)[rows].view(np.uint8)
 
 
-def _low_first(name: str, parts: ModuleParts) -> Array:
-    return unpack_low_first(_bytes(name, parts), 4)
+def _low_first(name: str, parts: ModuleParts, rows: slice) -> Array:
+    return unpack_low_first(_bytes(name, parts, rows), 4)

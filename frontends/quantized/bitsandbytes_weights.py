@@ -33,7 +33,7 @@ import numpy as np
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.module_parts import ModuleParts
-from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, block_length, pieces
+from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, Read, block_length
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
@@ -81,8 +81,8 @@ def _rows(module: str, parts: ModuleParts) -> GroupedIntegers:
         largest = parts.checked_scales(scales, parts.array(scales), zero=True)
         return (largest / np.float32(127))[:, None], np.full((outputs, 1), 128, np.int32)
 
-    def integers() -> Array:
-        return parts.codes(name) ^ np.uint8(128)
+    def integers(rows: slice) -> Array:
+        return parts.codes(name)[rows] ^ np.uint8(128)
 
     return GroupedIntegers(record, "bitsandbytes, 8 bits", (outputs, size), 8, size, integers, factors)
 
@@ -172,15 +172,21 @@ class _Codes(QuantizedWeight):
         made[:, 0], made[:, 1] = bytes >> np.uint8(4), bytes & np.uint8(15)
         return made.reshape(-1)[: self.shape[0] * self.shape[1]]
 
-    def blocks(self) -> Array:
+    def reader(self) -> Read:
         assert self.form is not None
         n = self.form.elements(self.shape[1])
-        pairs = self.parts.codes(self.first.name).reshape(-1, n // 2)
-        made = np.empty(len(pairs), self.form.block.record(n))
-        made["scale"] = np.repeat(self._scales(), self.block // n)
-        for piece in pieces(len(pairs), n // 2):
-            made["q"][piece] = packed_pairs(pairs[piece], high_first=True)
-        return made.view(np.uint8).reshape(self.shape[0], -1)
+        record = self.form.block.record(n)
+        pairs = self.parts.codes(self.first.name).reshape(self.shape[0], -1, n // 2)
+        scales = self._scales().reshape(self.shape[0], -1)
+
+        def read(rows: slice) -> Array:
+            of_rows = pairs[rows]
+            made = np.empty(of_rows.shape[:2], record)
+            made["scale"] = np.repeat(scales[rows], self.block // n, axis=1)
+            made["q"] = packed_pairs(of_rows, high_first=True)
+            return made.view(np.uint8).reshape(len(made), -1)
+
+        return read
 
     def numbers(self) -> Array:
         made: Array = self._map()[self._codes()]

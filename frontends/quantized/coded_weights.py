@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.frontends.mapped_tensors import TensorRecord
-from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length, pieces, unpack_low_first
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight, Read, block_length, unpack_low_first
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
@@ -29,7 +28,8 @@ class CodedWeight(QuantizedWeight):
 
     code    name of the form, whose table gives the values of codes
     scales  the scales, in groups of inputs
-    codes   returns the codes, u8[N, K]; for codes of 4 bits their bytes, u8[N, K / 2], the first of two in the low half
+    codes   returns the codes of a range of rows, u8[n, K]; for codes of 4 bits their bytes, u8[n, K / 2], the first of
+            two in the low half
     """
 
     first: TensorRecord
@@ -37,7 +37,7 @@ class CodedWeight(QuantizedWeight):
     shape: tuple[int, int]
     code: str
     scales: ScaleBlocks
-    codes: Callable[[], Array]
+    codes: Read
 
     @cached_property
     def form(self) -> Encoding | None:
@@ -50,47 +50,44 @@ class CodedWeight(QuantizedWeight):
     def why_decoded(self) -> str:
         return f"rows of {self.shape[1]} are not an integer number of blocks with one scale"
 
-    def blocks(self) -> Array:
+    def reader(self) -> Read:
         assert self.form is not None
-        (rows, size), stored = self.shape, self._checked()
+        size, scales = self.shape[1], self.scales.factors()
         n = self.form.elements(size)
-        made = np.empty((rows, size // n), self.form.block.record(n))
-        scales = self.scales.factors()
-        if self.code == MXFP4:
-            made["e"] = np.frexp(scales)[1] + 126  # 2^(e - 127) is 0.5 times 2^(e - 126)
-            _pack(stored, made["qs"])
-            return made.view(np.uint8).reshape(rows, -1)
-        made["scale"] = np.repeat(scales, self.scales.group // n, axis=1)
-        if self.code == E4M3:
-            made["q"] = stored.reshape(made["q"].shape)
-        else:
-            _pack(stored, made["q"])
-        return made.view(np.uint8).reshape(rows, -1)
+        record = self.form.block.record(n)
+
+        def read(rows: slice) -> Array:
+            stored, of_rows = self._checked(rows), scales[rows]
+            made = np.empty((len(stored), size // n), record)
+            if self.code == MXFP4:
+                made["e"] = np.frexp(of_rows)[1] + 126  # 2^(e - 127) is 0.5 times 2^(e - 126)
+                made["qs"] = packed_pairs(stored.reshape(made["qs"].shape))
+                return made.view(np.uint8).reshape(len(made), -1)
+            made["scale"] = np.repeat(of_rows, self.scales.group // n, axis=1)
+            codes = stored.reshape(made["q"].shape)
+            made["q"] = codes if self.code == E4M3 else packed_pairs(codes)
+            return made.view(np.uint8).reshape(len(made), -1)
+
+        return read
 
     def numbers(self) -> Array:
         if self.form is not None:
             return self.form.decode(self.blocks())
-        stored = self._checked()
+        stored = self._checked(slice(None))
         codes = stored if self.code == E4M3 else unpack_low_first(stored, 4)
         made: Array = table_of(self.code)[codes]
         made *= self.scales.factors()[:, np.arange(self.shape[1]) // self.scales.group]
         return made
 
-    def _checked(self) -> Array:
-        """Return the codes as they are stored. Raises CheckpointError for a code of NaN."""
-        codes = self.codes()
+    def _checked(self, rows: slice) -> Array:
+        """Return the codes of a range of rows as they are stored. Raises CheckpointError for a code of NaN."""
+        codes = self.codes(rows)
         if self.code == E4M3 and (bad := (codes & 0x7F) == 0x7F).any():
             at = int(bad.reshape(-1).argmax())
+            first = rows.indices(self.shape[0])[0] * self.shape[1]
             raise CheckpointError(
                 "a weight is NaN",
                 received=f"byte 0x{int(codes.reshape(-1)[at]):02x}",
-                within=f"byte {self.first.begin + at}, tensor {self.first.name}",
+                within=f"byte {self.first.begin + first + at}, tensor {self.first.name}",
             )
         return codes
-
-
-def _pack(stored: Array, blocks: Array) -> None:
-    """Pack codes of 4 bits that are stored in pairs."""
-    pairs = stored.reshape(blocks.shape)
-    for piece in pieces(len(blocks), stored.shape[1]):
-        blocks[piece] = packed_pairs(pairs[piece])

@@ -188,8 +188,8 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
     def pairs(rows: slice) -> Array:
         return parts.array(name)[rows].view(np.uint8)[:, : size // 2]
 
-    def integers() -> Array:
-        return np.ascontiguousarray(unpack_low_first(parts.array(name), bits)[:, :size])
+    def integers(rows: slice) -> Array:
+        return np.ascontiguousarray(unpack_low_first(parts.array(name)[rows], bits)[:, :size])
 
     members = None
     if parts.has(f"{module}.weight_g_idx"):
@@ -219,7 +219,7 @@ def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
     found = ScaleBlocks(1, group, (outputs, size), read)
 
     stored = f"{scheme.format}, groups of {group}"
-    return CodedWeight(record, stored, (outputs, size), E2M1, found, partial(parts.codes, name))
+    return CodedWeight(record, stored, (outputs, size), E2M1, found, partial(parts.code_rows, name))
 
 
 def _global_scales(scale: str, whole: str, parts: ModuleParts) -> Array:
@@ -261,7 +261,7 @@ def _plain(module: str, scheme: _Scheme, parts: ModuleParts) -> QuantizedWeight:
         if not symmetric:
             raise scheme.settings.error("symmetric", False, "true, for weights of floats")
         return CodedWeight(
-            weight, f"float-quantized, {found}", _pair(weight), E4M3, found, partial(parts.codes, weight.name)
+            weight, f"float-quantized, {found}", _pair(weight), E4M3, found, partial(parts.code_rows, weight.name)
         )
 
     def factors() -> tuple[Array, Array]:
@@ -287,6 +287,6 @@ def _pair(record: TensorRecord) -> tuple[int, int]:
     return rows, size
 
 
-def _offset(name: str, parts: ModuleParts) -> Array:
+def _offset(name: str, parts: ModuleParts, rows: slice) -> Array:
     """Return signed integers of 8 bits plus 128."""
-    return parts.codes(name) ^ np.uint8(128)
+    return parts.codes(name)[rows] ^ np.uint8(128)

@@ -48,4 +48,4 @@ def _weight(module: str, name: str, blocks: object, parts: ModuleParts) -> Coded
     scales = parts.take(name, (*SCALES, _POWERS))
     powers = partial(parts.powers, name) if scales.dtype == _POWERS else None
     found = groups_of_scales(weight, scales, parts, blocks, powers)
-    return CodedWeight(weight, f"fp8, {found}", found.shape, E4M3, found, partial(parts.codes, weight.name))
+    return CodedWeight(weight, f"fp8, {found}", found.shape, E4M3, found, partial(parts.code_rows, weight.name))

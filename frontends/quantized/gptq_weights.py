@@ -89,13 +89,13 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
     )
 
 
-def _bytes(name: str, parts: ModuleParts, outputs: slice = slice(None)) -> Array:
+def _bytes(name: str, parts: ModuleParts, outputs: slice) -> Array:
     """Return the words of each output as bytes."""
     return np.ascontiguousarray(parts.array(name)[:, outputs].T).view(np.uint8)
 
 
-def _integers(name: str, bits: int, parts: ModuleParts) -> Array:
-    return unpack_low_first(_bytes(name, parts), bits)
+def _integers(name: str, bits: int, parts: ModuleParts, outputs: slice) -> Array:
+    return unpack_low_first(_bytes(name, parts, outputs), bits)
 
 
 def _factors(module: str, bits: int, less: int, parts: ModuleParts) -> tuple[Array, Array]:

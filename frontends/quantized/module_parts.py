@@ -97,6 +97,10 @@ class ModuleParts:
         """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""
         return self.checkpoint.raw(name).reshape(self.checkpoint.record(name).shape)
 
+    def code_rows(self, name: str, rows: slice) -> Array:
+        """Return a range of rows of `codes`."""
+        return self.codes(name)[rows]
+
     def powers(self, name: str) -> Array:
         """Return scales that are stored as exponents of 8 bits, e8m0, as float32: 2^(s - 127), and NaN for 255. Raises
         CheckpointError as `scales` does.

@@ -22,7 +22,7 @@ import numpy as np
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.coded_weights import MXFP4, CodedWeight
 from treadle.frontends.quantized.module_parts import ModuleParts
-from treadle.frontends.quantized.quantized_weights import QuantizedWeight
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight, Read
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.encoding import Encoding
@@ -45,8 +45,8 @@ def _experts(module: str, parts: ModuleParts) -> Experts:
     parts.take(scales, ("u8", "f8_e8m0"), (experts, outputs, groups))
     matrix = (experts * outputs, groups * _GROUP)
 
-    def codes() -> Array:
-        return parts.codes(blocks).reshape(matrix[0], -1)
+    def codes(rows: slice) -> Array:
+        return parts.codes(blocks).reshape(matrix[0], -1)[rows]
 
     found = ScaleBlocks(1, _GROUP, matrix, partial(parts.powers, scales))
     stored = f"mxfp4, groups of {_GROUP}"
@@ -70,8 +70,14 @@ class Experts(QuantizedWeight):
     def form(self) -> Encoding | None:
         return self.rows.form
 
-    def blocks(self) -> Array:
-        return self.rows.blocks().reshape(*self.shape[:-1], -1)
+    def reader(self) -> Read:
+        read, n = self.rows.reader(), self.shape[1]
+
+        def experts(rows: slice) -> Array:
+            first, end, _ = rows.indices(self.shape[0])
+            return read(slice(first * n, end * n)).reshape(end - first, n, -1)
+
+        return experts
 
     def numbers(self) -> Array:
         return self.rows.numbers().reshape(self.shape)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.mapped_files import give_back, in_file
+from treadle.files.converted_arrays import ConvertedArray
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
@@ -24,7 +28,6 @@ from treadle.frontends.quantized.settings import QuantizationSettings, find_sett
 from treadle.frontends.quantized.torchao_weights import read_torchao
 from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
-from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
@@ -39,6 +42,9 @@ READERS: Mapping[str, Read] = {
     "torchao": read_torchao,
 }
 """The readers by `quant_method`."""
+
+_CONVERSION = "treadle quantized weights 1"
+"""The version of the conversion to blocks, for caches: it changes if equal files would give other blocks."""
 
 _IRRELEVANT = frozenset(
     [
@@ -114,12 +120,14 @@ class QuantizedCheckpoint:
         self,
         checkpoint: Checkpoint,
         weights: Mapping[str, QuantizedWeight],
-        parts: frozenset[str],
-        unread: tuple[str, ...],
-        roundings: Mapping[str, InputRounding],
+        parts: ModuleParts,
+        settings: QuantizationSettings,
     ) -> None:
-        self.checkpoint, self.unread, self.roundings = checkpoint, unread, roundings
-        self._weights, self._parts = dict(weights), parts
+        self.checkpoint, self.roundings = checkpoint, parts.roundings
+        self.unread = settings.unread(_IRRELEVANT)
+        self._weights, self._parts = dict(weights), parts.names
+        self._settings = json.dumps(settings.content, sort_keys=True)
+        self._sorted = sorted(self._parts)
 
     @property
     def folder(self) -> ModelFolder:
@@ -166,21 +174,24 @@ class QuantizedCheckpoint:
         """Return the bits of a bf16 tensor: see `SafetensorsFile.bits`."""
         return self.checkpoint.bits(name)
 
-    def block_bytes(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a quantized weight's blocks, read-only, u8[N, bytes of a row]. Raises CheckpointError if the tensor is
-        not stored in blocks of an encoding, and for a damaged weight.
-
-        The memory of the stored weight is released, and large blocks are in a file (`in_file`), so that a model needs
-        memory for the blocks of one weight at a time.
+    def block_bytes(self, name: str) -> ConvertedArray:
+        """Return a quantized weight's blocks, u8[N, bytes of a row], which are converted when they are read; damaged
+        numbers then raise CheckpointError. Raises CheckpointError if the tensor is not stored in blocks of an encoding.
         """
         weight = self._weights.get(name)
         if weight is None or weight.form is None:
             what = f"tensor {printable(name)} has no supported block quantization"
             raise CheckpointError(what, received=str(self.record(name)), within=self.label)
-        made: npt.NDArray[np.uint8] = in_file(weight.blocks())
-        made.flags.writeable = False
-        give_back(self.checkpoint.raw(weight.first.name))
-        return made
+        parts = [self.checkpoint.raw(part) for part in self._parts_of(name)]
+        recipe = f"{self._settings} {name} {self.checkpoint.metadata_of(weight.first.name).get(name, '')}"
+        text = f"{_CONVERSION} {weight.form} {hashlib.sha256(recipe.encode(errors='replace')).hexdigest()}"
+        return ConvertedArray(weight.block_shape, parts, text, weight.reader)
+
+    def _parts_of(self, name: str) -> list[str]:
+        """Return the parts of a weight: all parts whose names start with its module's name."""
+        stem = name.removesuffix("weight")
+        first = bisect_left(self._sorted, stem)
+        return list(itertools.takewhile(lambda part: part.startswith(stem), self._sorted[first:]))
 
     def order(self, name: str) -> npt.NDArray[np.int32] | None:
         """Return the input of each column of a weight's blocks, i32[K]; None if the columns are in order."""
@@ -226,4 +237,4 @@ def _opened(checkpoint: Checkpoint) -> Checkpoint | QuantizedCheckpoint:
             within=settings.within,
             hint=f"remove the settings if the weights in {printable(checkpoint.label)} are plain numbers",
         )
-    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT), parts.roundings)
+    return QuantizedCheckpoint(checkpoint, weights, parts, settings)

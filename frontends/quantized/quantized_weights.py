@@ -13,18 +13,22 @@ is decoded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from treadle.files.converted_arrays import pieces
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.encodings.rounded_forms import packed_nibbles, packed_pairs
 
 Array = np.ndarray[Any, Any]
+
+Read = Callable[[slice], Array]
+"""A function that returns a range of a weight's rows."""
 
 _LENGTHS = (256, 128, 64, 32, 16)
 """Lengths of blocks, in order of preference: fewer scales first."""
@@ -71,8 +75,23 @@ class QuantizedWeight(ABC):
         """The encoding of `blocks`, or None if the weight is decoded."""
 
     @abstractmethod
+    def reader(self) -> Read:
+        """Return a function that returns the blocks of a range of rows of the first axis, for a weight that has a form.
+        It raises CheckpointError for damaged numbers in them.
+        """
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of `blocks`: (..., N, bytes of a row)."""
+        assert self.form is not None
+        return (*self.shape[:-1], self.form.bytes(self.shape[-1]))
+
     def blocks(self) -> Array:
-        """Return the weight's blocks, u8[..., N, bytes of a row], for a weight that has a form."""
+        """Return the weight's blocks, u8 of `block_shape`, for a weight that has a form."""
+        made, read = np.empty(self.block_shape, np.uint8), self.reader()
+        for rows in pieces(len(made), made[:1].nbytes):
+            made[rows] = read(rows)
+        return made
 
     @abstractmethod
     def numbers(self) -> Array:
@@ -99,7 +118,7 @@ class GroupedIntegers(QuantizedWeight):
 
     bits      bits of an integer
     group     inputs of a group, which divides K; K: a group is a whole row
-    integers  returns q, u8[N, K], from 0 to 2^bits - 1
+    integers  returns q of a range of rows, u8[n, K], from 0 to 2^bits - 1
     factors   returns the scales, f32[N, G], and the zeros, integers of the same shape
     members   the group of each input, if they are in another order than k // group: i64[K]
     pairs     for 4 bits that are stored in pairs along k: returns the bytes of a range of rows, u8[n, K / 2], the
@@ -111,10 +130,10 @@ class GroupedIntegers(QuantizedWeight):
     shape: tuple[int, int]
     bits: int
     group: int
-    integers: Callable[[], Array]
+    integers: Read
     factors: Callable[[], tuple[Array, Array]]
     members: Array | None = None
-    pairs: Callable[[slice], Array] | None = None
+    pairs: Read | None = None
 
     @cached_property
     def order(self) -> Array | None:
@@ -159,30 +178,35 @@ class GroupedIntegers(QuantizedWeight):
             return f"its groups do not all have {self.group} inputs"
         return f"groups of {self.group} are not an integer number of blocks"
 
-    def blocks(self) -> Array:
+    def reader(self) -> Read:
         form = self.form
         assert form is not None
-        (rows, size), (scales, zeros) = self.shape, self._factors()
+        size, (scales, zeros) = self.shape[1], self._factors()
         n = form.elements(size)
-        made = np.empty((rows, size // n), form.block.record(n))
+        record = form.block.record(n)
         repeated = 1 if self.group == size == n else self.group // n
-        made["scale"] = np.repeat(scales, repeated, axis=1)
-        if "zero" in (made.dtype.names or ()):
-            made["zero"] = np.repeat(zeros - (128 if self.bits == 8 else 0), repeated, axis=1)
-        if self.pairs is not None and self.order is None:
-            for piece in pieces(rows, size // 2):
-                made["q"][piece] = packed_pairs(self.pairs(piece).reshape(-1, size // n, n // 2))
-            return made.view(np.uint8).reshape(rows, -1)
-        q = self.integers()
-        if self.order is not None:
-            q = np.take(q, self.order, axis=1)  # several times as fast as an index
-        if self.bits == 8:
-            made["q"] = (q ^ np.uint8(128)).view(np.int8).reshape(made["q"].shape)
-        else:
-            if form.form == "int4_groups" and self.bits < 4:
-                q = q + np.uint8(8 - (1 << (self.bits - 1)))
-            made["q"] = packed_nibbles(q.reshape(rows, size // n, n))
-        return made.view(np.uint8).reshape(rows, -1)
+
+        def read(rows: slice) -> Array:
+            of_rows = scales[rows]
+            made = np.empty((len(of_rows), size // n), record)
+            made["scale"] = np.repeat(of_rows, repeated, axis=1)
+            if "zero" in (record.names or ()):
+                made["zero"] = np.repeat(zeros[rows] - (128 if self.bits == 8 else 0), repeated, axis=1)
+            if self.pairs is not None and self.order is None:
+                made["q"] = packed_pairs(self.pairs(rows).reshape(-1, size // n, n // 2))
+                return made.view(np.uint8).reshape(len(made), -1)
+            q = self.integers(rows)
+            if self.order is not None:
+                q = np.take(q, self.order, axis=1)  # several times as fast as an index
+            if self.bits == 8:
+                made["q"] = (q ^ np.uint8(128)).view(np.int8).reshape(made["q"].shape)
+            else:
+                if form.form == "int4_groups" and self.bits < 4:
+                    q = q + np.uint8(8 - (1 << (self.bits - 1)))
+                made["q"] = packed_nibbles(q.reshape(len(made), size // n, n))
+            return made.view(np.uint8).reshape(len(made), -1)
+
+        return read
 
     def numbers(self) -> Array:
         if self.form is not None:
@@ -190,19 +214,10 @@ class GroupedIntegers(QuantizedWeight):
             return made if self.order is None else np.take(made, np.argsort(self.order), axis=1)
         scales, zeros = (np.asarray(x, np.float32) for x in self._factors())
         members = np.arange(self.shape[1]) // self.group if self.members is None else self.members
-        made = self.integers().astype(np.float32)
+        made = self.integers(slice(None)).astype(np.float32)
         made -= zeros[:, members]
         made *= scales[:, members]
         return made
-
-
-_PIECE = 1 << 18  # bytes of a piece of a weight, which fits into a core's cache
-
-
-def pieces(rows: int, nbytes: int) -> Iterator[slice]:
-    """Yield ranges of rows, with `nbytes` bytes in a row, that are converted one after the other."""
-    step = max(1, _PIECE // nbytes)
-    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def block_length(group: int) -> int | None:

@@ -71,7 +71,7 @@ def _weight(module: str, parts: ModuleParts) -> QuantizedWeight:
     for each in ("_weight_act_quant_scale", "_weight_act_quant_zero_point"):
         parts.hide(f"{module}.{each}")
     if kind == "Float8Tensor":
-        return CodedWeight(record, f"torchao, {scales}", scales.shape, E4M3, scales, partial(parts.codes, first))
+        return CodedWeight(record, f"torchao, {scales}", scales.shape, E4M3, scales, partial(parts.code_rows, first))
     bits = 8
     if kind == "IntxUnpackedToInt8Tensor":
         target = data.get("target_dtype")
@@ -90,8 +90,8 @@ def _weight(module: str, parts: ModuleParts) -> QuantizedWeight:
             return each, np.full(each.shape, offset, np.int32)
         return each, scales.spread(_within(zero, bits, parts).astype(np.int32)) + offset
 
-    def integers() -> Array:
-        return _within(first, bits, parts).view(np.uint8) + np.uint8(offset)
+    def integers(rows: slice) -> Array:
+        return _within(first, bits, parts, rows).view(np.uint8) + np.uint8(offset)
 
     stored = f"torchao, {bits} bits in groups of {scales.group}"
     return GroupedIntegers(record, stored, scales.shape, held, scales.group, integers, factors, scales.members)
@@ -111,13 +111,15 @@ def _rounding(data: Mapping[str, Any], *, static: bool) -> InputRounding | None:
     return InputRounding(number, 0 if "PerRow" in text else -1, "ASYMMETRIC" not in text, static=static)
 
 
-def _within(name: str, bits: int, parts: ModuleParts) -> Array:
-    """Return signed integers of a number of bits. Raises CheckpointError for an integer out of their range."""
-    held, most = parts.array(name), 1 << (bits - 1)
+def _within(name: str, bits: int, parts: ModuleParts, rows: slice = slice(None)) -> Array:
+    """Return rows of signed integers of a number of bits. Raises CheckpointError for an integer out of their range."""
+    whole, most = parts.array(name), 1 << (bits - 1)
+    held = whole[rows] if whole.ndim else whole
     if bits < 8 or held.dtype != np.int8:
         bad = (held < -most) | (held >= most)
         if bad.any():
-            at = int(bad.reshape(-1).argmax())
-            received = f"{held.reshape(-1)[at]} at {[int(i) for i in np.unravel_index(at, held.shape)]}"
+            first = rows.indices(len(whole))[0] * (whole.size // len(whole)) if whole.ndim else 0
+            at = first + int(bad.reshape(-1).argmax())
+            received = f"{whole.reshape(-1)[at]} at {[int(i) for i in np.unravel_index(at, whole.shape)]}"
             raise parts.error(name, f"an integer is out of the range of {bits} bits", received, element=at)
     return held

@@ -218,8 +218,10 @@ def _blocks_of(value: Value, array: Any, factors: Any) -> Any | None:
     encoding = value.type.encoding
     if encoding is None:
         return None
+    if np.shape(array) != value.type.static_shape or not encoding.block.encodes:
+        return None
     held = np.asarray(array)
-    if held.shape != value.type.static_shape or held.dtype.kind != "f" or not encoding.block.encodes:
+    if held.dtype.kind != "f":
         return None
     try:
         return encoding.encode(_balanced(value, held, factors))
