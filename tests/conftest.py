@@ -39,7 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Certify every rewrite in every test, unless TREADLE_CERTIFY=0 is set. Known certificates are not tried again."""
+    """Certify every rewrite in every test, unless TREADLE_CERTIFY=0 is set. Known certificates are not tried again.
+
+    The cyclic collector rests until the tests are collected: nearly all objects of modules and tests stay alive.
+    """
+    gc.disable()
     os.environ.setdefault("TREADLE_CERTIFY", "1")
     remember()
     if _updates(config) and (config.getoption("numprocesses", None) or 1) > 1:
