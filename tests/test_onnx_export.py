@@ -81,8 +81,8 @@ def is_refused(case: Case, opset: int) -> str | None:
 @pytest.mark.parametrize("opset", OP_OPSETS)
 @pytest.mark.parametrize("name", TESTED)
 def test_every_op(name: str, opset: int, tmp_path: Path) -> None:
-    """Every sample; in every dtype at the default opset, in its share of the dtypes at the oldest, and in its own dtypes
-    at the others.
+    """Every sample; in every dtype at the default opset, in its share of the dtypes at the oldest, in its own at the
+    others.
     """
     dtypes = {13: shared_dtypes, 23: dtypes_of}.get(opset, lambda *_: [None])
     for number in range(len(OPS[name].samples)):
