@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 from tests import error_texts, refusal_texts
 from tests.golden import Golden
 from tests.known_certificates import remember
+from treadle.passes.framework import manager
 from treadle.passes.framework.manager import PassManager
 from treadle.reporting import errors as error_reports
 
@@ -39,8 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Certify every rewrite in every test, unless TREADLE_CERTIFY=0 is set. Known certificates are not tried again."""
-    os.environ.setdefault("TREADLE_CERTIFY", "1")
+    """Certify every rewrite in every test, unless TREADLE_CERTIFY=0 is set. Known certificates are not tried again.
+
+    The cyclic collector rests until the tests are collected: nearly all objects of modules and tests stay alive.
+    """
+    gc.disable()
+    ask = manager.read_switch
+    # The variable stays unset, so that the processes that tests start certify no more than a user's.
+    manager.read_switch = lambda name: name not in os.environ or ask(name)
     remember()
     if _updates(config) and (config.getoption("numprocesses", None) or 1) > 1:
         raise pytest.UsageError("golden files are written by one process: leave -n out")

@@ -17,8 +17,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
     """
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
+    for kind, form in paired(KINDS, all="dp" not in mesh):
+        yield able(first, form), kind, "megatron", form, mesh
     for kind in KINDS:
-        for form in FORMS:
-            yield able(first, form), kind, "megatron", form, mesh
         yield first, kind, stored, "f32", mesh
     for backend in others:
         yield backend, KINDS[0], stored, "f32", mesh
@@ -109,6 +110,13 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
     if "dp" in mesh:
         yield first, "gpt2", "context", "f32", "cp=4"
         yield "numpy", "gpt2", "gpipe", "f32", "pp=4,micro=5"
+
+
+def paired(kinds: Sequence[str], *, all: bool) -> list[tuple[str, str]]:
+    """Return all pairs of kinds and forms, or fewer in which each kind and each form occurs."""
+    if all:
+        return [(kind, form) for kind in kinds for form in FORMS]
+    return list(zip(kinds, cycle(FORMS), strict=False))
 
 
 def able(backend: str, form: str) -> str:
@@ -160,7 +168,8 @@ def at_once(program: Graph) -> Graph:
 def generates(ranks: Ranks, folder: str) -> None:
     """Continue texts in sessions with a cache in every rank; write the texts and the bytes that the steps moved."""
     found: list[dict[str, Any]] = []
-    cases = [(able("numpy", form), kind, form) for kind in KINDS if kind != "vit" for form in FORMS]
+    pairs = paired([kind for kind in KINDS if kind != "vit"], all=ranks.size == 2)
+    cases = [(able("numpy", form), kind, form) for kind, form in pairs]
     for backend, kind, form in [*cases, ("tvm", "gpt2", "f32")] if ranks.size == 2 else cases:
         chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
         made = open_rank_stepped(kind, f"tp={ranks.size}", ranks, recipe="megatron", backend=backend, **chosen)

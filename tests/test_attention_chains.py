@@ -47,8 +47,10 @@ def fused(drawn: DrawnAttention) -> bool:
 
 @pytest.mark.parametrize("part", range(4))
 def test_drawn_chains_keep_their_numbers(part: int) -> None:
-    """Most chains are fused. The remaining chains fill in a number such as -1e9 next to masks that are added."""
-    assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
+    """A sample of tests/fuzz/attention_chains.py. Most chains are fused. The remaining chains fill in a number such as
+    -1e9 next to masks that are added.
+    """
+    assert sum(fused(draw_attention(seed)) for seed in range(40 * part, 40 * part + 40)) >= 25
 
 
 def test_scales_do_not_move_across_casts() -> None:

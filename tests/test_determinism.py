@@ -55,12 +55,15 @@ def everything(name: str) -> Iterator[str]:
 
 
 def in_another_process(program: str, *arguments: str) -> str:
-    """Return the output of a program in another process with these arguments and another hash seed."""
+    """Return the output of a program in another process with these arguments and another hash seed. The process
+    certifies rewrites as this one does, with the same store.
+    """
+    certified = "from tests.known_certificates import remember\nremember()\n"
     seed = "4242" if os.environ.get("PYTHONHASHSEED") != "4242" else "1"
     run = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-c", certified + program, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": seed},
+        env={**os.environ, "PYTHONHASHSEED": seed, "TREADLE_CERTIFY": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -229,9 +229,18 @@ def test_long_axes_are_summed_as_the_op_says(name: str, dtype: str, run: str) ->
         form.hold(run)
 
 
-@pytest.mark.parametrize("run", RUNNERS)
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("name", [name for name in TESTED if name != "fake_quantize"])  # 0 or 1 by a rounded number
+# The gradient of fake_quantize is 0 or 1 by a rounded number. Ops take turns: one backend in one dtype, the next in the
+# other, and NumPy, which has no bf16, in f16. The interpreter, whose results the bounds are for, has both.
+GRADIENTS = [
+    (name, dtype, run)
+    for n, name in enumerate(each for each in TESTED if each != "fake_quantize")
+    for d, dtype in enumerate(NARROW)
+    for r, run in enumerate(RUNNERS)
+    if run == "interpreter" or (dtype == "f16" if run == "numpy" else (n + d + r) % 2)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "run"), GRADIENTS)
 def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> None:
     for form in long_gradients(name, dtype):
         form.hold(run)

@@ -2,14 +2,16 @@
 backends with the reference.
 
 An op without samples or without error samples fails. A test covers one op, or one op on one backend. It runs all
-samples (the last two tests: in all dtypes) and reports each failure.
+samples and reports each failure. Forward, each sample runs in all dtypes. Gradients run in each sample's own dtypes,
+and each other dtype on some samples (`shared_dtypes`); `python -m tests.fuzz.op_dtypes` runs them in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ SAME = 1e-12
 # terms.
 DIFFERENCE = 1000 * EPSILON["f64"] ** (2 / 3)
 OWN = "own"  # a sample's dtypes
+Dtypes = Callable[[str, int], list[str | None]]  # the dtypes in which an op's sample of a number runs
 # Ops whose gradient is not the derivative of their numbers, and the factor of the incoming gradient: casts to formats
 # that NumPy lacks, whose rounding steps a difference would see, and ops that stop the gradient.
 FACTOR = {"round_to": 1.0, "stop_gradient": 0.0}
@@ -50,16 +53,31 @@ def dtypes_of(name: str, number: int) -> list[str | None]:
     return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]
 
 
+def shared_dtypes(name: str, number: int) -> list[str | None]:
+    """Return None, which stands for the sample's own dtypes, and the sample's share of the other dtypes: the samples of
+    an op take turns, so that each dtype is on one of them at least.
+    """
+    possible = [dtypes_of(name, each)[1:] for each in range(len(OPS[name].samples))]
+    every = list(dict.fromkeys(chain.from_iterable(possible)))
+    mine = []
+    for turn, dtype in enumerate(every):
+        takers = [each for each, dtypes in enumerate(possible) if dtype in dtypes]
+        period = min(len(takers), len(every))
+        if number in takers and takers.index(number) % period == turn % period:
+            mine.append(dtype)
+    return [None, *mine]
+
+
 def samples_of(name: str) -> Iterator[tuple[str, Case]]:
     """Yield an op on each of its samples, with the name of the case."""
     for number in range(len(OPS[name].samples)):
         yield f"{name}-{number}", Case.of(name, number)
 
 
-def retyped(name: str) -> Iterator[tuple[str, Case]]:
-    """Yield an op on each of its samples in every dtype."""
+def retyped(name: str, dtypes: Dtypes = dtypes_of) -> Iterator[tuple[str, Case]]:
+    """Yield an op on each of its samples in the chosen dtypes, by default in every dtype."""
     for number in range(len(OPS[name].samples)):
-        for dtype in dtypes_of(name, number):
+        for dtype in dtypes(name, number):
             yield f"{name}-{number}-{dtype or OWN}", Case.of(name, number, dtype)
 
 
@@ -82,10 +100,10 @@ def forwards(name: str) -> list[Held]:
 
 
 @lru_cache(maxsize=2)
-def gradients(name: str) -> list[Held]:
+def gradients(name: str, dtypes: Dtypes = dtypes_of) -> list[Held]:
     return [
         Held(f"{what}-seeds{seeded}", case.gradient_graph(seeded), case.seed_inputs(seeded))
-        for what, case in retyped(name)
+        for what, case in retyped(name, dtypes)
         for seeded in seedings(case)
     ]
 
@@ -160,9 +178,11 @@ def test_forward(name: str, run: str) -> None:
 @each_runner
 @each_op
 def test_gradient(name: str, run: str) -> None:
-    """Gradients of every sample, in every dtype; on TVM, which must compile each, only in the samples' own dtypes."""
+    """Gradients of every sample, in its own dtypes and its share of the others; on TVM, which must compile each, only
+    in the samples' own dtypes.
+    """
     with every_case() as each:
-        for held in gradients(name):
+        for held in gradients(name, shared_dtypes):
             if run == "tvm" and f"-{OWN}-" not in held.what:
                 continue
             with each(held.what):

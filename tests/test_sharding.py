@@ -37,18 +37,30 @@ from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
 LARGE = ("megatron", "megatron-fsdp")
 
 MESHES = ("tp=2", "tp=4", "tp=8", "dp=2", "dp=4", "dp=8", "tp=2,dp=2", "dp=2,tp=4", "cp=2", "cp=4", "cp=8", "tp=2,cp=2")
+
+
+def meshes_of(family: str, recipe: str) -> list[str]:
+    """Return the meshes of a recipe: for one family also meshes with an axis that the recipe does not use, for every
+    third one meshes of 8 devices.
+    """
+    known = RECIPES[recipe]
+    return [
+        mesh
+        for mesh in MESHES
+        if all(f"{axis}=" in mesh for axis in known.needs)
+        and (family == FAMILIES[0] or {name for name, _ in Mesh.of(mesh).axes} <= {*known.axes.values()})
+        and (family in FAMILIES[::3] or Mesh.of(mesh).ranks < 8)
+    ]
+
+
 CASES = [
     (family, mesh, recipe)
-    for family in FAMILIES
-    for recipe, known in RECIPES.items()
-    for mesh in MESHES
-    if all(f"{axis}=" in mesh for axis in known.needs)
-    and (family == FAMILIES[0] or {name for name, _ in Mesh.of(mesh).axes} <= {*known.axes.values()})
-    and (family in FAMILIES[::3] or Mesh.of(mesh).ranks < 8)
+    for f, family in enumerate(FAMILIES)
+    for r, recipe in enumerate(RECIPES)
+    for m, mesh in enumerate(meshes_of(family, recipe))
+    if f == 0 or m == 0 or (f + r + m) % 2
 ]
-"""Families, meshes and recipes; for one family also meshes with an axis that the recipe does not use, and for every
-third one meshes of 8 devices.
-"""
+"""All meshes for one family; the other families take turns, with the first mesh of each recipe for all."""
 
 
 # -- every model -------------------------------------------------------------------------------------------------------

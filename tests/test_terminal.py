@@ -1,4 +1,7 @@
-"""Output as a user sees it, on a terminal of 80 columns and in a pipe."""
+"""Output as a user sees it, on a terminal of 80 columns and in a pipe.
+
+Most commands are forked from a process that has loaded Treadle (tests/forked_commands.py).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,18 @@ import sys
 import termios
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fcntl import ioctl
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from tests.forked_commands import ForkedPython
 from treadle import progress
 from treadle.cli import app
 from treadle.cli.completing import complete_model
@@ -44,6 +51,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
 
 
+@cache
+def forked() -> ForkedPython:
+    """Return the process from which commands are forked. It ends with this process."""
+    return ForkedPython(environment())
+
+
 def on_terminal(*words: str, cwd: Path = ROOT, typed: str | None = None) -> tuple[int, str]:
     """Run Python on a terminal of 80 columns; return the exit code and all output.
 
@@ -51,27 +64,23 @@ def on_terminal(*words: str, cwd: Path = ROOT, typed: str | None = None) -> tupl
     """
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        stdin=None if typed is None else theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment(),
-        cwd=cwd,
-    )
-    os.close(theirs)
-    os.write(ours, (typed or "").encode())
-    said = b""
-    while True:
-        try:
-            data = os.read(ours, 1 << 16)
-        except OSError:  # Linux's error when the other side is closed
-            break
-        if not data:
-            break
-        said += data
+
+    def read() -> bytes:
+        said = b""
+        with suppress(OSError):  # Linux's error when the other side is closed
+            while data := os.read(ours, 1 << 16):
+                said += data
+        return said
+
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(read)
+        os.write(ours, (typed or "").encode())
+        with open(os.devnull) as nothing:
+            stdin = nothing.fileno() if typed is None else theirs
+            code = forked().run(words, environment(), cwd, stdin, theirs, theirs)
+        os.close(theirs)
     os.close(ours)
-    return process.wait(), said.decode().replace("\r\n", "\n")
+    return code, said.result().decode().replace("\r\n", "\n")
 
 
 def seen(said: str) -> list[str]:
@@ -80,9 +89,14 @@ def seen(said: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", left).split("\n")
 
 
-def piped(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *words]
-    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, encoding="utf-8", check=False)
+def piped(*words: str, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with its output in files."""
+    with open(os.devnull) as nothing, TemporaryFile("w+b") as out, TemporaryFile("w+b") as errors:
+        streams = [file.fileno() for file in (nothing, out, errors)]
+        code = forked().run(words, environment(**more), cwd, *streams)
+        for file in (out, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read().decode(), errors.read().decode())
 
 
 # -- width -----------------------------------------------------------------------------------------------------
@@ -411,12 +425,13 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: str, code: int)
     (tmp_path / "m.py").write_text(text, encoding="utf-8")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "treadle", *words.split()]
-    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
+    with open(os.devnull) as nothing, TemporaryFile("w+b") as errors:
+        streams = nothing.fileno(), writing, errors.fileno()
+        ended = forked().run(["-m", "treadle", *words.split()], environment(), tmp_path, *streams)
+        errors.seek(0)
+        assert not errors.read()
     os.close(writing)
-    said = process.communicate()[1]
-    assert not said
-    assert process.returncode == code
+    assert ended == code
 
 
 # -- completion ------------------------------------------------------------------------------------------------
@@ -434,10 +449,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: str, code: int)
 )
 def test_shells_complete(typed: str, expected: set[str], tmp_path: Path) -> None:
     variables = {"_TREADLE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    done = subprocess.run(
-        [sys.executable, "-c", "from treadle.cli import main; main()"],
-        env=environment(**variables), capture_output=True, encoding="utf-8", cwd=tmp_path, check=False,
-    )  # fmt: skip
+    done = piped("-c", "from treadle.cli import main; main()", cwd=tmp_path, **variables)
     assert set(done.stdout.split()) == expected, done.stderr
 
 

@@ -292,7 +292,7 @@ def in_tiles(m: int, k: int) -> Array:
 @needs_avx512_bf16
 def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests the kernel's use of tiles: odd sizes, several chunks of k and groups of blocks, empty operands."""
-    cache = KernelCache(stand_in(monkeypatch), folder=None)
+    cache = KernelCache(stand_in(monkeypatch))
     for m, k, n in ((1, 1, 1), (33, 31, 40), (150, 330, 70), (3, 0, 5)):
         x, w = normal(m, k), normal(n, k, seed=1)
         made = by_tiles(x, w, TileProduct(), cache)
@@ -303,7 +303,7 @@ def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_avx512_bf16
 def test_a_product_in_memory_is_stored_as_the_next_one_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are rounded to bf16 and stored in tiles equal rows that are rounded and laid out separately."""
-    cache, (m, k, n) = KernelCache(stand_in(monkeypatch), folder=None), (45, 70, 64)
+    cache, (m, k, n) = KernelCache(stand_in(monkeypatch)), (45, 70, 64)
     x, w = normal(m, k), normal(n, k, seed=1)
     relu = Chain(("f32",), (Instruction("relu", (0,), "f32"),))
     a, made, wanted = in_tiles(m, k), in_tiles(m, n), in_tiles(m, n)
@@ -318,7 +318,7 @@ def test_a_product_in_memory_is_stored_as_the_next_one_reads_it(monkeypatch: pyt
 @needs_avx512_bf16
 @pytest.mark.parametrize("text", ["int8_rows", "q4_1"])
 def test_blocks_are_unpacked_into_tiles_in_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, encoding = KernelCache(stand_in(monkeypatch), folder=None), parse_encoding(text)
+    cache, encoding = KernelCache(stand_in(monkeypatch)), parse_encoding(text)
     form = packed_form(encoding)
     assert form is not None and reads_in_tiles(form)
     for m, k, n in ((5, 32, 3), (40, 320, 70)):

@@ -265,7 +265,7 @@ def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
 @pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here, so this tests the kernel's use of tiles, including the zero points of rows."""
-    caches = (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"]))
+    caches = (KernelCache(stand_in(monkeypatch)), KernelCache(ISAS["x86-64-v4-bf16"]))
     for m in (5, 45):
         _multiplies_alike(m, caches)
 

@@ -390,7 +390,7 @@ def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
 def tiles_beside_fours() -> None:
     """Run the test above, in a child process."""
     tvm_runtime.set_threads(1)
-    cache = KernelCache(stand_in(pytest.MonkeyPatch()), folder=None)
+    cache = KernelCache(stand_in(pytest.MonkeyPatch()))
     for text in TILED:
         k, n, form = 256 * 17 if text in LARGE else 128 * 17, 40, word_form(parse_encoding(text))
         assert form is not None

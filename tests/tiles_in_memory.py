@@ -7,8 +7,10 @@ tiles on one thread; it does not test the CPU.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,13 +147,16 @@ def _pairs() -> Iterator[str]:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Isa:
-    """Return an instruction set whose tiles are in memory, for one test."""
+    """Return an instruction set whose tiles are in memory, for one test. Its name contains a hash of this file, since
+    its kernels are stored as other kernels are.
+    """
     base, made = ISAS["x86-64-v4-bf16"], _Tiles()
     for name in ("configure", "release", "clear", "load", "store", "multiply", "multiply_bytes"):
         monkeypatch.setattr(tiles, name, getattr(made, name))
     monkeypatch.setattr(isa_module, "may_use_tiles", lambda: True)
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
-    isa = InMemory(**fields | {"name": "tiles-in-memory"})
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    isa = InMemory(**fields | {"name": f"tiles-in-memory-{source}"})
     monkeypatch.setitem(ISAS, isa.name, isa)  # type: ignore[index]
     return isa
 
