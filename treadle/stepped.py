@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,8 +84,11 @@ class SteppedModel:
 
     def report(self, **options: Any) -> Report:
         """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
-        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
-        return made
+        from treadle.report.building import report_of
+        from treadle.report.subjects import Subject
+
+        parts = self.name, self.optimized, self.backend, Target("cpu"), self.executable
+        return report_of(Subject(*parts, derived=self.derived), **options)
 
 
 def step_of(

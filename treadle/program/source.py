@@ -24,10 +24,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from treadle.artifact_reading import Artifact, open_artifact
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declaration_files import load_declaration, python_file
@@ -62,7 +62,7 @@ from treadle.program.resolved import Resolved
 from treadle.program.trained_folders import CONFIG, DeclarationReference, family_of_declaration
 
 if TYPE_CHECKING:
-    from treadle.artifacts import Artifact
+    from treadle.artifact_reading import Artifact
     from treadle.models.reading.llama_gguf import GGUFPart
 
 Limits = Mapping[str, int] | None
@@ -633,10 +633,7 @@ class ArtifactSource(ModelSource):
 
     @cached_property
     def content(self) -> Artifact:
-        opened: Artifact = import_module("treadle.artifacts").open_artifact(  # which imports this module
-            self.place, limits=self.limits
-        )
-        return opened
+        return open_artifact(self.place, limits=self.limits)
 
     @cached_property
     def folder(self) -> ModelFolder:
