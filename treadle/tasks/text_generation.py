@@ -16,8 +16,9 @@ from typing import Any
 from treadle.continuation import FoundText, Piece, TextWriter, need_for_text
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
+from treadle.program.forms.finding import compiling_with_weights
 from treadle.program.options import CompileOptions
-from treadle.program.source import ModelSource, compiling_with_weights
+from treadle.program.source import ModelSource
 from treadle.reporting.counts import counted
 from treadle.runtime.speculation import Guess, PromptLookup, SpeculationTally
 from treadle.stepped import SteppedModel, open_stepped

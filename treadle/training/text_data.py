@@ -26,8 +26,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
 from treadle.program.given_texts import read_documents
-from treadle.program.resolved import Resolved
-from treadle.program.source import ModelSource
+from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
