@@ -35,7 +35,8 @@ from treadle.ir.target import Target
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.stages import Custom, run
 from treadle.program.places import is_fetched
-from treadle.report.building import Report, Subject, lowered_subject, report_of
+from treadle.report.building import Report, report_of
+from treadle.report.subjects import Subject, lowered_subject
 from treadle.reporting.counts import human
 
 OPS_PER_LAYER = 15

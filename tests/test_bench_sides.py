@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.benching import benchmark, limits, roofline, serving
+from treadle.benching import benchmark, limits, measured_roofline, serving
 from treadle.benching.benchmark import BenchRow, MachineLimits, bench_model
 from treadle.benching.serving import Unfit
 from treadle.benching.sides import LIMITS, PEERS, SERVING, Side, peers_of
@@ -294,7 +294,7 @@ def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPat
     found = SimpleNamespace(rates={"f32": 3e9, "int8": 9e9}, read=4e9, least=0.25)
     ours = SimpleNamespace(graph=SimpleNamespace(states=()))
     monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or ours)
-    monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
+    monkeypatch.setattr(measured_roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
     spec = {**Workload("m", 1, {"backend": "tvm", "seed": 7}).as_dict(), "sizes": {"B": 2}}
     assert limits.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
     assert given == [spec, ((ours, {"B": 2}), {"seed": 7})]

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from treadle.continuation import ChatPrompt
+from treadle.chatting.prompts import ChatPrompt
 from treadle.files import available_memory
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target

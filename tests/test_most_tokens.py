@@ -17,7 +17,8 @@ from tests.task_models import byte_level
 from treadle.cli import app
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
-from treadle.program.source import ModelSource, config_positions
+from treadle.program.forms.folder_form import config_positions
+from treadle.program.source import ModelSource
 
 POSITIONS = 24
 TEXT = "the cat sat on the mat and the dog sat on the log " * 8

@@ -17,8 +17,8 @@ if find_backend("tvm").available():
 from typer.testing import CliRunner
 
 import treadle
+from treadle.benching.measured_roofline import measure_step_roofline
 from treadle.benching.predicted_roofline import PredictedRoofline, predict_roofline, predict_step_roofline
-from treadle.benching.roofline import measure_step_roofline
 from treadle.cli import app
 from treadle.explaining.layouts import lowered_for
 from treadle.ir.analysis.cost import graph_cost

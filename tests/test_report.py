@@ -36,12 +36,13 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.report import layout
 from treadle.report.boxes import MOST_ITEMS, boxes_of
-from treadle.report.building import Report, lowered_subject, report_of
+from treadle.report.building import Report, report_of
 from treadle.report.layout import SPACING, place
 from treadle.report.memory_tab import size_terms
 from treadle.report.nodes import NodeDetails
 from treadle.report.programs import ReportProgram, stage_texts
 from treadle.report.stages import stages_of
+from treadle.report.subjects import lowered_subject
 from treadle.report.writing import LONGEST, SCRIPTS, page_text, plain
 
 HOSTILE = [

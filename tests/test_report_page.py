@@ -14,8 +14,9 @@ from tests.report_tour import Opened, browser, needs_browser, serious_faults, to
 from tests.test_report import HOSTILE, small, talking
 from treadle.comparing.builds import open_build
 from treadle.comparing.differences import compare
-from treadle.report.building import Report, lowered_subject, report_of
+from treadle.report.building import Report, report_of
 from treadle.report.comparison import comparison_report
+from treadle.report.subjects import lowered_subject
 
 TINY: dict[str, dict[str, Any]] = {
     "bert": {"layers": 2, "dim": 32, "heads": 2, "hidden": 64, "vocab": 100},

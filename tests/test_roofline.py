@@ -30,8 +30,9 @@ from typer.testing import CliRunner
 
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.profiling import TimedCall, time_calls
-from treadle.benching import roofline
-from treadle.benching.roofline import KernelRow, Roofline, _joined, measure_roofline
+from treadle.benching import measured_roofline, roofline
+from treadle.benching.measured_roofline import measure_roofline
+from treadle.benching.roofline import KernelRow, Roofline, _joined
 from treadle.benching.roofline_drawing import _Drawing, draw_roofline
 from treadle.cli.application import app
 from treadle.ir.target import Target
@@ -168,7 +169,7 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
     """
 
     class Kernels:
-        nbytes, threads = 1000, 2
+        nbytes, threads, kernels = 1000, 2, ()
 
     rows = [
         replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, traffic={1 << 20: 10}, least=0.0),
@@ -176,16 +177,19 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
         replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, traffic={1 << 14: 10}, least=0.0),
     ]
     asked: list[Any] = []
-    monkeypatch.setattr(roofline, "KernelExecutable", Kernels)
-    monkeypatch.setattr(roofline, "draw_inputs", lambda graph, sizes, seed: asked.append(("drawn", sizes, seed)))
-    monkeypatch.setattr(roofline, "time_calls", lambda exe, inputs, rounds: asked.append(("timed", rounds)))
-    monkeypatch.setattr(roofline, "_rows", lambda model, calls: iter(rows))
+    monkeypatch.setattr(measured_roofline, "KernelExecutable", Kernels)
+    monkeypatch.setattr(
+        measured_roofline, "draw_inputs", lambda graph, sizes, seed: asked.append(("drawn", sizes, seed))
+    )
+    monkeypatch.setattr(measured_roofline, "time_calls", lambda exe, inputs, rounds: asked.append(("timed", rounds)))
+    monkeypatch.setattr(roofline, "rows_of_calls", lambda plan, kernels, calls: iter(rows))
     units = {"f32": 800.0, "int8": 2000.0}
     speeds = {1 << 14: 7000.0, 1 << 20: 90.0}
     monkeypatch.setattr(roofline, "measure_read", lambda *given: asked.append(given) or speeds[given[0]])
     monkeypatch.setattr(roofline, "measure_unit", lambda *given: asked.append(given) or units[given[0]])
-    graph = SimpleNamespace(states={})
-    model: Any = SimpleNamespace(executable=Kernels(), graph=graph, name="m", target=Target("x86-64-v3"), backend="tvm")
+    graph, optimized = SimpleNamespace(states={}), SimpleNamespace(last=SimpleNamespace(plan=object()))
+    parts = {"executable": Kernels(), "graph": graph, "optimized": optimized, "target": Target("x86-64-v3")}
+    model: Any = SimpleNamespace(name="m", backend="tvm", **parts)
     found = measure_roofline(model, {"B": 1})
     isa = ISAS["x86-64-v3"]
     assert asked == [
@@ -296,7 +300,7 @@ def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return MADE
 
     monkeypatch.setattr(treadle, "compile", lambda model, **how: given.update(how, model=model) or made)
-    monkeypatch.setattr(roofline, "measure_roofline", measure)
+    monkeypatch.setattr(measured_roofline, "measure_roofline", measure)
     words = (
         "roofline bert --sizes B=2,S=9 --rounds 3 --threads 1 --seed 4 --dtype bf16 --quantize int8 --widen f16 --svg"
     )

@@ -21,7 +21,7 @@ import pytest
 import treadle as t
 from tests.stepped_models import MODELS
 from treadle.artifact_file import write_sections
-from treadle.artifacts import ArtifactLimits
+from treadle.artifact_reading import ArtifactLimits
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
@@ -82,9 +82,10 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.framework.rewrite import Rewrite
 from treadle.passes.framework.rewriting import SiteRewrite
 from treadle.program import backend_choice, places
+from treadle.program.forms.onnx_form import OnnxForm
 from treadle.program.given_texts import read_sentences
 from treadle.program.program import Program
-from treadle.program.source import _Onnx
+from treadle.program.source import ModelSource
 from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
@@ -592,10 +593,10 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
 def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     takes = SimpleNamespace(main=SimpleNamespace(inputs=[SimpleNamespace(name="x"), SimpleNamespace(name="y")]))
     monkeypatch.setattr("treadle.frontends.onnx_import.importer.declared_inputs", lambda *_, **__: takes)
-    opened = _Onnx("m.onnx", Path("m.onnx"))
+    opened = OnnxForm("m.onnx", Path("m.onnx"))
     opened.__dict__["file"] = SimpleNamespace(proto=SimpleNamespace(graph=SimpleNamespace(input=[])), check=list)
     with pytest.raises(UsageError, match="an ONNX file has no optional inputs") as caught:
-        opened.resolve(inputs=["x", "q", "r"])
+        ModelSource(opened).resolve(inputs=["x", "q", "r"])
     assert (caught.value.received, caught.value.hint) == ("q, r", "one of its inputs: x, y")
 
 

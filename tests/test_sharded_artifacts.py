@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import treadle
 from tests.sharded_models import FAMILIES, recognized
+from treadle.artifact_reading import open_artifact
 from treadle.artifact_writing import write_artifact
-from treadle.artifacts import open_artifact
 from treadle.cli.application import app
 from treadle.files.errors import CheckpointError
 from treadle.ir import composites

@@ -207,7 +207,7 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_allclose(exe(x=x, k=k)["v"], wanted, rtol=0, atol=1e-5)
     first, second = (each.compiled.weights["w"] for each in exe.specializations)
     assert np.shares_memory(first, second)
-    assert source.file.proto.ByteSize() < first.nbytes  # the message does not contain the weight again
+    assert source.form.file.proto.ByteSize() < first.nbytes  # the message does not contain the weight again
 
 
 def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ pytest.importorskip("jinja2")
 from treadle.chatting import template_worker as worker
 from treadle.chatting import templates
 from treadle.chatting.conversation import CAPACITY, Conversation
+from treadle.chatting.prompts import ChatPrompt
 from treadle.chatting.template_worker import environment
 from treadle.chatting.templates import ChatTemplate
-from treadle.continuation import ChatPrompt
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 MADE = environment()

@@ -1,4 +1,4 @@
-"""Write a compiled model to one `.treadle` file. docs/artifacts.md describes the layout."""
+"""Write the contents of an artifact to one `.treadle` file. docs/artifacts.md describes the layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treadle.artifact_file import write_sections
 from treadle.files.contained_files import PathLike
@@ -16,28 +16,6 @@ from treadle.ir.types import bf16, f32
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_record
-
-if TYPE_CHECKING:
-    from treadle.compiled import Compiled  # that module imports this one for `Compiled.save`
-
-
-def save(compiled: Compiled, path: PathLike) -> str:
-    """Write a compiled model to the file `path`. Return its seal, 64 hexadecimal digits that identify the content.
-
-    Equal models, options and weights give equal bytes: the file holds no times and no local paths. An existing file is
-    replaced atomically. Raises UsageError if the file cannot be written.
-    """
-    return write_artifact(
-        path,
-        compiled.name,
-        compiled.backend,
-        str(compiled.target),
-        compiled.optimized,
-        compiled.weights,
-        compiled.seed,
-        options=compiled.options,
-        files=compiled.text_files,
-    )
 
 
 def write_artifact(
@@ -52,7 +30,11 @@ def write_artifact(
     options: Mapping[str, Any] = MappingProxyType({}),
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
-    """Write the contents of an artifact (`treadle.artifacts.Artifact`). Return the file's seal.
+    """Write the contents of an artifact (`treadle.artifact_reading.Artifact`). Return the file's seal, 64 hexadecimal
+    digits that identify the content.
+
+    Equal arguments give equal bytes: the file holds no times and no local paths. An existing file is replaced
+    atomically.
 
     plan     the sharding plan of the optimized graph
     options  the options that the model was compiled with (`CompileOptions.record`)

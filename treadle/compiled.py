@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
 from treadle.artifact_texts import continues_text
-from treadle.artifact_writing import save
+from treadle.artifact_writing import write_artifact
 from treadle.backends.protocol import Executable, Outputs, Port
+from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights, stored_weights
 from treadle.ir.errors import BackendError, Hint, UsageError
@@ -225,13 +224,19 @@ class Compiled:
         `originals`.
         Raises UsageError as `report_of` does.
         """
-        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
-        return made
+        from treadle.report.building import report_of
+        from treadle.report.subjects import Subject
 
-    def save(self, path: str | Path) -> str:
-        """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. See `treadle.artifacts.save`.
+        parts = self.name, self.optimized, self.backend, self.target, self.executable
+        return report_of(Subject(*parts, self.unused, self.unread, has_weights=True), **options)
 
-        Raises UsageError if the model has a memory budget: a budget applies to one backend, and a file stores none.
+    def save(self, path: PathLike) -> str:
+        """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. Return the file's seal, 64
+        hexadecimal digits that identify the content.
+
+        Equal models, options and weights give equal bytes: the file holds no times and no local paths. An existing file
+        is replaced atomically. Raises UsageError if the file cannot be written, or if the model has a memory budget: a
+        budget applies to one backend, and a file stores none.
         """
         if self.memory is not None:
             raise UsageError(
@@ -239,7 +244,8 @@ class Compiled:
                 received=f"{self.name} within {self.memory.budget:,} bytes",
                 hint=Hint("compile without memory=, save that, and pass memory= to load", "leave out --memory"),
             )
-        return save(self, path)
+        what = self.name, self.backend, str(self.target), self.optimized, self.weights, self.seed
+        return write_artifact(path, *what, options=self.options, files=self.text_files)
 
     def __repr__(self) -> str:
         takes = ", ".join(str(p) for p in self.inputs)

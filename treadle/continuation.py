@@ -7,10 +7,11 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.chatting.prompts import ChatPrompt
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -28,10 +29,10 @@ from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
 from treadle.tasks.generation_settings import FolderRules
+from treadle.tasks.image_prompts import ImagePrompts, ReadImage
 
 if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate, Message
-    from treadle.tasks.image_prompts import ImagePrompts, ReadImage
     from treadle.tasks.images import Image
 
 MOST_ROWS = 8
@@ -85,14 +86,6 @@ _CONTEXT, _TAIL = 8, 32
 """The numbers of tokens before the tail of a growing text that are decoded together with it, and of tokens that the
 tail has before its first half becomes settled.
 """
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """The token ids of a prompt, and the inputs of the row that reads them (`Session.open`): its images, if any."""
-
-    ids: list[int]
-    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class GrowingText:
@@ -211,11 +204,7 @@ class TextWriter:
                 hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
                 "optional inputs",
             )
-        images = None
-        if derived.prologue:
-            from treadle.tasks.image_prompts import ImagePrompts
-
-            images = ImagePrompts.open(source, tokenizer)
+        images = ImagePrompts.open(source, tokenizer) if derived.prologue else None
         return cls(made, tokenizer, asked, template, source.positions, images)
 
     def session(self, *, rows: int, capacity: int, resumes: bool | None = None) -> Session:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from treadle.artifacts import is_artifact
+from treadle.artifact_reading import is_artifact
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.program.options import describe_options

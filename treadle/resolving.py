@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from treadle.program.resolved import Resolved
-from treadle.program.source import AnyModel, Limits, ModelSource
+from treadle.program.forms.model_form import Limits
+from treadle.program.source import AnyModel, ModelSource, Resolved
 
 
 def resolve(

@@ -21,7 +21,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -29,6 +28,7 @@ import numpy as np
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.compiled import Compiled
+from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import BackendError, TreadleError, UsageError
@@ -281,7 +281,7 @@ class Specializing(Compiled):
     def outputs(self) -> tuple[Port, ...]:
         self._refuse("the axes of outputs depend", "outputs")
 
-    def save(self, path: str | Path) -> str:
+    def save(self, path: PathLike) -> str:
         self._refuse("the saved artifact depends", f"save({os.fspath(path)!r})")
 
     def _refuse(self, what: str, asked: str) -> NoReturn:

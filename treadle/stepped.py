@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +22,10 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.backend_choice import choose_backend
+from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.options import declared_options
 from treadle.program.program import Program
-from treadle.program.source import AnyModel, ArtifactSource
+from treadle.program.source import AnyModel
 from treadle.runtime.session import CHUNK, Full, Session
 
 if TYPE_CHECKING:
@@ -85,8 +85,11 @@ class SteppedModel:
 
     def report(self, **options: Any) -> Report:
         """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
-        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
-        return made
+        from treadle.report.building import report_of
+        from treadle.report.subjects import Subject
+
+        parts = self.name, self.optimized, self.backend, Target("cpu"), self.executable
+        return report_of(Subject(*parts, derived=self.derived), **options)
 
 
 def step_of(
@@ -135,9 +138,9 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
 def stepped_program(program: Program) -> SteppedModel:
     """Compile the decoding step of a program's model, as `open_stepped` does."""
     chosen, source = program.options, program.source
-    if isinstance(source, ArtifactSource):
+    if isinstance(source.form, ArtifactForm):
         chosen.refuse_for_artifact(source.label, also=("cache", "device_sampling", "tokenizer"))
-        held = source.content
+        held = source.form.content
         target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
         graph = held.optimized.graph
         return step_of(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifacts import is_artifact, open_artifact
+from treadle.artifact_reading import is_artifact, open_artifact
 from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike

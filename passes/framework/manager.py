@@ -155,6 +155,11 @@ class Optimized:
 
         return self.product(StoragePlan)
 
+    @property
+    def last(self) -> Optimized:
+        """The result of the last pipeline: the backend's, if the backend has passes."""
+        return self if self.lowered is None else self.lowered
+
     @cached_property
     def covered(self) -> frozenset[Node]:
         """The nodes of the source whose work is done by some node of the result."""

@@ -37,7 +37,7 @@ def machine_limits(spec: Spec) -> dict[str, Any]:
 
     options = Workload.from_dict(spec).options
     if options.backend == "tvm":
-        from treadle.benching.roofline import measure_roofline
+        from treadle.benching.measured_roofline import measure_roofline
 
         exe = compiled(spec)
         if not exe.graph.states:  # a graph with states has no roofline

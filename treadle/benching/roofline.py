@@ -1,8 +1,4 @@
-"""`measure_roofline`: compare each distinct kernel of a run with the machine's limits (Williams et al. 2009).
-
-    found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
-    print(found)
-    found = measure_step_roofline(t.compile("smollm2", backend="tvm"), rows=16, past=128)
+"""The roofline of a run: compare each distinct kernel with the machine's limits (Williams et al. 2009).
 
 A kernel's operations are the operations of its nodes. Its bytes are the bytes of its operands and results, each counted
 once. Its minimum time is the larger of two times:
@@ -12,6 +8,7 @@ once. Its minimum time is the larger of two times:
 
 Most activations are still in a cache, while weights come from memory. So the rate for an operand is the rate of a plain
 read of as many bytes as the run has touched since it last touched this operand: the reuse distance.
+`treadle.benching.measured_roofline` runs a model and times its kernels; `predicted_roofline` needs no run.
 """
 
 from __future__ import annotations
@@ -28,16 +25,13 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.read_rate import LEAST, measure_read
 from treadle.backends.tvm.kernels.unit_rate import measure_unit
 from treadle.backends.tvm.lowering.listing import unique_titles
-from treadle.backends.tvm.profiling import TimedCall, time_calls
-from treadle.compiled import Compiled
+from treadle.backends.tvm.profiling import TimedCall
 from treadle.ir.analysis.cost import kernel_cost
-from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Node
 from treadle.ir.storage.views import StorageKind
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized
 from treadle.passes.memory.storage_plan import StoragePlan
 from treadle.reporting.counts import human, rate_text, sizes_text
 
@@ -165,76 +159,29 @@ class Roofline:
         )
 
 
-def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
-    """Run a model of the TVM backend kernel by kernel, at sizes for its symbols, on random inputs. Compare with the
-    machine.
-
-    Raises UsageError for another backend, and for a model with states.
-    """
-    exe = model.executable
-    if not isinstance(exe, KernelExecutable):
-        raise no_kernels(model.backend)
-    if model.graph.states:
-        raise UsageError(f"{model.name} has states, and a roofline needs a model without states")
-    return roofline_of(model, sizes, time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds))
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The decoding step of a model, with the properties of a compiled model that a roofline needs."""
-
-    name: str
-    target: Target
-    optimized: Optimized
-    executable: KernelExecutable
-
-
-def measure_step_roofline(
-    model: Compiled, *, rows: int = 1, past: int = 128, rounds: int = 9, seed: int = 0
+def roofline_of(
+    name: str,
+    target: Target,
+    plan: StoragePlan,
+    executable: KernelExecutable,
+    sizes: Mapping[str, int],
+    calls: Sequence[TimedCall],
 ) -> Roofline:
-    """Time the kernels of a model's decoding step on the TVM backend, and compare them with the machine's limits.
+    """Compare the timed calls of a run with the machine's limits.
 
-    rows    number of rows, each of which gets one token
-    past    number of tokens that each row has already
-
-    Raises UsageError for another backend, and for more tokens than the model takes.
+    name   the model's name, for the title
+    plan   the storage plan of the executable's graph
+    sizes  the sizes of the run, for the title
     """
-    stepped = model.stepped
-    exe = stepped.executable
-    if not isinstance(exe, KernelExecutable):
-        raise no_kernels(model.backend)
-    if past < 1:
-        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint="past=128")
-    session = stepped.session(rows=rows, capacity=past + 1)
-    rng = np.random.default_rng(seed)
-    texts = {session.open(): rng.integers(0, session.vocabulary or 2, past).tolist() for _ in range(rows)}
-    session.prefill(texts)
-    names = stepped.derived.port_names
-    given = {
-        stepped.derived.tokens[0]: np.array([[ids[0]] for ids in texts.values()], np.int64),
-        names["rows"]: np.array(list(texts), np.int64),
-        names["start"]: np.full(rows, past, np.int64),
-    }
-    calls = time_calls(exe, given, rounds, entry="step", states=session.states)
-    optimized = replace(stepped.optimized, lowered=stepped.optimized)  # it is the result of the backend's passes
-    step = _Step(f"a step of {model.name}", model.target, optimized, exe)
-    return roofline_of(step, {"rows": rows, "past": past}, calls)
-
-
-def roofline_of(model: Compiled | _Step, sizes: Mapping[str, int], calls: list[TimedCall]) -> Roofline:
-    """Compare the timed calls of a run of a model of the TVM backend with the machine's limits."""
-    exe = model.executable
-    assert isinstance(exe, KernelExecutable)
-    isa, threads = isa_of(model.target), exe.threads
-    rows = list(_rows(model, calls))
+    isa, threads = isa_of(target), executable.threads
+    rows = list(rows_of_calls(plan, executable.kernels, calls))
     rates = {d: measure_unit(d, isa, threads) for d in DTYPES if any(row.dtype == d for row in rows)}
     for row in rows:  # if a kernel was faster, the measured rate was too low, as on a busy machine
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
     distances = sorted({distance for row in rows for distance in row.traffic})
     reads = _raised({distance: measure_read(distance, isa, threads) for distance in distances}, rows)
     bounded = [replace(row, least=max(row.flops / rates[row.dtype], _moving(row, reads))) for row in rows]
-    name, target = model.name, str(model.target)
-    return Roofline(name, target, threads, dict(sizes), tuple(bounded), rates, reads, exe.nbytes)
+    return Roofline(name, str(target), threads, dict(sizes), tuple(bounded), rates, reads, executable.nbytes)
 
 
 def _raised(reads: Mapping[int, float], rows: Sequence[KernelRow]) -> dict[int, float]:
@@ -295,16 +242,6 @@ def no_kernels(backend: str) -> UsageError:
         f"a roofline needs kernels, and the {backend} backend calls a library",
         hint=Hint('backend="tvm"', "--backend tvm"),
     )
-
-
-def _rows(model: Compiled | _Step, calls: list[TimedCall]) -> Iterator[KernelRow]:
-    """Yield a row for each kernel at its sizes. Minimum times are not set yet."""
-    lowered = model.optimized.lowered
-    assert lowered is not None
-    assert lowered.plan is not None
-    exe = model.executable
-    assert isinstance(exe, KernelExecutable)
-    return rows_of_calls(lowered.plan, exe.kernels, calls)
 
 
 def rows_of_calls(plan: StoragePlan, kernels: Sequence[Kernel], calls: Sequence[TimedCall]) -> Iterator[KernelRow]:

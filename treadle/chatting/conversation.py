@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle.chatting.prompts import ChatPrompt
 from treadle.chatting.templates import ChatTemplate, Message
-from treadle.continuation import ChatPrompt, GrowingText, Piece, TextWriter
+from treadle.continuation import GrowingText, Piece, TextWriter
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, count_of, is_full
 from treadle.runtime.sampling import Sampling

@@ -29,7 +29,7 @@ def compile_model(
     as_json: AsJson = False,
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
-    from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.artifact_reading import SUFFIX, is_artifact
     from treadle.files.nearest_names import with_nearest_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working

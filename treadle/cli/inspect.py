@@ -52,7 +52,7 @@ def inspect_graph(
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
-    from treadle.artifacts import is_artifact, open_artifact
+    from treadle.artifact_reading import is_artifact, open_artifact
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph

@@ -67,7 +67,7 @@ def run_rank(
 
     import numpy as np
 
-    from treadle.artifacts import is_artifact
+    from treadle.artifact_reading import is_artifact
     from treadle.npy_files import write_npy
     from treadle.program.flag_values import input_names, parse_axes, parse_inputs
     from treadle.program.options import CompileOptions

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,14 +45,14 @@ def report_command(
     """Write a report that a browser opens without a network: the graph after every pass, fusions and the reasons
     against them, memory, storage, weights, and the decoding step.
     """
-    from treadle.artifacts import is_artifact
-    from treadle.compiled import Compiled
+    from treadle.artifact_reading import is_artifact
     from treadle.explaining.sharding import explain_sharding
     from treadle.program.flag_values import parse_axes, parse_sizes
     from treadle.program.options import CompileOptions, taken_by
     from treadle.program.program import Program
     from treadle.progress import working
-    from treadle.report.building import Subject, lowered_subject, report_of
+    from treadle.report.building import Report, report_of
+    from treadle.report.subjects import lowered_subject
     from treadle.reporting.counts import human
 
     split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
@@ -63,17 +65,17 @@ def report_command(
     if "memory" in keywords:
         keywords["sizes"] = chosen
     sharding = originals = None
-    subject: Subject | Compiled
+    report_with: Callable[..., Report]
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
             if mesh is not None:
                 raise UsageError("an artifact was compiled for one device", received=model, hint="the model itself")
-            subject = load_with_options(model, keywords, also=("seed",))
+            report_with = load_with_options(model, keywords, also=("seed",)).report
         elif profile:
-            subject = treadle.compile(model, **keywords)
+            report_with = treadle.compile(model, **keywords).report
             originals = Program.of(model, "compile", **keywords).declared(deferred=True).resolved.weights
         else:
-            subject = lowered_subject(model, **keywords)
+            report_with = partial(report_of, lowered_subject(model, **keywords))
     if mesh is not None:
         shared = {"config", *(each.name for each in taken_by("explain sharding"))}
         own = {name: value for name, value in keywords.items() if name in shared}
@@ -81,8 +83,7 @@ def report_command(
             sharding = explain_sharding(model, mesh=mesh, **{**own, "sizes": chosen}, **given)
     seed = CompileOptions.of("compile", keywords).seed
     with working(f"writing {output}", shown=not as_json):
-        report = report_of(
-            subject,
+        report = report_with(
             sizes=chosen,
             sharding=sharding,
             cache=cache,

@@ -43,7 +43,7 @@ def shard_command(
 
     For a .treadle file written by -o, print the plan in it.
     """
-    from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.artifact_reading import SUFFIX, is_artifact
     from treadle.files.nearest_names import with_nearest_suffix
     from treadle.fitting import fit_graph, fit_prose, fitted
     from treadle.passes.sharding.plan_printing import plan_json

@@ -31,7 +31,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
 from treadle.ir.transforms.inline import inline_calls
 from treadle.models.registry import family_of
-from treadle.program.resolved import Resolved
+from treadle.program.source import Resolved
 from treadle.training.saving import MODEL, checked_folder, make_folder, settings_files, write_file
 from treadle.training.weight_files import WrittenTensor, write_tensors
 

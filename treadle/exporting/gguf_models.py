@@ -27,7 +27,7 @@ from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import f16
 from treadle.models.family import LANGUAGE_ONLY
 from treadle.models.reading.llama_gguf import SCALING, gguf_names
-from treadle.program.resolved import Resolved
+from treadle.program.source import Resolved
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
-from treadle.program.source import ModelSource, compiling_with_weights
+from treadle.program.forms.finding import compiling_with_weights
+from treadle.program.source import ModelSource
 from treadle.program.trained_folders import DeclarationReference
 
 

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     from treadle.passes.framework.manager import Pass
     from treadle.passes.stages import CompileStage
-    from treadle.program.resolved import Resolved
-    from treadle.program.source import AnyModel, ModelSource
+    from treadle.program.source import AnyModel, ModelSource, Resolved
 
     Array = np.ndarray[Any, Any]
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from treadle.passes.framework.manager import Optimized
     from treadle.passes.framework.pass_log import PassLog
     from treadle.passes.stages import CompileStage
-    from treadle.program.resolved import Resolved
-    from treadle.program.source import AnyModel, ModelSource
+    from treadle.program.source import AnyModel, ModelSource, Resolved
 
 
 @dataclass(frozen=True)

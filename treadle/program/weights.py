@@ -16,7 +16,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
-from treadle.program.resolved import Resolved
+from treadle.program.source import Resolved
 from treadle.reporting.counts import human
 
 Array = np.ndarray[Any, Any]

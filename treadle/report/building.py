@@ -1,12 +1,10 @@
 """`report_of`: collect the facts of a compiled model, a decoding step or a sharded model, as one report.
 
-    report = report_of(t.compile("bert"), sizes={"S": 256})
-    report.save("bert.html")
+    report = report_of(lowered_subject("llama", backend="tvm"), sizes={"S": 256})
+    report.save("llama.html")
     report.sections["fusion"]                # the data of a tab
 
-    report_of(lowered_subject("llama", backend="tvm"))       # without weights
-
-A report holds facts, not the model.
+`Compiled.report` calls it for a compiled model. A report holds facts, not the model.
 """
 
 from __future__ import annotations
@@ -20,36 +18,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 import treadle
 from treadle.backends.registry import find_backend
-from treadle.backends.staged import StagedBackend
-from treadle.compiled import Compiled
+from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.explaining.sharding import ShardingReport
 from treadle.explaining.sharding import report_of as sharding_report
 from treadle.files.shown_names import printable
 from treadle.files.whole_files import replacing, reporting_failed_writes
-from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import Hint, PassError, UsageError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Node
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
-from treadle.program.backend_choice import check_backend, choose_backend
-from treadle.program.budgets import budget_of, choose_sizes
-from treadle.program.options import CompileOptions
-from treadle.program.program import Program
-from treadle.program.source import AnyModel
+from treadle.program.budgets import choose_sizes
 from treadle.report import tabs
 from treadle.report.programs import ReportProgram, program_facts
 from treadle.report.stages import OPTIMIZED
+from treadle.report.subjects import Subject
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
 from treadle.sharding.plans import rank_optimized
-from treadle.stepped import SteppedModel
 
 TABS = {
     "diff": "Differences",
@@ -100,70 +89,8 @@ class Report:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """The parts of a compiled model that a report needs. Weights are not needed.
-
-    optimized   the stages, including the backend's
-    executable  the backend's executable, for its code; None if no code was generated
-    unused      tensors of the checkpoint that the model does not use
-    unread      the keys of config.json that the model's family does not know
-    originals   the weights of a checkpoint, before any is encoded; None if they are not at hand
-    """
-
-    name: str
-    optimized: Optimized
-    backend: str
-    target: Target
-    executable: object = None
-    unused: Sequence[str] = ()
-    unread: Sequence[str] = ()
-    originals: Mapping[str, Any] | None = field(default=None, repr=False)
-
-    @staticmethod
-    def of(model: Compiled) -> Subject:
-        """Return the subject of a compiled model."""
-        parts = model.name, model.optimized, model.backend, model.target, model.executable
-        return Subject(*parts, model.unused, model.unread)
-
-
-def lowered_subject(model: AnyModel, **options: Any) -> Subject:
-    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn here.
-
-    options  as in `treadle.compile`
-
-    Code is generated with zeros as weights. If these take more than `MOST_ZEROS` bytes, the subject has no code. Raises
-    as `compile` does.
-    """
-    asked = CompileOptions.of("compile", options)
-    where = asked.where
-    check_backend(asked.backend)
-    program = Program(model, asked).optimize(deferred=True)
-    resolved, optimized = program.resolved, program.optimized
-    choice, executable = choose_backend(asked.backend, optimized.graph, where), None
-    if isinstance(chosen := choice.backend, StagedBackend):
-        budget = budget_of(asked.memory, asked.sizes, optimized.graph)
-        lowered = chosen.lower(optimized.graph, where, budget=budget, donate=asked.donate, verified=True)
-        optimized = replace(optimized, lowered=lowered)
-        if parameter_bytes(optimized.graph) <= MOST_ZEROS:
-            executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
-    given = asked.arrays if asked.arrays is not None else resolved.weights
-    return Subject(resolved.name, optimized, choice.name, where, executable, resolved.unused, resolved.unread, given)
-
-
-MOST_ZEROS = 1 << 30
-"""Limit on the bytes of zeros that stand for weights."""
-
-
-def _zeros(graph: Graph) -> dict[str, Any]:
-    return {
-        name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
-        for name, value in graph.parameters.items()
-    }
-
-
 def report_of(
-    model: Compiled | Subject | SteppedModel | ShardingPlan,
+    model: Subject | ShardingPlan,
     *,
     sizes: Mapping[str, int] | None = None,
     sharding: ShardingReport | None = None,
@@ -185,15 +112,14 @@ def report_of(
 
     Raises UsageError for sizes outside their bounds, and for a profile of any other model.
     """
-    if isinstance(model, SteppedModel):
-        return _of_step(model, sizes or {})
     if isinstance(model, ShardingPlan):
         return _of_plan(sharding_report(model, {}), sizes or model.sizes)
-    subject = Subject.of(model) if isinstance(model, Compiled) else model
-    subject = subject if originals is None else replace(subject, originals=originals)
+    if model.derived is not None:
+        return _of_step(model, model.derived, sizes or {})
+    subject = model if originals is None else replace(model, originals=originals)
     collected = _Collected(subject, sizes or {}, sharding, cache, command)
     if profile:
-        collected.profile(model, profile, seed)
+        collected.profile(profile, seed)
     return collected.report()
 
 
@@ -280,21 +206,22 @@ class _Collected:
         programs.append(_step_program(derived, self.model.backend, self.model.target))
         return facts
 
-    def profile(self, model: object, rounds: int, seed: int) -> None:
+    def profile(self, rounds: int, seed: int) -> None:
         """Time the kernel calls of a compiled model."""
         from treadle.backends.tvm.executable import KernelExecutable
         from treadle.backends.tvm.profiling import time_calls
         from treadle.benching.roofline import roofline_of
         from treadle.ir.analysis.drawn_inputs import draw_inputs
 
-        exe = self.model.executable
-        if not isinstance(model, Compiled) or not isinstance(exe, KernelExecutable) or model.graph.states:
+        model, exe = self.model, self.model.executable
+        graph = model.optimized.graph
+        if not model.has_weights or not isinstance(exe, KernelExecutable) or graph.states:
             raise UsageError(
                 "only a model without states, compiled for the tvm backend, can be profiled",
-                received=f"{self.model.name} on {self.model.backend}",
+                received=f"{model.name} on {model.backend}",
                 hint=Hint('t.compile(model, backend="tvm").report()', self._with(backend="tvm", profile=rounds)),
             )
-        calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
+        calls = time_calls(exe, draw_inputs(graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()
         rows = []
         for each in calls:
@@ -303,9 +230,10 @@ class _Collected:
                 self.times[node] = self.times.get(node, 0.0) + each.seconds
             where = ("", "", None) if node is None else (node.scope, str(node.source or ""), numbers.get(node))
             rows.append([each.step.kernel.title, each.seconds, *where])
+        plan = needed_plan(self.program.last.plan, model.backend)
         profile = {"rounds": rounds, "calls": rows, "seconds": sum(each.seconds for each in calls)}
         self.measured = {
-            "roofline": tab(lambda: roofline_of(model, self.sizes, calls).as_dict()),
+            "roofline": tab(lambda: roofline_of(model.name, model.target, plan, exe, self.sizes, calls).as_dict()),
             "profile": {"data": profile},
         }
 
@@ -324,26 +252,25 @@ def _rank(plan: ShardingPlan) -> ReportProgram:
     return ReportProgram(f"rank {rank}", rank_optimized(plan, rank), "", None, "sharded")
 
 
-def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
+def _of_step(model: Subject, derived: DerivedStep, sizes: Mapping[str, int]) -> Report:
     program = ReportProgram("step", model.optimized, model.backend, model.executable, "derived")
     chosen = choose_sizes(program.graph, sizes)
-    target = Target("cpu")
     no_source = missing("the step was derived from another graph", "exe.report()  of the model itself")
 
     def memory() -> dict[str, Any]:
-        return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen, target)
+        return tabs.memory_tab_facts(program, tabs.frames_of_program(program, model.target), chosen, model.target)
 
     found: dict[str, Tab] = {
         "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "memory": tab(memory),
         "weights": tab(partial(tabs.weight_facts, program)),
         "storage": tab(partial(tabs.storage_facts, program)),
-        "step": tab(partial(tabs.step_facts, model.name, model.derived)),
+        "step": tab(partial(tabs.step_facts, model.name, derived)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
         "log": tab(partial(tabs.log_facts, program)),
     }
     others = dict.fromkeys(("fusion", "sharding", "roofline", "profile"), no_source)
-    return report_of_programs(model.name, model.backend, str(target), chosen, [program], found | others)
+    return report_of_programs(model.name, model.backend, str(model.target), chosen, [program], found | others)
 
 
 def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:

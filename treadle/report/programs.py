@@ -49,7 +49,7 @@ class ReportProgram:
     @property
     def last(self) -> Optimized:
         """The result of the last pipeline: the backend's, if the backend has passes."""
-        return self.optimized if self.optimized.lowered is None else self.optimized.lowered
+        return self.optimized.last
 
     @property
     def graph(self) -> Graph:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.artifact_reading import ArtifactLimits, open_artifact
 from treadle.artifact_writing import write_artifact
-from treadle.artifacts import ArtifactLimits, open_artifact
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
 from treadle.ir.errors import Hint, UsageError
@@ -106,8 +106,8 @@ def load_sharded(
 
     check  compare every weight with its hash, which reads the whole file once
 
-    The plan is always checked. Raises as `treadle.artifacts.open_artifact` does, PassError for a plan that is wrong,
-    and UsageError for a file without a plan.
+    The plan is always checked. Raises as `treadle.artifact_reading.open_artifact` does, PassError for a plan that is
+    wrong, and UsageError for a file without a plan.
     """
     held = open_artifact(path, limits=limits, check=check)
     if held.sharding is None:

@@ -42,8 +42,7 @@ from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
-from treadle.program.resolved import Resolved
-from treadle.program.source import ModelSource
+from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import DeclarationReference
 from treadle.training.text_data import TextFiles
 from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights

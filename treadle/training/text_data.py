@@ -25,10 +25,10 @@ from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
+from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.further_models import open_further
 from treadle.program.given_texts import read_documents
-from treadle.program.resolved import Resolved
-from treadle.program.source import ArtifactSource, ModelSource
+from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -111,8 +111,8 @@ class TextData:
         source = resolved.source
         taught_by = None if teacher is None else open_further(teacher, "teacher")
         if taught_by is not None:
-            if isinstance(taught_by, ArtifactSource):
-                graphs.append(taught_by.content.optimized.source)
+            if isinstance(taught_by.form, ArtifactForm):
+                graphs.append(taught_by.form.content.optimized.source)
             else:
                 graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
         sources = [source, *([] if taught_by is None else [taught_by])]

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
-from treadle.program.resolved import Resolved
-from treadle.program.source import BLOCKS
+from treadle.program.source import BLOCKS, Resolved
 from treadle.training.run_report import RECENT, RunReport, line_text, live_text
 from treadle.training.run_settings import changed_settings, collect_settings
 from treadle.training.saving import Saver, saver_for
@@ -145,7 +144,8 @@ class TextTraining:
 
     def _teacher(self) -> dict[str, Any]:
         """Compile the teacher, and return the arguments of `Trainer` for it: a dict that is empty without a teacher."""
-        from treadle.artifacts import is_artifact, load_artifact
+        from treadle.artifact_reading import is_artifact
+        from treadle.artifacts import load_artifact
         from treadle.compiling import compile_model
 
         settings = self.settings

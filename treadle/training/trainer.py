@@ -45,8 +45,7 @@ from treadle.ir.transforms.training_losses import (
 from treadle.ir.types import f32
 from treadle.passes.stages import Gradient, MergeOps, Precision, Recognize, passes_of, run
 from treadle.program.options import CompileOptions, with_options
-from treadle.program.resolved import Resolved
-from treadle.program.source import BLOCKS, AnyModel
+from treadle.program.source import BLOCKS, AnyModel, Resolved
 from treadle.program.weights import weights_of
 from treadle.reporting.counts import counted
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph

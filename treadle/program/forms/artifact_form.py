@@ -1,0 +1,46 @@
+"""A compiled model in a file."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from treadle.artifact_reading import Artifact, open_artifact
+from treadle.files.shown_names import printable
+from treadle.frontends.huggingface import MemoryFolder, ModelFolder
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import Hint, UsageError
+from treadle.models.checkpoints import ReadModel, ReadOptions
+from treadle.program.forms.model_form import Kind, ModelForm
+
+
+class ArtifactForm(ModelForm):
+    """A compiled model in a file. It has a decoding step and a tokenizer if it was compiled from a language model."""
+
+    kind: Kind = "artifact"
+
+    @cached_property
+    def content(self) -> Artifact:
+        return open_artifact(self.place, limits=self.limits)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return MemoryFolder.of(self.content.files, self.label)
+
+    def check(self) -> None:
+        """Do nothing: every section has a hash."""
+
+    def tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        if not self.content.files:
+            raise UsageError(
+                f"the artifact {printable(self.label)} has no tokenizer",
+                received="a model that was compiled without one, or that does not continue text",
+                hint=Hint(
+                    'tokenizer="FOLDER", of a model with the same vocabulary',
+                    "--tokenizer FOLDER, of a model with the same vocabulary",
+                ),
+            )
+        return super().tokenizer(max_tokens, context, cut)
+
+    def read(self, options: ReadOptions) -> ReadModel:
+        hint = Hint(f"treadle.load_artifact({self.label!r})", f"treadle run {self.label}")
+        raise UsageError("an artifact is compiled already", received=self.label, hint=hint)

@@ -1,0 +1,83 @@
+"""A declaration, with initial values or with weights in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from treadle.files.shown_names import printable
+from treadle.frontends.declarations import Model
+from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_weights
+from treadle.frontends.text import VOCABULARIES, TextTokenizer
+from treadle.ir.errors import CheckpointError, Hint, UsageError
+from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
+from treadle.program.forms.model_form import Kind, Limits, ModelForm
+from treadle.program.trained_folders import DeclarationReference, family_of_declaration
+
+
+class DeclarationForm(ModelForm):
+    """A declaration, with initial values or with weights in a folder."""
+
+    kind: Kind = "declaration"
+
+    def __init__(self, label: str, model: Model, file: Path | None, weights: str | Path | None, limits: Limits) -> None:
+        super().__init__(label, None if weights is None else Path(weights), limits)
+        self.model, self.file = model, file
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_weights(self.place, self.limits)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return self.checkpoint.folder
+
+    @cached_property
+    def stored(self) -> DeclarationReference | None:
+        """The reference in the folder of its weights. Raises CheckpointError if it is to another declaration."""
+        place = self.place
+        found = DeclarationReference.read(self.folder) if place.is_dir() else None
+        if found is not None:
+            found.check(self.model, self.file, self.folder, self.checkpoint.files[0])
+        return found
+
+    def reference(self, model: Model) -> DeclarationReference:
+        return DeclarationReference.of(model, self.label, self.file)
+
+    def without_weights(self) -> UsageError:
+        is_family = family_of_declaration(self.model) is not None
+        other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
+        trained = "treadle train MODEL FILES --vocab 8000 -o FOLDER"
+        return UsageError(
+            f"{printable(self.label)} is a declaration{' of the zoo' * is_family}, without weights",
+            hint=Hint(
+                f'{other}weights="FOLDER", a folder that `treadle train` wrote',
+                f"{other}--weights FOLDER, a folder that `{trained}` wrote",
+            ),
+        )
+
+    def tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        place = self.folder
+        if not any(map(place.has, VOCABULARIES)):
+            raise CheckpointError(
+                f"the weights of {printable(self.label)} are in a folder without a tokenizer",
+                received=", ".join(map(printable, place.entries()[:8])),
+                within=place.shown,
+                hint=Hint(
+                    'tokenizer="FOLDER", of a model with the same vocabulary',
+                    "--tokenizer FOLDER, of a model with the same vocabulary",
+                ),
+            )
+        return super().tokenizer(max_tokens, context, cut)
+
+    def refuse_unsupported(self) -> None:
+        if self.path is not None:
+            self.stored  # noqa: B018
+
+    def read(self, options: ReadOptions) -> ReadModel:
+        if self.path is None:
+            return read_declaration(self.model.name, self.model, None, options)
+        if self.stored is not None:
+            options = replace(options, config={**self.stored.config, **self.model.config, **options.config})
+        return read_declaration(self.model.name, self.model, self.checkpoint, options)

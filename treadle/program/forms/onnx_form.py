@@ -1,0 +1,64 @@
+"""An ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from treadle.files.shown_names import printable
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
+from treadle.ir.transforms.widening import widen_graph
+from treadle.ir.types import DType
+from treadle.models.checkpoints import ReadModel, ReadOptions
+from treadle.program.forms.model_form import Kind, ModelForm
+
+
+class OnnxForm(ModelForm):
+    """An ONNX file. A key of the configuration is the name of an input to fix at a value, or of an axis."""
+
+    kind: Kind = "onnx"
+
+    @cached_property
+    def file(self) -> OnnxFile:
+        return OnnxFile.open(self.place, self.limits)
+
+    def check(self) -> None:
+        """Do nothing: the file is read completely when it is opened."""
+
+    def inputs(self, narrow: frozenset[DType], config: Mapping[str, Any]) -> Graph:
+        from treadle.frontends.onnx_import.importer import declared_inputs
+
+        self.file.hold_weights()
+        return widen_graph(declared_inputs(self.file, **self._values(config)), narrow)
+
+    def _values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Split a configuration into the values of inputs that determine shapes, and the sizes or new names of axes."""
+        known = {value.name for value in self.file.proto.graph.input}
+        static = {name: value for name, value in config.items() if name in known}
+        return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
+
+    def read(self, options: ReadOptions) -> ReadModel:
+        from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
+
+        values = self._values(options.config)
+        if options.inputs:  # an ONNX model always has all of its inputs
+            takes = [value.name for value in declared_inputs(self.file, **values).main.inputs]
+            unknown = [name for name in options.inputs if name not in (*takes, *values["static"])]
+            if unknown:
+                received, hint = (", ".join(map(printable, names)) for names in (unknown, takes))
+                what = "an ONNX file has no optional inputs"
+                raise UsageError(what, received=received, within=self.place.name, hint=f"one of its inputs: {hint}")
+        try:
+            made = import_opened(self.file, **values)
+        except StaticArgumentNeeded as error:
+            error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
+            raise
+        graph, weights = made.graph, made.weights
+        if not options.keep_blocks and any(v.type.encoding is not None for v in graph.parameters.values()):
+            graph, weights = decode_parameters(graph), decode_weights(graph, weights)
+        return ReadModel(graph.name, graph, None, weights, notes=tuple(made.notes.decoded))
