@@ -39,7 +39,7 @@ from treadle.passes.memory.frames import ALIGNMENT, aligned
 
 Array = np.ndarray[Any, Any]
 
-PLANS = 64  # number of sets of sizes whose plans are cached: a server of 24 rows has 24 of steps, and some 20 of prompts
+PLANS = 64  # number of sets of sizes whose plans are cached; a server of 24 rows has some 45
 
 
 class HostMachine:

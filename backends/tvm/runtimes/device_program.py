@@ -26,7 +26,7 @@ from treadle.ir.types import i64
 
 Array = np.ndarray[Any, Any]
 
-PLANS = 64  # number of sets of sizes whose plans are cached: a server of 24 rows has 24 of steps, and some 20 of prompts
+PLANS = 64  # number of sets of sizes whose plans are cached; a server of 24 rows has some 45
 
 
 class DeviceProgram:
