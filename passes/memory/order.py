@@ -245,21 +245,21 @@ class _Sets:
         during, after = self.changes[step].get(done & self.near[step]) or self._change(done, step)
         return live + during, live + after
 
-    def _change(self, done: int, step: int) -> tuple[int, int]:
+    def _change(self, past: int, step: int) -> tuple[int, int]:
         """Return by how many bytes more are live while a step runs, and after the step.
 
         This depends on the steps that touch the same buffers alone, so few results serve many sets.
         """
-        later = ~(done | 1 << step)
+        later = ~(past | 1 << step)
         during = after = 0
         for mask, free, size in self.touched[step]:
-            if not mask & done:
+            if not mask & past:
                 during += size
                 after += size
             if not free & later:
                 after -= size
         saved = next((size for mask, size in self.over[step] if not mask & later), 0)
-        change = self.changes[step][done & self.near[step]] = during - saved + self.extra[step], after
+        change = self.changes[step][past & self.near[step]] = during - saved + self.extra[step], after
         return change
 
     def start(self, bound: int) -> _DoneSteps:
