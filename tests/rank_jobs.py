@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
     """
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
-    for kind, form in paired(KINDS, all="dp" not in mesh):
+    for kind, form in paired(KINDS, 4 if "dp" in mesh else 2):
         yield able(first, form), kind, "megatron", form, mesh
     for kind in KINDS:
         yield first, kind, stored, "f32", mesh
@@ -112,11 +111,15 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
         yield "numpy", "gpt2", "gpipe", "f32", "pp=4,micro=5"
 
 
-def paired(kinds: Sequence[str], *, all: bool) -> list[tuple[str, str]]:
-    """Return all pairs of kinds and forms, or fewer in which each kind and each form occurs."""
-    if all:
-        return [(kind, form) for kind in kinds for form in FORMS]
-    return list(zip(kinds, cycle(FORMS), strict=False))
+def paired(kinds: Sequence[str], ranks: int) -> list[tuple[str, str]]:
+    """Return pairs of kinds and forms: each kind in one form on four ranks, and in the other forms on two."""
+    forms = list(FORMS)
+    return [
+        (kind, form)
+        for k, kind in enumerate(kinds)
+        for f, form in enumerate(forms)
+        if (ranks == 4) == (f == k % len(forms))
+    ]
 
 
 def able(backend: str, form: str) -> str:
@@ -168,7 +171,7 @@ def at_once(program: Graph) -> Graph:
 def generates(ranks: Ranks, folder: str) -> None:
     """Continue texts in sessions with a cache in every rank; write the texts and the bytes that the steps moved."""
     found: list[dict[str, Any]] = []
-    pairs = paired([kind for kind in KINDS if kind != "vit"], all=ranks.size == 2)
+    pairs = paired([kind for kind in KINDS if kind != "vit"], ranks.size)
     cases = [(able("numpy", form), kind, form) for kind, form in pairs]
     for backend, kind, form in [*cases, ("tvm", "gpt2", "f32")] if ranks.size == 2 else cases:
         chosen = {**small_options(kind), "layers": 1, **FORMS[form]}

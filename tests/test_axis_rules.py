@@ -105,7 +105,7 @@ def prepared(run: str, op: Op, types: tuple[Type | None, ...]) -> Callable[[Mapp
 
 def promise(made: Callable[[Case], Any]) -> Callable[[Callable[[Case], None]], Any]:
     """Return a decorator that runs a check on every op that makes the promise: on each of its samples in the
-    interpreter, and in each backend on a sample that is another one for the other backends, if there are so many.
+    interpreter; on backends, samples take turns.
     """
     samples = {name: [n for n in range(len(OPS[name].samples)) if made(Case(name, n))] for name in TESTED}
 
@@ -124,7 +124,7 @@ def promise(made: Callable[[Case], Any]) -> Callable[[Callable[[Case], None]], A
 
 
 def turns(samples: Sequence[int], backend: str) -> Sequence[int]:
-    """Return every third sample, or with another number of backends, from another one for each backend."""
+    """Return a backend's samples: one in as many as there are backends, but at least one."""
     return samples[BACKENDS.index(backend) % len(samples) :: len(BACKENDS)]
 
 

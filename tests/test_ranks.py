@@ -94,12 +94,11 @@ KINDS = ("gpt2", "t5", "vit", "llama")
 
 
 def paired(mesh: str, kinds: Sequence[str]) -> set[tuple[str, str]]:
-    """Return the kinds of models and forms of weights that a mesh must run: all pairs on two ranks; on four, each kind
-    and each form.
+    """Return the kinds of models and forms of weights that a mesh must run: each kind in one form on four ranks, and in
+    the other forms on two.
     """
-    if mesh == "tp=2":
-        return {(kind, form) for kind in kinds for form in NEAR}
-    return {(kind, list(NEAR)[at % len(NEAR)]) for at, kind in enumerate(kinds)}
+    four = {(kind, list(NEAR)[at % len(NEAR)]) for at, kind in enumerate(kinds)}
+    return four if mesh == "tp=2,dp=2" else {(kind, form) for kind in kinds for form in NEAR} - four
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "tp=2,dp=2"])
@@ -149,7 +148,8 @@ def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
     """Over tp=2 and over tp=4. The traffic of a step equals the plan's traffic for one token."""
     outputs = ran(mesh, "generated-")
     cases = {tuple(first["case"].split()[1:]) for first in outputs[0]}
-    assert cases == paired(mesh, [kind for kind in KINDS if kind != "vit"])
+    on_tvm = {("gpt2", "f32")} if mesh == "tp=2" else set()
+    assert cases == paired(mesh, [kind for kind in KINDS if kind != "vit"]) | on_tvm
     for facts in zip(*outputs, strict=True):
         first = facts[0]
         assert all(each["tokens"] == first["wanted"] for each in facts), first["case"]
@@ -380,15 +380,16 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
     assert not any(map(is_left, processes.values()))
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("sleeps", "rank 1: sleeping"), ("stops", "rank 1: ")])
-def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, mode: str, expected: str) -> None:
-    """The rank is busy in its own code, or stopped entirely so that it receives no messages."""
-    job = forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3")
-    processes = processes_of(job, 2)
-    assert job.ended(SOON) == 2
-    assert job.errors.count("rank 1 does not arrive") == 1
-    assert expected in job.errors
-    assert not any(map(is_left, processes.values()))
+def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks) -> None:
+    """The rank is busy in its own code, or stopped entirely so that it receives no messages. Both jobs wait at once."""
+    hangs = {"sleeps": "rank 1: sleeping", "stops": "rank 1: "}
+    jobs = {mode: forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3") for mode in hangs}
+    for mode, job in jobs.items():
+        processes = processes_of(job, 2)
+        assert job.ended(SOON) == 2, mode
+        assert job.errors.count("rank 1 does not arrive") == 1, mode
+        assert hangs[mode] in job.errors
+        assert not any(map(is_left, processes.values())), mode
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

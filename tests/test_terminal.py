@@ -309,10 +309,11 @@ def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
 
 
 def test_progress_is_not_printed_to_pipes_or_with_json() -> None:
-    done = piped("-c", SLOW)
+    with ThreadPoolExecutor() as pool:
+        to_files, as_json = pool.submit(piped, "-c", SLOW), pool.submit(on_terminal, "-c", SLOW, "--json")
+    done = to_files.result()
     assert (done.stdout, done.stderr) == ("a line\ndone\n", "")
-    code, said = on_terminal("-c", SLOW, "--json")
-    assert (code, said) == (0, "a line\ndone\n")
+    assert as_json.result() == (0, "a line\ndone\n")
 
 
 class Bar:
@@ -394,18 +395,16 @@ def test_compiling_says_so(tmp_path: Path) -> None:
     lines = ["import time", "import treadle as t", "", "@t.model", 'def m(x: t.f32["B 2"]):', "    time.sleep(1.2)"]
     (tmp_path / "m.py").write_text("\n".join([*lines, '    return {"y": x * 2}', ""]), encoding="utf-8")
 
-    def run_command(words: list[str]) -> None:
-        command = ["-m", "treadle", words[0], "m.py:m", *words[1:]]
-        assert re.search(r"(compiling|optimizing|verifying) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
-        assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
-        assert piped(*command, cwd=tmp_path).stderr == ""
-
-    with ThreadPoolExecutor() as pool:  # each call waits most of the time
-        list(
-            pool.map(
-                run_command, [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]
-            )
-        )
+    wordings = [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]
+    commands = [["-m", "treadle", first, "m.py:m", *more] for first, *more in wordings]
+    with ThreadPoolExecutor(3 * len(commands)) as pool:  # each call waits most of the time
+        shown = [pool.submit(on_terminal, *command, cwd=tmp_path) for command in commands]
+        as_json = [pool.submit(on_terminal, *command, "--json", cwd=tmp_path) for command in commands]
+        to_files = [pool.submit(piped, *command, cwd=tmp_path) for command in commands]
+    for each in shown:
+        assert re.search(r"(compiling|optimizing|verifying) m\.py:m", each.result()[1])
+    assert all("ing m.py:m" not in each.result()[1] for each in as_json)
+    assert [each.result().stderr for each in to_files] == [""] * len(commands)
 
 
 # -- readers that leave ----------------------------------------------------------------------------------------

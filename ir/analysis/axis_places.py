@@ -149,6 +149,9 @@ def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tu
     if place.size == ONE:
         yield from _located_point(dim, sizes, place)
         return
+    if sizes == [place.size] and place.inner == ONE:  # most places are a whole dimension of one factor
+        yield dim.factors[0], ONE, place.size
+        return
     outer = product(sizes).divide(place.inner * place.size)
     found = common_pieces(sizes, (outer, place.size, place.inner)) if outer is not None else None
     if found is None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import compress
+from operator import or_
 from typing import NamedTuple
 
 MOST_SETS = 2_000
@@ -172,13 +173,13 @@ def _sorted(edges: Sequence[Sequence[int]]) -> Iterator[int]:
 
 
 class _DoneSteps(NamedTuple):
-    """A set of completed steps, as bits, with the live bytes, the steps that may come next, the peak so far, and the
-    previous set.
+    """A set of completed steps, as bits, with the live bytes, the steps that could come next before the last step was
+    done, the peak so far, and the previous set.
     """
 
     done: int
     live: int
-    ready: int
+    others: int
     peak: int
     earlier: _DoneSteps | None
     step: int
@@ -192,9 +193,15 @@ class _DoneSteps(NamedTuple):
         return tuple(reversed(found))
 
 
+_NEVER = -1
+"""The steps that free a buffer that is kept: all of them, and more."""
+
+
 class _Sets:
     """Sets of completed steps, as bits of an integer.
 
+    near         for each step, the steps that touch a buffer that it touches, as bits
+    changes      for each step, results of `_change`, by the steps among `near` that are done
     sets, looks  the number of sets that the exact search expanded, and the number of steps that were examined
     """
 
@@ -207,15 +214,21 @@ class _Sets:
             for other in set(before):
                 self.after[other].append(step)
         masks = [sum(1 << step for step in set(b.steps)) for b in problem.buffers]
-        self.touched: list[list[tuple[int, int, bool]]] = [[] for _ in range(count)]
+        # for each step: the steps of a buffer that it touches, the steps that free the buffer, and its size
+        self.touched: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
         for buffer, mask in zip(problem.buffers, masks, strict=True):
             for step in set(buffer.steps):
-                self.touched[step].append((mask, buffer.size, buffer.kept))
+                self.touched[step].append((mask, _NEVER if buffer.kept else mask, buffer.size))
         self.over = [
             [(masks[x], problem.buffers[y].size) for y, x in pairs if not problem.buffers[x].kept]
             for pairs in problem.over
         ]
         self.extra = problem.extra
+        self.near = [
+            reduce(or_, [mask for mask, *_ in (*touched, *over)], 0)
+            for touched, over in zip(self.touched, self.over, strict=True)
+        ]
+        self.changes: list[dict[int, tuple[int, int]]] = [{} for _ in range(count)]
         self.sets = self.looks = 0
 
     def peak(self, order: Sequence[int]) -> int:
@@ -229,39 +242,54 @@ class _Sets:
 
     def run(self, done: int, live: int, step: int) -> tuple[int, int]:
         """Return the bytes that are live while a step runs, and after the step."""
-        then = done | 1 << step
-        new = freed = 0
-        for mask, size, kept in self.touched[step]:
-            if not mask & done:
-                new += size
-            if not kept and not mask & ~then:
-                freed += size
-        saved = next((size for mask, size in self.over[step] if not mask & ~then), 0)
-        return live + new - saved + self.extra[step], live + new - freed
+        during, after = self.changes[step].get(done & self.near[step]) or self._change(done, step)
+        return live + during, live + after
+
+    def _change(self, past: int, step: int) -> tuple[int, int]:
+        """Return by how many bytes more are live while a step runs, and after the step.
+
+        This depends on the steps that touch the same buffers alone, so few results serve many sets.
+        """
+        later = ~(past | 1 << step)
+        during = after = 0
+        for mask, free, size in self.touched[step]:
+            if not mask & past:
+                during += size
+                after += size
+            if not free & later:
+                after -= size
+        saved = next((size for mask, size in self.over[step] if not mask & later), 0)
+        change = self.changes[step][past & self.near[step]] = during - saved + self.extra[step], after
+        return change
 
     def start(self, bound: int) -> _DoneSteps:
         ready = sum(1 << step for step, before in enumerate(self.before) if not before)
         return _DoneSteps(0, 0, ready, bound, None, -1)
 
+    def _ready(self, at: _DoneSteps) -> int:
+        """Return the steps that may come next, as bits. Sets do not store them, since most are never continued."""
+        ready, missing = at.others, ~at.done
+        for other in self.after[at.step] if at.earlier is not None else ():
+            if not self.before[other] & missing:
+                ready |= 1 << other
+        return ready
+
     def _next(self, at: _DoneSteps) -> list[_DoneSteps]:
         """Return the possible next sets. Return only one if a step should be done at once."""
         found = []
-        left = at.ready
+        done, live, top, changes, near = at.done, at.live, at.peak, self.changes, self.near
+        room = top - live
+        ready = left = self._ready(at)
         while left:
             bit = left & -left
             left ^= bit
             step = bit.bit_length() - 1
-            during, live = self.run(at.done, at.live, step)
-            peak = max(at.peak, during, live)
-            done, ready = at.done | bit, at.ready ^ bit
-            for other in self.after[step]:
-                if not self.before[other] & ~done:
-                    ready |= 1 << other
-            made = _DoneSteps(done, live, ready, peak, at, step)
+            during, after = changes[step].get(done & near[step]) or self._change(done, step)
             self.looks += 1
-            if peak == at.peak and live <= at.live:
-                return [made]
-            found.append(made)
+            if during <= room and after <= 0:
+                return [_DoneSteps(done | bit, live + after, ready ^ bit, top, at, step)]
+            peak = max(top, live + during, live + after)
+            found.append(_DoneSteps(done | bit, live + after, ready ^ bit, peak, at, step))
         return found
 
     def exact(self, bound: int, known: int, most: int) -> tuple[tuple[int, ...] | None, int]:
