@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from treadle.files.mapped_files import give_back, in_file
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import Checkpoint, ModelFolder
+from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.awq_weights import read_awq
 from treadle.frontends.quantized.bitsandbytes_weights import read_bitsandbytes
 from treadle.frontends.quantized.compressed_weights import read_compressed
