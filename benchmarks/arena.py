@@ -41,7 +41,7 @@ from treadle.passes.memory.frame_placement import place_frames
 from treadle.passes.memory.frames import Frame, parts_of
 from treadle.passes.stages import Lower, MergeOps, Recognize, run
 from treadle.program.flag_values import parse_config
-from treadle.program.options import declared_options
+from treadle.program.option_table import declared_options
 from treadle.resolving import resolve
 
 SIZES = ((1, 16), (1, 128), (8, 384))

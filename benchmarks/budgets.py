@@ -37,7 +37,7 @@ from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 from treadle.passes.memory.frames import ALIGNMENT
 from treadle.program.flag_values import parse_config
-from treadle.program.options import declared_options
+from treadle.program.option_table import declared_options
 
 MODELS = {"bert": {"B": 8, "S": 512}, "gpt2": {"B": 1, "S": 1024}, "vit": {"B": 16}}
 ONE = Target("cpu", 1)

@@ -32,8 +32,8 @@ import numpy.typing as npt
 from treadle.files.contained_files import FileState, PathLike, RegularFile, open_regular
 from treadle.files.limits import limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
-from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.mapped_tensors import MappedTensors, TensorRecord
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.ir.errors import CheckpointError
 

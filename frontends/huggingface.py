@@ -1,48 +1,32 @@
-"""A Hugging Face model folder: config.json and safetensors weights, plain or in the hub's cache.
+"""The checkpoint of a Hugging Face model folder: config.json and safetensors weights.
 
     folder/config.json
     folder/model.safetensors                or  folder/model.safetensors.index.json
                                                 folder/model-00001-of-00002.safetensors, ...
 
-    models--org--name/refs/main                            names a revision
-    models--org--name/snapshots/<revision>/config.json     -> ../../blobs/<hash>
-    models--org--name/blobs/<hash>
-
-Sources: `from_pretrained` of Hugging Face transformers for the names of files; the cache layout of huggingface_hub,
-https://huggingface.co/docs/huggingface_hub/guides/manage-cache. No file outside the model's folder is read: for a
-snapshot of the hub's cache the folder is its `models--org--name`.
+Source: `from_pretrained` of Hugging Face transformers for the names of files. Files are opened through
+`treadle.frontends.model_folder`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import (
-    FileState,
-    PathLike,
-    RegularFile,
-    canonical,
-    contained,
-    open_regular,
-    read_regular,
-    read_whole,
-)
-from treadle.files.limits import MORE, limit_hint, limits_of
+from treadle.files.contained_files import PathLike
+from treadle.files.limits import MORE, limit_hint
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.strict_json import JsonReader, read_json_object
+from treadle.files.strict_json import JsonReader
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.model_folder import CACHED, CONFIG, LISTED, ModelFolder
 from treadle.frontends.safetensors_file import (
     CONVERSION,
     PICKLE_SUFFIXES,
@@ -52,188 +36,9 @@ from treadle.frontends.safetensors_file import (
 )
 from treadle.ir.errors import CheckpointError
 
-_CONFIG = "config.json"
-_CACHED = "models--"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TRAINED = "weights.safetensors"  # written by training for a model of a declaration
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_REVISION_BYTES = 256
-_SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES = 4 << 20, 32, 200_000
-_LISTED = 8  # entries of a folder that an error lists
-_ENTRIES = 10_000  # entries of a folder that are read for an error
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """The folder with a model's files, and the folder outside of which no file is read. All files of a model are opened
-    through this class.
-
-    path    the folder with config.json, links followed
-    root    no file outside this folder is read: `path` itself, or the `models--org--name` of a cached snapshot
-    shown   the folder's name in errors, as the user wrote it
-    limits  limits on config.json and on weights
-
-    The parsed form of a file is kept, so that each file is opened once. Files that change between two reads are
-    refused.
-    """
-
-    path: Path
-    root: Path
-    shown: str
-    limits: CheckpointLimits
-    _states: dict[str, FileState] = field(default_factory=dict, compare=False, repr=False)
-    _parsed: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def find(
-        cls, folder: PathLike | ModelFolder, limits: CheckpointLimits | Mapping[str, int] | None = None
-    ) -> ModelFolder:
-        """Return the model folder for a path: the path itself, or the revision of a hub cache's `models--org--name`. A
-        model folder is returned as it is.
-
-        Raises CheckpointError if the path is not a folder, or if the cache has no current revision.
-        """
-        if isinstance(folder, ModelFolder):
-            return folder
-        known = limits_of(CheckpointLimits, limits)
-        shown = shown_path(folder)
-        path = canonical(folder, shown)
-        if not os.path.isdir(path):
-            refuse_pickle(path.name, shown)
-            raise CheckpointError(
-                f"this is a file, not a folder with {_CONFIG}", within=shown, hint=f"the folder of its {_CONFIG}"
-            )
-        named = Path(os.path.abspath(folder))
-        if any(p.name.startswith(_CACHED) for p in (named, path)) and os.path.isdir(path / "snapshots"):
-            revision = _revision(path, shown)
-            shown = os.path.join(shown, "snapshots", revision)
-            return cls(contained(path / "snapshots" / revision, path, shown), path, shown, known)
-        # The path as given is tried first: a snapshot that is itself a link out of its cache is refused.
-        for lies in (named, path):
-            for above in lies.parents:
-                if above.name == "snapshots" and above.parent.name.startswith(_CACHED):
-                    root = canonical(above.parent, shown)
-                    return cls(contained(path, root, shown), root, shown, known)
-        return cls(path, path, shown, known)
-
-    def has(self, name: str) -> bool:
-        """Return True if the folder has an entry of this name. A dangling link counts."""
-        return os.path.lexists(self.path / name)
-
-    def show(self, name: str) -> str:
-        """Return a file's name as errors show it."""
-        return os.path.join(self.shown, printable(name))
-
-    def file(self, name: str) -> Path:
-        """Return the canonical path of a file that is named relative to the folder.
-
-        Raises CheckpointError for an absolute name, for `..`, for a link out of `root`, and if the file does not exist.
-        """
-        parts = re.split(r"[/\\]", name)
-        if not name or "" in parts or "." in parts or ".." in parts or ":" in name or not name.isprintable():
-            raise CheckpointError(
-                "a file's name must be relative and stay in the model's folder",
-                received=printable(name),
-                within=self.shown,
-            )
-        return contained(self.path / name, self.root, self.show(name))
-
-    def open(self, name: str) -> RegularFile:
-        """Open a file that is named relative to the folder.
-
-        Raises CheckpointError as `file` and `check` do, and if it is not a regular file.
-        """
-        opened = open_regular(self.file(name), self.show(name), self.path / name)
-        self._states.setdefault(name, opened.state)
-        try:
-            self.check(exist=True)
-        except CheckpointError:
-            opened.close()
-            raise
-        return opened
-
-    def check(self, *, exist: bool = False) -> None:
-        """Raise CheckpointError if a file has changed since it was first opened; with `exist`, also if it is gone."""
-        for state in self._states.values():
-            state.check(exists=exist)
-
-    def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
-        """Return the bytes of a file, at most `limit`; `setting` is the limit's name for the error. Raises
-        CheckpointError as `open` does, and for a longer file.
-        """
-        with self.open(name) as file:
-            return read_whole(file, limit, self.show(name), setting)
-
-    def once(self, key: object, parse: Callable[[], T]) -> T:
-        """Return the result of `parse`, which is called only for the first request of this key."""
-        if key not in self._parsed:
-            self._parsed[key] = parse()
-        found: T = self._parsed[key]
-        return found
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The content of config.json, not to be changed. Raises CheckpointError as `open` does, if the file is not one
-        JSON object, and if it exceeds `limits`.
-        """
-        known = self.limits
-        return self.once(_CONFIG, lambda: self._object(_CONFIG, known.config_bytes, known.nesting, known.values))
-
-    def read_settings(self, name: str) -> dict[str, Any]:
-        """Return the JSON object of a settings file, such as generation_config.json, not to be changed.
-
-        Raises CheckpointError as `open` does, if the file is not one JSON object, and if it exceeds 4 MiB, 200,000
-        values or 32 levels.
-        """
-        return self.once(name, lambda: self._object(name, _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES))
-
-    def _object(self, name: str, limit: int, nesting: int, values: int) -> dict[str, Any]:
-        data = self.read(name, limit, "config_bytes" if name == _CONFIG else None)
-        return read_json_object(data, self.show(name), nesting=nesting, values=values)
-
-    def entries(self) -> list[str]:
-        """Return the names in the folder, sorted, for errors."""
-        return _entries(self.path)
-
-
-@dataclass(frozen=True)
-class MemoryFolder(ModelFolder):
-    """A model folder whose files are in memory, such as the tokenizer in an artifact.
-
-    contents  the files by name
-    """
-
-    contents: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, contents: Mapping[str, bytes], label: str) -> MemoryFolder:
-        """Return a folder of these files; `label` is its name in errors."""
-        return cls(Path(label), Path(label), label, CheckpointLimits(), contents=contents)
-
-    def has(self, name: str) -> bool:
-        """Return True if there is a file of this name."""
-        return name in self.contents
-
-    def file(self, name: str) -> Path:
-        """Raise CheckpointError: a file in memory has no path."""
-        raise CheckpointError("the files of this model are in memory", received=printable(name), within=self.shown)
-
-    def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
-        """Return the bytes of a file, at most `limit`. Raises CheckpointError for a missing or a longer file."""
-        if name not in self.contents:
-            raise CheckpointError("there is no such file", received=printable(name), within=self.shown)
-        data = self.contents[name]
-        if len(data) > limit:
-            what = "the file is longer than the limit"
-            raise CheckpointError(what, received=f"{len(data)} bytes, limit {limit}", within=self.show(name))
-        return data
-
-    def entries(self) -> list[str]:
-        """Return the names of the files, sorted."""
-        return sorted(self.contents)
 
 
 class Checkpoint:
@@ -357,10 +162,10 @@ class Checkpoint:
     def _check_shard(self, shard: str, file: SafetensorsFile) -> None:
         absent = [name for name in self._tensors_of[shard] if name not in file]
         if absent:
-            more = f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
+            more = f" and {len(absent) - LISTED} more" if len(absent) > LISTED else ""
             raise CheckpointError(
                 f"the index places {len(absent)} tensors in a shard that does not hold them",
-                received=", ".join(map(printable, absent[:_LISTED])) + more,
+                received=", ".join(map(printable, absent[:LISTED])) + more,
                 within=self.folder.show(shard),
                 hint="fetch the index and the shards again: they belong to different checkpoints",
             )
@@ -423,7 +228,7 @@ def open_checkpoint(
 
 
 def _open_checkpoint(place: ModelFolder) -> Checkpoint:
-    if not place.has(_CONFIG):
+    if not place.has(CONFIG):
         raise _no_config(place)
     place.config  # noqa: B018 - an error in it comes before one about the weights
     if not place.has(_SINGLE) and not place.has(_INDEX):
@@ -453,55 +258,21 @@ def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | 
     return Checkpoint(place, single or _SINGLE)
 
 
-def _revision(path: Path, shown: str) -> str:
-    """Return the current revision of a hub cache's `models--org--name`: the content of refs/main, else the name of its
-    only snapshot.
-    """
-    ref = path / "refs" / "main"
-    if os.path.lexists(ref):
-        ref_shown = os.path.join(shown, "refs", "main")
-        data = read_regular(contained(ref, path, ref_shown), _REVISION_BYTES, ref_shown)
-        revision = data.decode("utf-8", "replace").strip()
-        if not _REVISION.fullmatch(revision):
-            raise CheckpointError("not the name of a revision", received=printable(revision), within=ref_shown)
-        return revision
-    snapshots = _entries(contained(path / "snapshots", path, os.path.join(shown, "snapshots")))
-    if len(snapshots) != 1:
-        raise CheckpointError(
-            "the cache has no refs/main, and not exactly one snapshot",
-            received=f"{len(snapshots)} snapshots: " + ", ".join(map(printable, snapshots[:_LISTED])),
-            within=shown,
-            hint="name a snapshot: " + os.path.join(shown, "snapshots", "<revision>"),
-        )
-    return snapshots[0]
-
-
-def _entries(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted, up to the number that an error needs; an empty list if the folder is not
-    readable.
-    """
-    try:
-        with os.scandir(folder) as found:
-            return sorted(entry.name for entry in itertools.islice(found, _ENTRIES))
-    except OSError:
-        return []
-
-
 def _no_config(place: ModelFolder) -> CheckpointError:
     entries = place.entries()
-    models = [name for name in entries if name.startswith(_CACHED)]
+    models = [name for name in entries if name.startswith(CACHED)]
     if models:
         return CheckpointError(
-            f"a cache of several models has no {_CONFIG}",
+            f"a cache of several models has no {CONFIG}",
             received=_list(models),
             within=place.shown,
             hint=f"name one of them: {place.show(models[0])}",
         )
     return CheckpointError(
-        f"the folder has no {_CONFIG}",
+        f"the folder has no {CONFIG}",
         received=_list(entries),
         within=place.shown,
-        hint=f"name the folder of a Hugging Face model: {_CONFIG} and {_SINGLE}",
+        hint=f"name the folder of a Hugging Face model: {CONFIG} and {_SINGLE}",
     )
 
 
@@ -524,5 +295,5 @@ def _no_weights(place: ModelFolder) -> CheckpointError:
 
 
 def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return (", ".join(map(printable, names[:_LISTED])) or "an empty folder") + more
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (", ".join(map(printable, names[:LISTED])) or "an empty folder") + more

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike
 from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, kind_names
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.tasks.image_patches import PatchReader
 from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import ImageReader, open_image

@@ -1,4 +1,4 @@
-"""Options of compilation: flags, signatures and refusals follow from the declarations in `program.options`."""
+"""Options of compilation: flags, signatures and refusals follow from the declarations in `program.option_table`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ from treadle.explaining.storage import explain_storage
 from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
 from treadle.program.option_declarations import Option
-from treadle.program.options import EXPLAINED, CompileOptions, declared_options, taken_by
+from treadle.program.option_table import EXPLAINED, declared_options, taken_by
+from treadle.program.options import CompileOptions
 from treadle.program.program import Program
+from treadle.program.source import ModelSource
 from treadle.sentence_embedding import SentenceEmbedder
 from treadle.sharding import shard_model
 from treadle.stepped import open_stepped, stepped_program
@@ -224,7 +226,7 @@ def test_a_task_passes_its_options_on(entry: str, monkeypatch: pytest.MonkeyPatc
         raise Reached
 
     monkeypatch.setattr(CompileOptions, "resolve", reached)
-    monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
+    monkeypatch.setattr(CompileOptions, "open", lambda self, model: ModelSource.open(model))
     for option in flagged(entry):
         asked = Program.of("gpt2", entry, **{option.name: VALUES[option.name], "config": {"layers": 2}})
         for start in (stepped_program,) if option.name == "cache" else (compile_program, stepped_program):

@@ -21,7 +21,7 @@ image_module = pytest.importorskip("PIL.Image")
 import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.cli import app
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.tasks.images import ImageReader
 

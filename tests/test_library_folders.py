@@ -22,7 +22,8 @@ import pytest
 
 import treadle
 from tests.quantized_folders import BERT, LLAMA, QWEN2
-from treadle.frontends.huggingface import ModelFolder, open_checkpoint
+from treadle.frontends.huggingface import open_checkpoint
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 
 torch = pytest.importorskip("torch")

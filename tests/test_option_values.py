@@ -20,7 +20,7 @@ from treadle.program import text_files
 from treadle.program.budgets import choose_sizes, parse_bytes
 from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
 from treadle.program.given_texts import read_sentences
-from treadle.program.options import declared_options
+from treadle.program.option_table import declared_options
 
 
 def refusal(call: Callable[[], Any]) -> UsageError:

@@ -28,7 +28,7 @@ import treadle as t
 from tests import first_hour
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.task_models import save, without_specials
-from treadle.frontends.huggingface import MemoryFolder
+from treadle.frontends.model_folder import MemoryFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import END, train_tokenizer
 from treadle.ir.errors import CheckpointError, TreadleError, UsageError

@@ -284,20 +284,12 @@ def test_no_module_of_the_package_has_the_name_of_an_op() -> None:
 
 
 def test_the_front_door_imports_in_one_order() -> None:
-    """No module of `treadle/` imports itself indirectly, also not inside functions; imports for types are exempt."""
+    """No module of `treadle/` imports itself indirectly, also not inside functions or for types."""
     needs: dict[str, set[str]] = {}
     for path in python_files("treadle"):
         if path.name != "__init__.py":
-            for_types = {
-                name
-                for node in tree_of(path).body
-                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-                for each in ast.walk(node)
-                if isinstance(each, ast.ImportFrom)
-                for name in [f"{each.module}.{alias.name}" for alias in each.names]
-            }
             module = where(path)[: -len(".py")].replace("/", ".")
-            needs[module] = {name.rpartition(".")[0] for _, name in imports_of(path) if name not in for_types}
+            needs[module] = {part for _, name in imports_of(path) for part in (name, name.rpartition(".")[0])}
     left = dict(needs)
     while ready := [module for module, needed in left.items() if not needed & left.keys()]:
         for module in ready:

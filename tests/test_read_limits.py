@@ -14,7 +14,7 @@ import pytest
 from treadle.artifact_reading import ArtifactLimits, open_artifact
 from treadle.artifact_writing import write_artifact
 from treadle.entry_functions import compile
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.errors import CheckpointError
 from treadle.ir.text.parser import parse_graph
@@ -36,7 +36,7 @@ READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = 
         {"bytes": MIB, "nesting": 16, "values": 10_000},
     ),
     (
-        "frontends.huggingface",
+        "frontends.model_folder",
         "generation_config.json",
         lambda m, p: m.ModelFolder.find(p).read_settings("generation_config.json"),
         {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},

@@ -35,7 +35,8 @@ from treadle.ir.transforms.encoded_weights import decode_weights, encode_paramet
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.report import layout
-from treadle.report.boxes import MOST_ITEMS, boxes_of
+from treadle.report.box_scopes import MOST_ITEMS
+from treadle.report.boxes import boxes_of
 from treadle.report.building import Report, report_of
 from treadle.report.layout import SPACING, place
 from treadle.report.memory_tab import size_terms

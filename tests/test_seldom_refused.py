@@ -35,7 +35,7 @@ from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.gguf_blocks import import_gguf
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.rotary import Divided, Dynamic, LongRope
 from treadle.frontends.safetensors_file import CheckpointLimits

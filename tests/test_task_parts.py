@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import EncodedText
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.size_bounds import Bounds

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules

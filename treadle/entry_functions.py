@@ -1,4 +1,4 @@
-"""Public entry functions that take the options of `treadle.program.options`. Type checkers read the stub instead."""
+"""Public entry functions with the options of `treadle.program.option_table`. Type checkers read the stub instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from treadle.compiling import compile_model
-from treadle.program.options import CompileOptions, describe_options
+from treadle.program.entry_signatures import describe_options
+from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The public entry functions with their options, from `program.options`: entry_functions.py as type checkers see
+"""The public entry functions with their options, from `program.option_table`: entry_functions.py as type checkers see
 it. Written by `make golden`.
 """
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.safetensors_file import PICKLE_SUFFIXES
 from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
 

@@ -13,7 +13,7 @@ from typing import Any
 from treadle.artifact_reading import is_artifact
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
-from treadle.program.options import describe_options
+from treadle.program.entry_signatures import describe_options
 from treadle.program.places import ONNX_SUFFIX, is_fetched
 from treadle.program.program import Program
 from treadle.program.source import AnyModel

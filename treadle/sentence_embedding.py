@@ -23,7 +23,7 @@ from treadle.compiling import compile_model
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader
 from treadle.frontends.declarations import UnknownInputError
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError

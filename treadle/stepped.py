@@ -23,7 +23,7 @@ from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.backend_choice import choose_backend
 from treadle.program.forms.artifact_form import ArtifactForm
-from treadle.program.options import declared_options
+from treadle.program.option_table import declared_options
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.runtime.session import CHUNK, Full, Session

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from treadle.files.converted_arrays import ConvertedArray
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import Checkpoint, ModelFolder
+from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.awq_weights import read_awq
 from treadle.frontends.quantized.bitsandbytes_weights import read_bitsandbytes
 from treadle.frontends.quantized.compressed_weights import read_compressed

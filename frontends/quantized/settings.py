@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.encodings.encoding import MOST_IN_LINE
 from treadle.ir.errors import CheckpointError
 

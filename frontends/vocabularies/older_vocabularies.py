@@ -15,7 +15,7 @@ from typing import Any
 
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import read_json_object
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.vocabularies.special_tokens import (
     add_named_tokens,
     lacks_special_token,

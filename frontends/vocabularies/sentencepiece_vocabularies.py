@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import kind_names
 from treadle.frontends.vocabularies.sentencepiece_file import CONTROL, UNIGRAM, USER_DEFINED, read_sentencepieces
 from treadle.frontends.vocabularies.sentencepiece_kinds import BY_CLASS, BY_TYPE, PieceKind, PieceVocabulary

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError
 
 _SETTINGS, _NAMES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

@@ -7,17 +7,18 @@ planner. `storage_checking.py` lists the conditions and calls this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from treadle.ir.graph import Function, Node, Value
+from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Op
-from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.storage.views import StorageKind, View
-from treadle.passes.memory.storage_plan import FunctionPlan, How, ValuePlace
+from treadle.passes.memory.sized_plan import SizedPlan
+from treadle.passes.memory.storage_plan import How, ValuePlace
 from treadle.passes.memory.write_checking import lost_writes
 from treadle.passes.memory.wrong_plans import wrong_plan
 
@@ -66,23 +67,12 @@ def _places(numbers: Array, shape: Sequence[int], strides: Sequence[int], begin:
     return found
 
 
-class StridesCheck:
-    """The check of places at one set of sizes.
+class StridesCheck(SizedPlan):
+    """The check of places at one set of sizes."""
 
-    callees  plans that were checked before: their `reuses` are correct
-    """
-
-    def __init__(
-        self,
-        function: Function,
-        plan: FunctionPlan,
-        sizes: Mapping[str, int],
-        callees: Mapping[str, FunctionPlan] | None = None,
-    ) -> None:
-        self.function, self.plan, self.sizes, self.callees = function, plan, sizes, callees or {}
-        self._known: dict[Size, int] = {}
-        self._resolved: dict[int, tuple[list[int], list[int], int]] = {}
-        self._moved: dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]] = {}
+    @cached_property
+    def _moved(self) -> dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]]:
+        return {}
 
     def check(self, small: bool) -> list[str]:
         """Check the plan. Return lines on storages that are too large to replay. At small sizes, elements are checked
@@ -102,14 +92,6 @@ class StridesCheck:
                     self._comes_from(value, value.node, place, place.view)
             return lost_writes(self)
         return []
-
-    def number(self, size: Size) -> int:
-        found = size.constant
-        if found is None:
-            found = self._known.get(size)
-        if found is None:
-            found = self._known[size] = int(size.evaluate(self.sizes))
-        return found
 
     # -- one place -------------------------------------------------------------------------------------------
 
@@ -267,21 +249,3 @@ class StridesCheck:
     def _address(self, view: View, numbers: Array) -> Array:
         """Return the addresses of a view's elements in its storage, given their row-major indices."""
         return _places(numbers, *self.lies(view))
-
-    def lie_alike(self, one: View, other: View) -> bool:
-        """Return True if two views have equal shapes, and each element has the same address in both views."""
-        (shape, mine, begin), (others, theirs, at) = self.lies(one), self.lies(other)
-        return (shape, begin) == (others, at) and all(
-            n == 1 or s == o for n, s, o in zip(shape, mine, theirs, strict=True)
-        )
-
-    def _numbers(self, sizes: Sequence[Size]) -> list[int]:
-        return [self.number(size) for size in sizes]
-
-    def lies(self, view: View) -> tuple[list[int], list[int], int]:
-        """Return the shape, strides and offset of a view of the plan, as integers."""
-        found = self._resolved.get(id(view))
-        if found is None:
-            found = self._numbers(view.shape), self._numbers(view.strides), self.number(view.offset)
-            self._resolved[id(view)] = found
-        return found

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from treadle.ir.graph import Node, Value
 from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.passes.memory.sized_plan import SizedPlan
 from treadle.passes.memory.storage_plan import How
 from treadle.passes.memory.wrong_plans import wrong_plan
-
-if TYPE_CHECKING:
-    from treadle.passes.memory.stride_checking import StridesCheck  # StridesCheck calls this module
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +26,7 @@ MOST_CELLS = 1 << 26
 """Maximum number of cells of a storage that is replayed."""
 
 
-def lost_writes(at: StridesCheck) -> list[str]:
+def lost_writes(at: SizedPlan) -> list[str]:
     """Replay the steps. Return lines on storages that are too large to be replayed.
 
     Raises PassError if a step reads a value that was overwritten.
@@ -57,7 +55,7 @@ def lost_writes(at: StridesCheck) -> list[str]:
     return [f"{plan.function.name}: {s.name} is too large to be replayed" for s in shared if s in large]
 
 
-def _blocks(at: StridesCheck, storages: set[Storage | None]) -> dict[Storage, int]:
+def _blocks(at: SizedPlan, storages: set[Storage | None]) -> dict[Storage, int]:
     """Return the number of elements in a cell of each storage. Every view contains either all elements of a cell, in
     order, or none.
     """
@@ -84,7 +82,7 @@ class _Run:
     """
 
     def __init__(
-        self, at: StridesCheck, blocks: Mapping[Storage, int], one: tuple[Storage, Storage] | None = None
+        self, at: SizedPlan, blocks: Mapping[Storage, int], one: tuple[Storage, Storage] | None = None
     ) -> None:
         """Set up the cells.
 

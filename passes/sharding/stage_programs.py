@@ -21,7 +21,7 @@ from treadle.ir.ops.collectives import HandOn
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
 from treadle.passes.sharding.plan import Item, PlannedFunction, PlannedPipeline, ShardingPlan, hand_on_reason
-from treadle.passes.sharding.rank_programs import RankProgram
+from treadle.passes.sharding.rank_building import RankProgram
 from treadle.passes.sharding.stages import TURNS
 
 

@@ -17,7 +17,8 @@ from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
 from treadle.program.backend_choice import AUTO, fastest_installed
 from treadle.program.flag_values import parse_config
-from treadle.program.options import CompileOptions, declared_options
+from treadle.program.option_table import declared_options
+from treadle.program.options import CompileOptions
 from treadle.program.weights import initial_weights
 from treadle.wheels.pinned_models import PINNED
 

@@ -67,8 +67,8 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the command of this name, which prints its errors.
 
-    takes     entry functions: the command has the flags of their options (`treadle.program.options`). The function gets
-              the options that were set as a mapping, in its parameter with the annotation `OptionKeywords`
+    takes     entry functions: the command has the flags of their options (`treadle.program.option_table`). The function
+              gets the options that were set as a mapping, in its parameter with the annotation `OptionKeywords`
     defaults  defaults of these options in this command, if they differ from the options' own
     settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields. The
               function gets an instance in its parameter with this class as its annotation

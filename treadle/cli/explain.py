@@ -13,7 +13,7 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import UsageError
-from treadle.program.options import EXPLAINED
+from treadle.program.option_table import EXPLAINED
 
 
 @command(

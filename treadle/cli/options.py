@@ -1,4 +1,6 @@
-"""Arguments and options that several commands share. Flags of compile options follow from `treadle.program.options`."""
+"""Arguments and options that several commands share. Flags of compile options follow from
+`treadle.program.option_table`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.program.flag_values import parse_config
 from treadle.program.option_declarations import Option, declared
-from treadle.program.options import CompileOptions, declared_options, taken_by
+from treadle.program.option_table import declared_options, taken_by
+from treadle.program.options import CompileOptions
 
 if TYPE_CHECKING:
     from treadle.compiled import Compiled

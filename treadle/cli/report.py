@@ -48,7 +48,8 @@ def report_command(
     from treadle.artifact_reading import is_artifact
     from treadle.explaining.sharding import explain_sharding
     from treadle.program.flag_values import parse_axes, parse_sizes
-    from treadle.program.options import CompileOptions, taken_by
+    from treadle.program.option_table import taken_by
+    from treadle.program.options import CompileOptions
     from treadle.program.program import Program
     from treadle.progress import working
     from treadle.report.building import Report, report_of

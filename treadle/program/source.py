@@ -27,7 +27,7 @@ from typing import Any
 
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.declarations import Model
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph

@@ -23,7 +23,7 @@ from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.declarations import Model
 from treadle.frontends.dsl import MOST_REPETITIONS
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.hashing import structural_hash
 from treadle.models.registry import family_names, find_family

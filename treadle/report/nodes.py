@@ -16,7 +16,7 @@ from treadle.ir.operation import Op
 from treadle.ir.text.attributes import attribute_text, default_texts
 from treadle.ir.text.constants import constant_text
 from treadle.ir.types import Type
-from treadle.report.boxes import result_name, value_key
+from treadle.report.box_contents import result_name, value_key
 from treadle.report.stages import ProgramStage
 
 

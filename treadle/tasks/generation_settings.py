@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError
 from treadle.program.source import ModelSource
 from treadle.runtime.beams import Beams

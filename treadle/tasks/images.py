@@ -21,7 +21,7 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable, shown_path
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 Pixels = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile_program
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.registry import family_of

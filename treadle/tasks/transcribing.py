@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.program import Program

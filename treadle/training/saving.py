@@ -34,8 +34,9 @@ from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.frontends.binding import Source, alternatives, bind
-from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
+from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.frontends.text import TOKENIZER_FILES
 from treadle.ir.errors import GraphError, Hint, UsageError

@@ -44,7 +44,8 @@ from treadle.ir.transforms.training_losses import (
 )
 from treadle.ir.types import f32
 from treadle.passes.stages import Gradient, MergeOps, Precision, Recognize, passes_of, run
-from treadle.program.options import CompileOptions, with_options
+from treadle.program.entry_signatures import with_options
+from treadle.program.options import CompileOptions
 from treadle.program.source import BLOCKS, AnyModel, Resolved
 from treadle.program.weights import weights_of
 from treadle.reporting.counts import counted

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from treadle.artifact_reading import Artifact, open_artifact
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import MemoryFolder, ModelFolder
+from treadle.frontends.model_folder import MemoryFolder, ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
-from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_weights
+from treadle.frontends.huggingface import Checkpoint, open_weights
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import VOCABULARIES, TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration

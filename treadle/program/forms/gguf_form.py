@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError

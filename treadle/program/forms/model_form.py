@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer, folder_chat_template, read_text_files
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
