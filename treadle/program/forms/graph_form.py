@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_weights
+from treadle.frontends.huggingface import Checkpoint, open_weights
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
