@@ -109,18 +109,18 @@ def round_inputs(
         held = {value: (steps or {})[name] for name, value in entry.parameters.items() if name in (steps or {})}
         _find(copy, entry, asked, held, products, visits)
     added: dict[str, Array] = {}
-    wanted: dict[str, list[_Steps]] = {}
+    read: dict[str, list[_Steps]] = {}
     for name, function in copy.functions.items():  # callees first
         here = _StepsOf(function, visits.get(name, []))
         for node in function.nodes:
             callee = copy.callee(node)
-            if callee is not None and wanted[callee.name]:
-                _pass_steps(node, callee, wanted[callee.name], here)
+            if callee is not None and read[callee.name]:
+                _pass_steps(node, callee, read[callee.name], here)
         _round(function, products.get(name, {}), here)
-        wanted[name] = [*here.groups.values()]
+        read[name] = [*here.groups.values()]
         if function in copy.entries:
             added |= {
-                value.name: np.asarray(number, np.float32) for each in wanted[name] for value, number in each.numbers()
+                value.name: np.asarray(number, np.float32) for each in read[name] for value, number in each.numbers()
             }
     return copy, added
 
@@ -180,13 +180,13 @@ class _StepsOf:
         return made
 
 
-def _pass_steps(call: Node, callee: Function, wanted: Sequence[_Steps], here: _StepsOf) -> None:
-    """Pass the steps that a callee now reads. The steps of its weights are those of the weights that the call passes."""
-    new = [v for each in wanted for v in each.parameters]
+def _pass_steps(call: Node, callee: Function, steps: Sequence[_Steps], here: _StepsOf) -> None:
+    """Pass the steps that a callee now reads: the steps of the weights that the call passes."""
+    new = [v for each in steps for v in each.parameters]
     formals = [v for v in callee.arguments if v not in new]
     passed = {formal.name: v for formal, v in zip(formals, call.operands, strict=True)}
     operands: list[Value | None] = []
-    for each in wanted:
+    for each in steps:
         weight = passed[each.weights[0]]
         assert weight is not None
         held = here.of(weight)
