@@ -159,9 +159,12 @@ def _bound_folder(
     graph, binding = _bound(declared, table, store, options, prefixes, store if options.keep_blocks else None)
     orders, weights = _orders(store, binding)
     graph = encode_parameters(graph, binding.encodings, orders=weights)
+    steps: dict[str, Array] = {}
     if options.as_stored:
-        graph = round_inputs(graph, _supported(_roundings(store, binding)))
-    return graph, replace(binding, arrays={**binding.arrays, **orders})
+        roundings = _supported(_roundings(store, binding))
+        static = {n: store.input_steps(binding.sources[n].name) for n, each in roundings.items() if each.static}
+        graph, steps = round_inputs(graph, roundings, static)
+    return graph, replace(binding, arrays={**binding.arrays, **orders, **steps})
 
 
 def _orders(store: QuantizedCheckpoint, binding: Binding) -> tuple[dict[str, Array], dict[str, list[str]]]:

@@ -273,8 +273,8 @@ def compressed(
     return encode
 
 
-def integers(strategy: str = "channel", *, symmetric: bool = True) -> Encoder:
-    """Return an encoder to int-quantized."""
+def integers(strategy: str = "channel", *, symmetric: bool = True, static: bool = False) -> Encoder:
+    """Return an encoder to int-quantized; `static`: with a scale and a zero of inputs."""
 
     def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
         shapes = {"channel": (n, 1), "tensor": (1,), "group": (n, k // 32), "block": (-(-n // 48), -(-k // 48))}
@@ -285,6 +285,8 @@ def integers(strategy: str = "channel", *, symmetric: bool = True) -> Encoder:
         parts = {".weight": q.astype(np.int8), ".weight_scale": scales}
         if not symmetric:
             parts[".weight_zero_point"] = zeros.astype(np.int8)
+        if static:
+            parts |= {".input_scale": np.full(1, 0.03, BF16), ".input_zero_point": np.full(1, 3, np.int8)}
         at = np.indices((n, k))
         meant = (q - pick(zeros, strategy, at)).astype(np.float32) * pick(scales, strategy, at).astype(np.float32)
         return parts, meant

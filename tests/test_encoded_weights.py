@@ -341,6 +341,27 @@ def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     ]
 
 
+@pytest.mark.parametrize("read_at_calls", [True, False])
+def test_a_product_of_a_constant_and_blocks_is_hoisted_with_its_decode_or_stays(read_at_calls: bool) -> None:
+    """A product of a weight and a constant depends on no input. Its decode stays if a call reads the blocks too."""
+    b = Builder(Graph("one"))
+    w = b.parameter("w", f32[4, 64].as_encoded(Encoding("q8_0")))
+    numbers = b.apply(Decode, w, of=Encoding("q8_0"))
+    x = b.input("x", "f32[B, 64]")
+    constant = b.linear(b.constant(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)), numbers)
+    b.outputs(y=b.linear(x, numbers) if read_at_calls else x * 2.0, z=b.neg(constant))
+    graph, _ = lowered(b.graph, HoistWeights(Capabilities(reads_blocks=reads_blocks)))
+    verify(graph)
+    assert (graph.bind is None) == read_at_calls
+    left = [node.op.name for node in graph.main.nodes]
+    assert left == (["decode", "linear", "linear", "neg"] if read_at_calls else ["mul"])
+    held, _ = drawn_weights(b.graph)
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)}
+    before, after = (interpret(g, inputs, held) for g in (b.graph, graph))
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
 def test_weights_are_decoded_once_for_readers_without_blocks() -> None:
     graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights())
     assert not any(n.op.decodes for n in graph.main.nodes)

@@ -25,6 +25,7 @@ from tests.quantized_folders import BERT, LLAMA, QWEN2
 from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
+from treadle.ir.ops.rounding import FakeQuantize, RoundTo
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -257,3 +258,23 @@ def test_a_folder_of_a_library(name: str, config: dict[str, Any], tmp_path: Path
 
 def result(made: Any) -> Any:
     return np.asarray(next(iter(made(tokens=TOKENS).values())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "symmetric"), [("int", True), ("int", False), ("float", True)], ids=["int", "zero", "float"]
+)
+def test_inputs_are_rounded_with_stored_scales_as_in_compressed_tensors(kind: str, symmetric: bool) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    asked = QuantizationArgs(num_bits=8, type=kind, strategy="tensor", dynamic=False, symmetric=symmetric)
+    x = (np.random.default_rng(0).standard_normal((64, 512)) * 3).astype(np.float32)
+    scale, zero = np.float32(0.031), 0 if symmetric else 7
+    points = torch.tensor([zero], dtype=torch.int8) if kind == "int" else None
+    expected = fake_quantize(torch.from_numpy(x), torch.tensor([scale]), points, asked).numpy()
+    if kind == "int":
+        made = FakeQuantize().reference(x, scale, np.float32(zero))
+    else:
+        made = RoundTo(format="f8e4m3fn", saturate=True).reference(x / scale) * scale
+    np.testing.assert_array_equal(made, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ quantization = pytest.importorskip("onnxruntime.quantization")
 from onnx import TensorProto, helper, numpy_helper
 
 import treadle
+from tests.fuzz.quantized_onnx import mutated, outcome
 from tests.onnx_models import model
 from tests.onnx_models import runtime as unoptimized
 from treadle.backends.registry import find_backend
@@ -283,6 +285,7 @@ def test_bad_steps_are_refused(body: str, what: str) -> None:
     [
         ({"scale": np.float32([0.1] * 7)}, "scales of shape [7] do not fit the 48 channels of axis 1 of q"),
         ({"scale": np.float32([0.1] * 47 + [np.inf])}, "the scale scale has the number inf"),
+        ({"scale": np.float32([0.1] * 47 + [1e37])}, "has the number 1e+37: weights may be infinite"),
         ({"zero": np.zeros(3, int)}, "have the shapes [48] and [3]"),
         ({"axis": 5}, "there is no axis 5 in a tensor of rank 2"),
         ({"block_size": 32, "axis": 0}, "scales of shape [48] do not fit blocks of 32 along axis 0 of q"),
@@ -295,6 +298,17 @@ def test_a_weight_that_contradicts_its_scales_is_refused(change: dict[str, Any],
         import_onnx(proto)
     assert what in error.value.what
     assert "node dequantize (DequantizeLinear)" in (error.value.within or "")
+
+
+def test_damaged_files_are_refused_or_compute_as_in_onnx_runtime(tmp_path: Path) -> None:
+    """A sample of `python -m tests.fuzz.quantized_onnx --compared`."""
+    rng, found = random.Random(5), Counter[str]()
+    for _ in range(40):
+        what, data = mutated(rng)
+        name, _, failure = outcome(data, tmp_path, compared=True)
+        assert failure is None, f"{what}: {failure}"
+        found[name] += 1
+    assert found["refused"] > 10 and found["computed"] > 2
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import treadle
 from tests.fuzz.quantized_folders import run
@@ -48,6 +49,7 @@ from treadle.ir.interpreter import interpret
 from treadle.program.source import ModelSource
 from treadle.runtime.generation import generate
 
+UP = "model.layers.1.mlp.up_proj"
 TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79], [27, 18, 28, 18, 28, 45, 90, 45]])
 
 
@@ -257,6 +259,9 @@ TORCHAO_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
 TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None}
 ROUNDED = compressed_settings(INTS)
 ROUNDED["config_groups"]["group_0"]["input_activations"] = TOKEN
+STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
+WITH_SCALES = compressed_settings(INTS)
+WITH_SCALES["config_groups"]["group_0"]["input_activations"] = {**STATIC, "symmetric": False}
 LAYOUTS = [
     *GPTQ,
     *AWQ,
@@ -265,6 +270,7 @@ LAYOUTS = [
     *BNB_ROWS,
     ("llm-int8", llm_int8(), BNB_8, "int8_rows"),
     ("int-rounded", integers(), ROUNDED, "int8_rows"),
+    ("int-static", integers(static=True), WITH_SCALES, "int8_rows"),
     *TORCHAO_ROWS,
 ]
 
@@ -463,8 +469,6 @@ def test_matrices_of_experts_are_read(tmp_path: Path) -> None:
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
-UP = "model.layers.1.mlp.up_proj"
-
 
 def put(part: str, index: Any, value: Any) -> Any:
     def change(tensors: Stored) -> None:
@@ -650,6 +654,127 @@ def test_inputs_are_rounded_as_the_file_asks(
         np.testing.assert_allclose(each, outputs[0], atol=0.1)
 
 
+STATICS: list[tuple[str, dict[str, Any], str]] = [
+    ("int", STATIC, "int8, static per tensor"),
+    ("int", {**STATIC, "symmetric": False}, "int8, static per tensor, with a zero point"),
+    ("pack-4", STATIC, "int8, static per tensor"),
+    ("float-channel", {**STATIC, "type": "float"}, "f8e4m3fn, static per tensor"),
+    ("fp8-tensor", {"activation_scheme": "static"}, "f8e4m3fn, static per tensor"),
+]
+MODULES = {
+    "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+TOGETHER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Modules that read the same value as another module."""
+
+
+def static_folder(
+    layout: str, asked: dict[str, Any], tmp_path: Path, *, shared: bool
+) -> tuple[Path, dict[str, tuple[Any, Any]]]:
+    """Write a folder with a scale of inputs for each module, and a zero if there is one. Return both by module.
+
+    shared  modules that read one value have the same scale
+    """
+    encode, settings = next((e, s) for name, e, s, _ in LAYOUTS if name == layout)
+    settings = json.loads(json.dumps(settings))
+    if "config_groups" in settings:
+        settings["config_groups"]["group_0"]["input_activations"] = asked
+    else:
+        settings |= asked
+    rng, steps = np.random.default_rng(5), dict[str, tuple[Any, Any]]()
+    largest = 127 if asked.get("type") == "int" else 448
+
+    def add(tensors: Stored) -> None:
+        for module in [f"model.layers.{layer}.{name}" for layer in range(2) for name in MODULES.values()]:
+            path, _, name = module.rpartition(".")
+            other = f"{path}.{TOGETHER.get(name, name)}" if shared else module
+            drawn = np.float32((2 + rng.random()) / largest), np.float32(rng.integers(-9, 9))
+            scale, zero = steps[module] = steps.get(other, drawn if asked.get("symmetric") is False else (drawn[0], 0))
+            tensors[f"{module}.input_scale"] = np.array([scale], np.float32)
+            if "symmetric" in asked:
+                tensors[f"{module}.input_zero_point"] = np.array([zero], np.int8)
+
+    folder, _ = write_folder(tmp_path, encode, settings, change=add)
+    return folder, steps
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    ("layout", "asked", "text"), STATICS, ids=["int", "int-zero", "pack-4", "float-channel", "fp8-tensor"]
+)
+def test_inputs_are_rounded_with_the_scales_of_the_file(
+    layout: str, asked: dict[str, Any], text: str, shared: bool, tmp_path: Path
+) -> None:
+    """Each product of both layers reads its input in the steps of its own module."""
+    folder, steps = static_folder(layout, asked, tmp_path, shared=shared)
+    plan = explain_quantization(folder, quantize="as-stored")
+    assert {str(rounding) for rounding in plan.stored.values()} == {text}
+    source = ModelSource.open(folder).resolve(as_stored=True)
+    assert source.weights is not None
+    products = [node for _, node in source.graph.walk() if node.op.name == "linear" and node.scope in MODULES]
+    assert len({product.operands[0] for product in products}) == (4 if shared else 7)
+    values: dict[Any, Any] = {}
+    checked = Counter[str]()
+
+    def watch(node: Any, results: Any, *_: Any) -> None:
+        values.update(zip(node.results, results, strict=True))
+        if node in products:
+            module = f"model.layers.{checked[node.scope]}.{MODULES[node.scope]}"
+            checked[node.scope] += 1
+            scale, zero = steps[module]
+            last = node.operands[0].node
+            if text.startswith("int8"):
+                x = values[last.operands[0]] / scale
+                expected = (np.clip(np.rint(x) + zero, -128, 127) - zero) * scale
+            else:
+                x = values[last.operands[0].node.operands[0].node.operands[0]] / scale
+                expected = np.clip(x, -448, 448).astype(E4M3).astype(np.float32) * scale
+            np.testing.assert_array_equal(values[node.operands[0]], expected)
+
+    held = {name: np.asarray(array) for name, array in source.weights.items()}
+    (expected,) = interpret(source.graph, {"tokens": TOKENS}, held, watch=watch).values()
+    assert checked == dict.fromkeys(MODULES, 2)
+    for backend in ("numpy", "torch", "tvm"):
+        pytest.importorskip(backend)
+        made = output(treadle.compile(folder, backend=backend, quantize="as-stored"))
+        np.testing.assert_allclose(made, expected, atol=0.02 * np.abs(expected).max())  # an ulp may be a step
+
+
+def test_products_of_inputs_with_scales_of_the_file_are_integer_products(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    folder, _ = static_folder("int", STATIC, tmp_path, shared=True)
+    made = treadle.compile(folder, backend="tvm", quantize="as-stored")
+    assert any(record.name == "multiply-blocks" and record.changed for record in made.optimized.lowered.log)
+
+
+STATIC_DAMAGE: list[tuple[str, dict[str, Any], Any, str]] = [
+    ("missing", STATIC, lambda tensors: tensors.pop(f"{UP}.input_scale"), "a quantized weight lacks"),
+    ("nan", STATIC, lambda tensors: tensors.update({f"{UP}.input_scale": np.array([np.nan], np.float32)}), "is NaN"),
+    ("two", STATIC, lambda tensors: tensors.update({f"{UP}.input_scale": np.ones(2, np.float32)}), "have one scale"),
+    ("zero", STATIC, lambda tensors: tensors.update({f"{UP}.input_zero_point": np.ones(1, np.int8)}), "zero of inputs"),
+    (
+        "fraction",
+        {**STATIC, "symmetric": False},
+        lambda tensors: tensors.update({f"{UP}.input_zero_point": np.full(1, 0.5, np.float32)}),
+        "unsupported zero of inputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "change", "match"), [d[1:] for d in STATIC_DAMAGE], ids=[d[0] for d in STATIC_DAMAGE]
+)
+def test_damaged_scales_of_inputs_are_refused(asked: dict[str, Any], change: Any, match: str, tmp_path: Path) -> None:
+    folder, _ = static_folder("int", asked, tmp_path, shared=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_tensors(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve(as_stored=True)
+    ModelSource.open(folder).resolve()  # rounds nothing
+
+
 def test_layers_that_ask_for_different_roundings_are_refused(tmp_path: Path) -> None:
     """Layers share one function, which cannot round the inputs of only some of its calls."""
     folder, _ = asking("int", tmp_path, **TOKEN)
@@ -669,11 +794,10 @@ def test_products_of_rounded_inputs_are_integer_products(tmp_path: Path) -> None
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("int", {**TOKEN, "dynamic": False, "strategy": "tensor"}, "scales in the file are not supported"),
+    ("int", {**TOKEN, "dynamic": False}, "scales of tokens or groups in the file are not supported"),
     ("int", {**TOKEN, "strategy": "tensor"}, "a scale for all tokens"),
     ("int", {**TOKEN, "num_bits": 4}, "numbers int4 are not supported"),
     ("int", {**TOKEN, "strategy": "group", "group_size": 64}, "integers in groups of 64"),
-    ("fp8-tensor", {"activation_scheme": "static"}, "scales in the file are not supported"),
     ("llm-int8", {}, "a threshold of inputs is not supported"),
 ]
 
@@ -770,6 +894,7 @@ OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
     ("nf4-storage", bitsandbytes(), {**BNB, "bnb_4bit_quant_storage": "bfloat16"}, None, "bnb_4bit_quant_storage"),
     ("int8-order", llm_int8(), BNB_8, put(".weight_format", (), 2), "in the order of a GPU kernel"),
     ("int8-scale", llm_int8(), BNB_8, put(".SCB", 3, np.inf), "a scale is NaN or infinite"),
+    ("int-large", integers(), compressed_settings(INTS), put(".weight_scale", 3, 1e38), "weights may be infinite"),
     ("int8-and-4", llm_int8(), {**BNB_8, "load_in_4bit": True}, None, "unsupported value of load_in_8bit"),
     *[
         (f"torchao-{kind}", torchao(), TORCHAO, described(_type=kind), f"torchao\n.*{kind}")

@@ -26,6 +26,8 @@ from treadle.ir.builder import Expr
 from treadle.ir.ops.blocks import Decode
 from treadle.ir.types import f32
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def stored_array(value: Known) -> Array | None:
     """Return the elements of a tensor of the file, or of a value that is known at import; None for other values."""
@@ -84,11 +86,16 @@ def dequantized_weight(site: OnnxSite, axis: int, block: int, to: Element) -> Kn
 
 
 def _steps(site: OnnxSite, scale: Array, zero: Array | None, axis: int, block: int) -> _Steps:
-    """Return checked scales and zero points. Raises FrontendError if they contradict the constant's shape."""
+    """Return checked scales and zero points. Raises FrontendError if they contradict the constant's shape, and for
+    scales that make numbers infinite.
+    """
     stored = site.value(0).stored
     assert stored is not None
     rank = len(stored.shape)
     wide = scale.astype(np.float32)
+    largest = float(np.abs(wide).max(initial=0))
+    if largest * 2.0 ** min(site.value(0).type.bits, 32) > _LARGEST:
+        site.malformed(f"the scale {printable(site.node.input[1])} has the number {largest:g}: weights may be infinite")
     points = np.zeros(scale.shape, np.int64) if zero is None else zero.astype(np.int64)
     if not block and wide.size == 1 and wide.ndim <= 1:
         return _Steps(wide.reshape(()), points.reshape(()), 0, 0)

@@ -91,6 +91,7 @@ def read_compressed(settings: QuantizationSettings, parts: ModuleParts) -> Mappi
             made[f"{module}.weight"] = read(module, scheme, parts)
             if scheme.rounding is not None:
                 parts.roundings[f"{module}.weight"] = scheme.rounding
+                parts.steps[f"{module}.weight"] = f"{module}.input_scale", f"{module}.input_zero_point"
             for name in _INPUTS:
                 parts.hide(module + name)
     return made

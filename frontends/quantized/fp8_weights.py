@@ -38,8 +38,10 @@ def read_fp8(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str,
                 made[f"{module}.weight"] = weight = _weight(module, module + part, blocks, parts)
                 group = -1 if static else weight.scales.group if blocks is not None else 0
                 parts.roundings[f"{module}.weight"] = InputRounding("f8e4m3fn", group, static=static)
-                for unused in (".input_scale", ".activation_scale"):
-                    parts.hide(module + unused)
+                names = f"{module}.activation_scale", f"{module}.input_scale"
+                parts.steps[f"{module}.weight"] = names[not parts.has(names[0])], ""
+                for name in names:
+                    parts.hide(name)
     return made
 
 

@@ -11,12 +11,14 @@ from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.errors import CheckpointError
-from treadle.ir.transforms.rounded_inputs import InputRounding
+from treadle.ir.transforms.rounded_inputs import InputRounding, InputSteps
 
 Array = np.ndarray[Any, Any]
 
 SCALES = ("f16", "bf16", "f32")
 """Dtypes of scales."""
+_LARGEST_SCALE = 1e35
+"""Codes, and their differences from zeros, are below 1,000, and the largest float32 is 3e38."""
 
 
 class ModuleParts:
@@ -25,11 +27,13 @@ class ModuleParts:
     A part is taken when its entry is requested; the names of these tensors are then hidden from the model.
 
     roundings  the roundings of inputs that the settings ask for, by the names of weights
+    steps      the tensors with the scale and the zero of static roundings, by the names of weights
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.roundings: dict[str, InputRounding] = {}
+        self.steps: dict[str, tuple[str, str]] = {}
         self._taken: set[str] = set()
 
     @property
@@ -116,21 +120,43 @@ class ModuleParts:
         if name in self.checkpoint:
             self._taken.add(name)
 
+    def input_steps(self, weight: str) -> InputSteps:
+        """Return the scale and the zero of the static rounding of a weight's inputs. Raises CheckpointError if the
+        checkpoint lacks the scale, if there are several, or if one is NaN, infinite or zero, and for a zero that is not
+        an integer of 8 bits.
+        """
+        scale, zero = self.steps[weight]
+        if np.prod(self.take(scale, SCALES).shape) != 1:
+            raise self.error(scale, "inputs have one scale", str(self.checkpoint.record(scale)))
+        number = float(self.scales(scale).reshape(()))
+        if zero not in self.checkpoint:
+            return InputSteps(number)
+        if np.prod(self.take(zero, (*SCALES, "i8", "u8", "i32", "i64", "f8_e4m3")).shape) != 1:
+            raise self.error(zero, "inputs have one zero", str(self.checkpoint.record(zero)))
+        held = np.asarray(self.array(zero), np.float32).reshape(())
+        moved = not self.roundings[weight].symmetric
+        if not (held in range(-128, 128) if moved else held == 0):
+            raise self.error(zero, "unsupported zero of inputs", f"{held}", "-128 to 127" if moved else "0: symmetric")
+        return InputSteps(number, float(held))
+
     def scales(self, name: str) -> Array:
-        """Return a tensor of scales as float32. Raises CheckpointError for a scale that is NaN, infinite or zero."""
+        """Return a tensor of scales as float32. Raises CheckpointError for a scale that is NaN, infinite or zero, or so
+        large that weights may be infinite.
+        """
         return self.checked_scales(name, np.asarray(self.checkpoint.array(name), np.float32))
 
     def checked_scales(self, name: str, scales: Array, *, zero: bool = False) -> Array:
         """Return scales that were read from a tensor. Raises CheckpointError as `scales` does; with `zero`, a scale of
         0 is accepted, as the largest magnitude of a block of zeros is.
         """
-        bad = ~np.isfinite(scales) | ((scales == 0) & (not zero))
+        bad = ~(np.abs(scales) <= _LARGEST_SCALE) | ((scales == 0) & (not zero))
         if bad.any():
             at = int(bad.reshape(-1).argmax())
             received = f"{scales.reshape(-1)[at]} at {[int(i) for i in np.unravel_index(at, scales.shape)]}"
-            raise self.error(
-                name, "a scale is NaN or infinite" if zero else "a scale is NaN, infinite or zero", received, element=at
-            )
+            what = "a scale is NaN or infinite" if zero else "a scale is NaN, infinite or zero"
+            if scales.reshape(-1)[at] != 0 and np.isfinite(scales.reshape(-1)[at]):
+                what = f"a scale is larger than {_LARGEST_SCALE:.0e}, so weights may be infinite"
+            raise self.error(name, what, received, element=at)
         return scales
 
     def array(self, name: str) -> Array:

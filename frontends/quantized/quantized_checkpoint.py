@@ -29,6 +29,7 @@ from treadle.frontends.quantized.settings import QuantizationSettings, find_sett
 from treadle.frontends.quantized.torchao_weights import read_torchao
 from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputSteps
 
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
@@ -44,7 +45,7 @@ READERS: Mapping[str, Read] = {
 }
 """The readers by `quant_method`."""
 
-_CONVERSION = "treadle quantized weights 1"
+_CONVERSION = "quantized weights 1"
 """The version of the conversion to blocks, for caches: it changes if equal files would give other blocks."""
 
 _IRRELEVANT = frozenset(
@@ -126,7 +127,7 @@ class QuantizedCheckpoint:
     ) -> None:
         self.checkpoint, self.roundings = checkpoint, parts.roundings
         self.unread = settings.unread(_IRRELEVANT)
-        self._weights, self._parts = dict(weights), parts.names
+        self._weights, self._module_parts, self._parts = dict(weights), parts, parts.names
         self._settings = json.dumps(settings.content, sort_keys=True)
         self._sorted = sorted(self._parts)
 
@@ -198,6 +199,12 @@ class QuantizedCheckpoint:
         """Return the input of each column of a weight's blocks, i32[K]; None if the columns are in order."""
         weight = self._weights.get(name)
         return None if weight is None or weight.form is None else weight.order
+
+    def input_steps(self, name: str) -> InputSteps:
+        """Return the steps of the static rounding of a weight's inputs. Raises CheckpointError if they are missing or
+        damaged.
+        """
+        return self._module_parts.input_steps(name)
 
     def decoded(self) -> dict[str, str]:
         """Return the weights that have no encoding, each with the reason."""

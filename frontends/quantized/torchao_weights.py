@@ -66,10 +66,11 @@ def _weight(module: str, parts: ModuleParts) -> QuantizedWeight:
     record = parts.take(first, ("f8_e4m3",) if kind == "Float8Tensor" else ("i8",), (None, None))
     scales = groups_of_scales(record, parts.take(scale, SCALES), parts, data.get("block_size"))
     rounding = _rounding(data, static="act_quant_scale" in names)
+    inputs = f"{module}._weight_act_quant_scale", f"{module}._weight_act_quant_zero_point"
     if rounding is not None:
-        parts.roundings[name] = rounding
-    for each in ("_weight_act_quant_scale", "_weight_act_quant_zero_point"):
-        parts.hide(f"{module}.{each}")
+        parts.roundings[name], parts.steps[name] = rounding, inputs
+    for each in inputs:
+        parts.hide(each)
     if kind == "Float8Tensor":
         return CodedWeight(record, f"torchao, {scales}", scales.shape, E4M3, scales, partial(parts.code_rows, first))
     bits = 8

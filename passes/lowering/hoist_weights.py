@@ -171,11 +171,17 @@ class _Hoisting:
         self._add_before(maker, function)
 
     def _moved_from(self, function: Function) -> dict[Node, None]:
-        """Return the nodes of a function that depend on weights alone, except decodes whose readers read the blocks."""
+        """Return the nodes of a function that depend on weights alone, except decodes whose readers read the blocks at
+        every call, and the other readers of these.
+        """
         nodes = weight_only_nodes(function, self.makes)
         uses = function.uses() if any(node.op.decodes for node in nodes) else {}
-        staying = {node for node in nodes if node.op.decodes and self._is_read_in_blocks(node, function, uses)}
-        return self._affordable({node: None for node in nodes if node not in staying})
+        staying: set[Value] = set()
+        for node in nodes:
+            read = node.op.decodes and any(reader not in nodes for reader, _ in _readers(node.result, uses))
+            if not staying.isdisjoint(node.inputs) or (read and self._is_read_in_blocks(node, function, uses)):
+                staying.update(node.results)
+        return self._affordable({node: None for node in nodes if staying.isdisjoint(node.results)})
 
     def _is_read_in_blocks(self, node: Node, function: Function, uses: Mapping[Value, Sequence[Use]]) -> bool:
         """Return True if all readers of a decode read its blocks. Log the readers that do not."""
