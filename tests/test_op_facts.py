@@ -413,7 +413,7 @@ SPELLERS = (
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
     *("treadle/tasks/image_tiles.py", "treadle/tasks/image_patches.py"),
     *(
-        f"treadle/report/{name}.py" for name in ("boxes", "building", "comparison", "tabs")
+        f"treadle/report/{name}.py" for name in ("box_contents", "building", "comparison", "tabs")
     ),  # members of the page's data
 )
 """Files that list how other systems express ops: tables of backends, Python's operators, words of other libraries."""
