@@ -682,3 +682,12 @@ def _modules() -> Iterator[None]:
     for name in set(sys.modules) - before:
         if name.startswith("treadle_model_"):
             del sys.modules[name]
+
+
+def test_a_folder_without_weights_lists_their_names(trained: Treadle) -> None:
+    Path("out", "weights.safetensors").unlink()
+    refused(trained(f"inspect {OWN} --weights out"), "the folder has none of weights.safetensors, model.safetensors")
+
+
+def test_a_declaration_is_served_under_its_own_name(trained: Treadle) -> None:
+    assert Opening(rows=1).open(OWN, weights="out", backend="numpy").name == "my_gpt"

@@ -463,7 +463,10 @@ def not_taken(entry: str, name: str) -> UsageError:
     option = declared_options()[name]
     command = _COMMANDS.get(entry, entry)
     takers = sorted({_COMMANDS.get(taker, taker) for taker in option.takers})
-    return UsageError(f"{command} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}")
+    hint: str = f"leave it out; it applies to {', '.join(takers)}"
+    if "compile" in option.takers:
+        hint = Hint("leave it out; t.compile takes it", "leave it out; treadle compile takes it")
+    return UsageError(f"{command} does not take {name}", hint=hint)
 
 
 _COMMANDS = {"artifact": "an artifact", "rank": "a rank", "session": "generation", "task": "a task"}

@@ -82,13 +82,14 @@ class ImageMatcher:
             tokenizer = fit_tokenizer(source.tokenizer(context=context), source, made.graph.main)
             return cls(made, reader, tokenizer)
         length = min(_SIGLIP_TOKENS, context or _SIGLIP_TOKENS)
-        tokenizer = fit_tokenizer(source.tokenizer(max_tokens=length, context=context), source, made.graph.main)
+        tokenizer = source.tokenizer(max_tokens=length, context=context)
         padding = tokenizer.id_of(tokenizer.special_names.get("pad_token", "</s>"))
         if padding is None:
             raise CheckpointError(
                 "the folder's vocabulary has no padding token",
                 hint='"pad_token": "</s>" in tokenizer_config.json',
             )
+        tokenizer = fit_tokenizer(tokenizer, source, made.graph.main)
         return cls(made, reader, tokenizer, length, padding, apart=True)
 
     def match(
