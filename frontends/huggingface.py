@@ -254,7 +254,7 @@ def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | 
     place = ModelFolder.find(path, limits)
     single = next((name for name in (_SINGLE, _TRAINED) if place.has(name)), None)
     if single is None and not place.has(_INDEX):
-        raise _no_weights(place)
+        raise _no_weights(place, is_plain=True)
     return Checkpoint(place, single or _SINGLE)
 
 
@@ -276,8 +276,13 @@ def _no_config(place: ModelFolder) -> CheckpointError:
     )
 
 
-def _no_weights(place: ModelFolder) -> CheckpointError:
+def _no_weights(place: ModelFolder, *, is_plain: bool = False) -> CheckpointError:
+    """Return the error for a folder without weights.
+
+    is_plain  True if the folder may hold the weights of a declaration
+    """
     entries = place.entries()
+    names = f"{_TRAINED}, {_SINGLE} and {_INDEX}" if is_plain else f"{_SINGLE} nor {_INDEX}"
     pickles = [name for name in entries if Path(name).suffix.lower() in PICKLE_SUFFIXES]
     if pickles:
         return CheckpointError(
@@ -287,7 +292,7 @@ def _no_weights(place: ModelFolder) -> CheckpointError:
             hint=CONVERSION,
         )
     return CheckpointError(
-        f"the folder has neither {_SINGLE} nor {_INDEX}",
+        f"the folder has {'none of ' if is_plain else 'neither '}{names}",
         received=_list(entries),
         within=place.shown,
         hint="the folder, or the safetensors file, that holds the weights",

@@ -27,7 +27,10 @@ from treadle.files.shown_names import printable
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, kind_names
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
-from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer
+from treadle.frontends.vocabularies.sentencepiece_vocabularies import (
+    build_sentencepiece_tokenizer,
+    is_sentencepiece_kind,
+)
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
@@ -110,13 +113,15 @@ class TextTokenizer:
         max_tokens: int | None,
         special: Mapping[str, str] = MappingProxyType({}),
         input_names: Sequence[str] = _INPUT_NAMES,
+        beyond: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         """Wrap `tokenizer`, a `tokenizers.Tokenizer` without padding; texts are truncated to `max_tokens` ids.
 
         special      the names of special tokens by their roles, such as mask_token, as far as the folder lists them
         input_names  the model's inputs besides ids, by Hugging Face's names: attention_mask if it takes padding
+        beyond       the names of added tokens that the model does not have, by id: a text with one of them is an error
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._beyond = tokenizer, beyond
         self.special_names = special
         self.input_names = tuple(input_names)
         self.max_tokens = max_tokens
@@ -168,8 +173,8 @@ class TextTokenizer:
         return cls(made, most, read_special_tokens(settings), names)
 
     def batch(self, texts: Sequence[str]) -> TokenBatch:
-        """Return texts as one padded array. Raises UsageError if there are none, and for a text that is not valid
-        Unicode.
+        """Return texts as one padded array. Raises UsageError if there are none, for a text that is not valid
+        Unicode, and as `for_model` says.
         """
         if not texts:
             raise UsageError("there is no text")
@@ -177,6 +182,7 @@ class TextTokenizer:
             if not text.isascii():
                 _refuse_surrogates(text)
         encoded = _guarded(lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", _FILE)
+        self._refuse_beyond(encoded)
         lengths = np.array([len(e.ids) for e in encoded], np.int64)
         ids = np.zeros((len(encoded), max(1, int(lengths.max()))), np.int64)
         for row, e in zip(ids, encoded, strict=True):
@@ -218,6 +224,7 @@ class TextTokenizer:
                 self._tokenizer.no_truncation()
                 if kept is not None:
                     self._tokenizer.enable_truncation(**kept)
+        self._refuse_beyond(encoded)
         if windows is None:
             return [[EncodedText.of(e)] for e in encoded]
         return [[EncodedText.of(e), *map(EncodedText.of, e.overflowing)] for e in encoded]
@@ -236,12 +243,46 @@ class TextTokenizer:
             "the tokenizer failed on a text",
             _FILE,
         )
+        self._refuse_beyond(encoded)
         return [e.ids for e in encoded]
 
+    def _refuse_beyond(self, encoded: Sequence[Any]) -> None:
+        """Raise UsageError if a text has a token that the model does not have."""
+        if not self._beyond:
+            return
+        for number in (number for e in encoded for number in e.ids if number in self._beyond):
+            name = printable(self._beyond[number])
+            raise UsageError(
+                f"the model has no token {name}, which the tokenizer adds to its vocabulary",
+                received=f"token {number:,} in a text",
+                hint=f"a text without {name}",
+            )
+
+    def for_model(self, count: int, model: str, *, hint: str) -> TextTokenizer:
+        """Return the tokenizer for a model with this number of token ids. A model may have more ids than the tokenizer.
+        It may lack tokens that were added to the vocabulary: `encode`, `batch` and `ids` then raise UsageError for a
+        text with one of them.
+
+        model  the model's name
+        hint   what to do if they do not fit
+
+        Raises UsageError if the model lacks other tokens.
+        """
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        if largest >= count:
+            raise UsageError(
+                f"the tokenizer has tokens that {printable(model)} does not have",
+                received=f"token {largest:,}; the model has {count:,} tokens",
+                hint=hint,
+            )
+        added = self._tokenizer.get_added_tokens_decoder()
+        beyond = {number: token.content for number, token in added.items() if number >= count}
+        return TextTokenizer(self._tokenizer, self.max_tokens, self.special_names, self.input_names, beyond)
+
     def id_of(self, name: str) -> int | None:
-        """Return the id of a token by its name in the vocabulary; None if there is none."""
+        """Return the id of a token by its name in the vocabulary; None if there is none, or if the model lacks it."""
         found = self._tokenizer.token_to_id(name)
-        return None if found is None else int(found)
+        return None if found is None or found in self._beyond else int(found)
 
     def with_token(self, name: str) -> tuple[TextTokenizer, int]:
         """Return a copy of the tokenizer with one more special token, and the token's id."""
@@ -249,6 +290,10 @@ class TextTokenizer:
         made.add_special_tokens([name])
         copied = TextTokenizer(made, self.max_tokens, self.special_names, self.input_names)
         return copied, int(made.token_to_id(name))
+
+    def has(self, number: int) -> bool:
+        """Return True if an id has a token. A model may have more ids than the vocabulary."""
+        return self._tokenizer.id_to_token(number) is not None
 
     def name_of(self, number: int) -> str:
         """Return an id's name in the vocabulary, such as ##ing."""
@@ -300,6 +345,11 @@ class TextTokenizer:
         """Return the files of a folder with this tokenizer and a chat template, by name."""
         settings = {**self.special_names, **({} if template is None else {"chat_template": template})}
         return {_FILE: self.serialized(), _SETTINGS: json.dumps(settings, indent=2).encode()}
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, without added tokens that the model lacks."""
+        return int(self._tokenizer.get_vocab_size()) - len(self._beyond)
 
     def vocabulary(self) -> dict[str, int]:
         """Return the ids of all tokens, by name."""
@@ -355,11 +405,20 @@ class _Vocabulary:
                     f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
                     received=", ".join(each for each in (*older, *_UNREAD) if place.has(each)) or "no vocabulary",
                     within=place.shown,
-                    hint=_way_to_get(place, settings, bool(older)),
+                    hint=_way_to_get(place, settings, older),
                 )
         else:
             data = place.read(_FILE, limit_bytes, "limit_bytes=")
             made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
+        if set(made.get_vocab()) <= {
+            token.content for token in made.get_added_tokens_decoder().values() if token.special
+        }:
+            raise CheckpointError(
+                "the tokenizer has no tokens but special ones",
+                received=", ".join(map(printable, sorted(made.get_vocab())[:8])) or "no tokens",
+                within=shown,
+                hint=f"a {_FILE} of the same model",
+            )
         return cls(made)
 
     def take(self) -> tuple[Any, Mapping[str, Any] | None]:
@@ -369,14 +428,20 @@ class _Vocabulary:
         return made, self._truncation
 
 
-def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], has_vocabulary: bool) -> str:
-    """Return a hint on how to get a folder's tokenizer.json."""
+def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], older: Sequence[str]) -> str:
+    """Return a hint on how to get a folder's tokenizer.json.
+
+    older  the vocabularies that the folder has in older forms
+    """
     if set(kind_names(place, settings)[:1]) & _UNCONVERTED:
         return (
             f"put a {_FILE} of the same model there, such as its ONNX export has: transformers tokenizes this kind in "
             "Python, and cannot write one"
         )
-    name = place.shown if has_vocabulary else "NAME OF THE MODEL"
+    if older and not set(older) & set(_SENTENCEPIECE) and is_sentencepiece_kind(place, settings):
+        pieces = " or ".join(_SENTENCEPIECE)  # without it, transformers writes a tokenizer of special tokens alone
+        return f"put a {_FILE} of the same model there: tokenizers of this kind are built from {pieces}"
+    name = place.shown if older else "NAME OF THE MODEL"
     return (
         "create it with transformers, in Python:\nfrom transformers import AutoTokenizer\n"
         f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({place.shown!r})"

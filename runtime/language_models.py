@@ -53,8 +53,16 @@ def token_ports(derived: DerivedStep) -> TokenPorts:
             received=f"{tokens.name}: {tokens.type}",
             hint='an input i64["B S"]; for any other model, call the entries of derive_step directly',
         )
-    vocabulary = min(_looked_up(function, {tokens}), default=None)
+    vocabulary = count_token_ids(function, tokens.name)
     return TokenPorts(tokens.name, dtype.numpy, vocabulary, logits_of(derived.graph.name, function, derived.axis))
+
+
+def count_token_ids(function: Function, name: str) -> int | None:
+    """Return the number of token ids that an input may have: the size of the smallest table that it indexes. Return
+    None if there is no such input or no table.
+    """
+    tokens = {value for value in function.inputs if value.name == name}
+    return min(_looked_up(function, tokens), default=None)
 
 
 def _looked_up(function: Function, ids: set[Value]) -> list[int]:

@@ -283,7 +283,7 @@ def test_served_models_are_listed() -> None:
     assert json.loads(asked("GET", "/v1/models")[1]) == {"object": "list", "data": [facts]}
     assert json.loads(asked("GET", "/v1/models/tiny")[1]) == facts
     status, body = asked("GET", f"/v1/models/{'x' * 99}")
-    missing = error(f"no model '{'x' * 80}' is served; tiny", "not_found_error", "model_not_found", "model")
+    missing = error(f"no model '{'x' * 80}' is served, only tiny", "not_found_error", "model_not_found", "model")
     assert (status, json.loads(body)) == (404, missing)
     assert json.loads(asked("GET", "/v1/nothing")[1]) == error("there is no route with this path", "not_found_error")
     assert asked("GET", "/health/")[0] == 404

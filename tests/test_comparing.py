@@ -371,3 +371,9 @@ def test_an_artifact_refuses_options_and_passes(treadle_command: Treadle) -> Non
 def test_errors_of_a_model_are_treadle_errors() -> None:
     with pytest.raises(TreadleError):
         open_build("no-such-model")
+
+
+def test_an_option_of_both_builds_is_in_the_name_of_the_one_that_keeps_it(treadle_command: Treadle) -> None:
+    said = treadle_command("diff", SMALL, "--quantize", "int8", "--b", "--quantize int8-weights")
+    names = [line.rpartition(", ")[0] for line in said.out.splitlines()[:2]]
+    assert names == [f"a  {SMALL} --quantize int8", f"b  {SMALL} --quantize int8-weights"]

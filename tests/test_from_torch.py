@@ -16,6 +16,7 @@ import pytest
 import treadle
 from tests.torch_modules import Applied, assert_equal, drawn
 from treadle.frontends.torch_export.lines import scope_of, source_in
+from treadle.ir.errors import FrontendError
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
@@ -351,3 +352,16 @@ def test_lines_of_generated_code_are_no_lines_of_the_users() -> None:
     assert source_in(made) is None
     assert source_in(None) is None
     assert scope_of(SimpleNamespace(meta={})) == ""
+
+
+def test_an_example_of_size_one_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export may then write a size of 1 in place of a symbol."""
+
+    def fails(*_: object) -> None:
+        raise FrontendError("aten.view.default: reshape: x has 4*B elements, but the shape has 4")
+
+    monkeypatch.setattr("treadle.frontends.torch_export.importer._imported", fails)
+    for rows, hint in ((1, "an example in which the dimensions of dynamic= have a size of 2 or more"), (2, None)):
+        with pytest.raises(FrontendError) as caught:
+            treadle.from_torch(nn.ReLU(), (torch.ones(rows, 4),), dynamic={"input": "B _"})
+        assert caught.value.hint == hint

@@ -396,7 +396,7 @@ def test_the_command_at_the_end_of_masked_training_works(model: str, treadle_com
     assert [len(each["masks"]) for each in found.json["texts"]] == [1, 2, 1]
     for each in found.json["texts"]:
         for fillings in each["masks"]:
-            assert sum(filling["score"] for filling in fillings) == pytest.approx(1, abs=1e-4)
+            assert 0.9 < sum(filling["score"] for filling in fillings) < 1, "ids without a token have the rest"
     alone = treadle_command(command.partition(' "')[0], shlex.quote(texts[1]), "--top 400 --backend numpy --json")
     (masks,) = (each["masks"] for each in found.json["texts"] if each["text"] == texts[1])
     scores = [{f["id"]: f["score"] for f in of[0]} for of in (masks, alone.json["texts"][0]["masks"])]
@@ -685,3 +685,12 @@ def _modules() -> Iterator[None]:
     for name in set(sys.modules) - before:
         if name.startswith("treadle_model_"):
             del sys.modules[name]
+
+
+def test_a_folder_without_weights_lists_their_names(trained: Treadle) -> None:
+    Path("out", "weights.safetensors").unlink()
+    refused(trained(f"inspect {OWN} --weights out"), "the folder has none of weights.safetensors, model.safetensors")
+
+
+def test_a_declaration_is_served_under_its_own_name(trained: Treadle) -> None:
+    assert Opening(rows=1).open(OWN, weights="out", backend="numpy").name == "my_gpt"

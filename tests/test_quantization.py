@@ -29,7 +29,7 @@ from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import SCHEMES, plan_quantization
-from treadle.passes.quantization.quantization_plan import QuantizationPlan
+from treadle.passes.quantization.quantization_plan import QuantizationPlan, numbered_names
 from treadle.passes.quantization.quantize import QuantizeWeights
 from treadle.reporting.compilations import compiled_lines
 from treadle.verifying import verify_model
@@ -178,7 +178,7 @@ def test_weights_whose_sizes_a_scheme_does_not_take_are_reported() -> None:
 
 
 def test_a_scheme_that_fits_no_matrix_is_refused() -> None:
-    graph = parse_graph(ODD.replace("return y = y", "z = relu(y) return y = z"))
+    graph = parse_graph(ODD.replace("return y = y", "z = softmax(y, axis=1) return y = z"))
     for scheme in ("int4", "int4-int8"):
         with pytest.raises(UsageError, match=f"{scheme} quantizes nothing of odd") as caught:
             treadle.compile(graph, quantize=scheme, backend="numpy")
@@ -188,11 +188,33 @@ def test_a_scheme_that_fits_no_matrix_is_refused() -> None:
     assert treadle.compile(graph, quantize="int8-weights", backend="numpy").weights
 
 
+def test_a_head_has_eight_bits_also_if_its_logits_are_capped() -> None:
+    """Elementwise ops average no rounding errors; the sum over the logits of a softmax does."""
+    text = """graph g {
+      symbols B
+      parameters { h: f32[96, 64] w: f32[48, 96] }
+      main(x: f32[B, 64]) -> (capped: f32[B, 48]) {
+        hidden = linear(x, $h)
+        y = linear(hidden, $w)
+        small = div(y, 30.0)
+        bounded = tanh(small)
+        capped = mul(bounded, 30.0)
+        return capped = capped
+      }
+    }"""
+    encodings = plan_quantization(parse_graph(text), "int4").encodings
+    assert {name: str(each) for name, each in encodings.items()} == {"h": "int4_groups(32)", "w": "int8_rows"}
+
+
+def test_numbers_of_layers_are_in_order() -> None:
+    assert numbered_names(["a.0.b", "a.2.b", "a.1.b", "a.4.b"]) == "a.{0..2,4}.b"
+
+
 def test_weights_that_lie_the_other_way_have_blocks_along_their_first_axis() -> None:
     text = """graph g {
       symbols B
       parameters { w: f32[64, 48] }
-      main(x: f32[B, 64]) -> (y: f32[B, 48]) { y = matmul(x, $w) z = relu(y) return y = z }
+      main(x: f32[B, 64]) -> (y: f32[B, 48]) { y = matmul(x, $w) z = softmax(y, axis=1) return y = z }
     }"""
     graph = parse_graph(text)
     for scheme, encoding in (("int8-weights", "int8_rows(axis=0)"), ("int4", "int4_groups(32, axis=0)")):

@@ -14,6 +14,7 @@ from treadle.backends.registry import backend_names
 from treadle.fetch import fetch_model
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.resolving import resolve
+from treadle.wheels.pinned_models import PINNED
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -74,6 +75,7 @@ def test_a_pickle_is_not_loaded(fetched: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve(fetched)
     assert "safetensors" in str(caught.value)
+    assert "a pickle to convert to safetensors first" in PINNED["rxnmapper"].about
 
 
 @pytest.mark.parametrize("backend", backend_names())

@@ -429,3 +429,10 @@ def test_a_weight_that_would_become_infinite_is_refused(dtype: str, tmp_path: Pa
     assert not (tmp_path / "to" / "model.safetensors").exists()
     weights["ln_f.bias"][:] = {"f16": 65519, "bf16": 3.38e38}[dtype]
     save_folder(tmp_path / "from", weights, tmp_path / "to", replace=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_in_which_no_user_may_write_is_refused_before_training(source: Path) -> None:
+    """Root has all permissions there, and still cannot create a file."""
+    with pytest.raises(UsageError, match="the folder cannot be written"):
+        saver_for(resolve(source), "/proc/model")

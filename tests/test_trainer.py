@@ -518,3 +518,10 @@ def test_a_batch_that_does_not_fit_is_told_by_what_is_in_it(
 @cache
 def small() -> Trainer:
     return Trainer("gpt2", **SMALL)
+
+
+def test_a_file_of_another_kind_is_no_state(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("import treadle as t")
+    with pytest.raises(CheckpointError) as caught:
+        t.Trainer("gpt2", layers=1, dim=8, heads=2, vocab=20, context=8, backend="numpy").restore(tmp_path / "model.py")
+    assert caught.value.hint == "a file that `save_state` wrote, undamaged"

@@ -8,6 +8,7 @@ for piece in writer.continued(["The capital of France is"], most=8):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from treadle.chatting.prompts import ChatPrompt
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import Hint, UsageError
-from treadle.passes.stepping.derivation import NoStep
+from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.passes.stepping.derivation import DerivedStep, NoStep, derive_step
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
@@ -28,6 +30,7 @@ from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, spe
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.image_prompts import ImagePrompts, ReadImage
 
@@ -179,31 +182,28 @@ class TextWriter:
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
-        Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. If
-        the model is unsupported and the tokenizer has an error, too, the error is about the model.
+        Raises UsageError if MODEL has no weights or is not a causal language model, or the tokenizer does not fit, and
+        the errors of reading it. If the model is unsupported and the tokenizer has an error, too, the error is about
+        the model.
         """
         chosen = CompileOptions.of("generate", options)
         source = chosen.open(model)
         need_for_text(source)
-        tokenizer = source.tokenizer(cut=False)
-        asked, template = FolderRules.read(source), source.chat_template
         try:
+            tokenizer = source.tokenizer(cut=False)
+            asked, template = FolderRules.read(source), source.chat_template
+        except TreadleError:  # of a file; first the errors of a model that no file mends
+            if source.kind != "artifact":
+                program = Program(source, chosen).optimize(deferred=True)
+                with _refusing_other_kinds(source):
+                    _check_inputs(program.resolved.name, derive_step(program.graph))
+            raise
+        with _refusing_other_kinds(source):
             made = stepped(source, **chosen.keywords())
-        except NoStep as error:
-            raise UsageError(
-                f"{printable(source.label)} does not continue text: it is not a causal language model",
-                received=error.what,
-                hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
-            ) from error
         derived = made.derived
-        needed = [name for name in derived.prologue if name not in derived.may_be_empty]
-        if needed or len(derived.tokens) != 1 + len(derived.generated):
-            raise UsageError(
-                "text generation needs a model whose only required input is the tokens [B, S]",
-                received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
-                hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
-                "optional inputs",
-            )
+        _check_inputs(made.name, derived)
+        (name,) = set(derived.tokens) - set(derived.generated)
+        tokenizer = fit_tokenizer(tokenizer, source, derived.graph.functions["verify"], name)
         images = ImagePrompts.open(source, tokenizer) if derived.prologue else None
         return cls(made, tokenizer, asked, template, source.positions, images)
 
@@ -364,6 +364,31 @@ class TextWriter:
         for token in tokens:
             text = growing[token.row].tell(token.last)
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
+
+
+@contextmanager
+def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
+    """Raise UsageError if no step can be derived from the model."""
+    try:
+        yield
+    except NoStep as error:
+        raise UsageError(
+            f"{printable(source.label)} does not continue text: it is not a causal language model",
+            received=error.what,
+            hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
+        ) from error
+
+
+def _check_inputs(name: str, derived: DerivedStep) -> None:
+    """Raise UsageError if a model has required inputs other than its tokens."""
+    needed = [each for each in derived.prologue if each not in derived.may_be_empty]
+    if needed or len(derived.tokens) != 1 + len(derived.generated):
+        raise UsageError(
+            "text generation needs a model whose only required input is the tokens [B, S]",
+            received=f"{name} takes {', '.join((*derived.prologue, *derived.tokens))}",
+            hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
+            "optional inputs",
+        )
 
 
 def need_for_text(model: AnyModel, *, chat: bool = False) -> None:

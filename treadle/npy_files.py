@@ -61,7 +61,7 @@ def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
     Raises UsageError if a file cannot be written.
     """
     written = []
-    with reporting_failed_writes("the arrays", folder):
+    with reporting_failed_writes("the arrays", folder, hint="another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             target = folder / f"{name}.npy"

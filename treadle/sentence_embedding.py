@@ -30,6 +30,7 @@ from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.tasks.batching import batches_by_length
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.opening import token_positions
 
 Vectors = npt.NDArray[np.float32]
@@ -121,8 +122,9 @@ class SentenceEmbedder:
         if takes != ["tokens", "lengths"] or gives != ["hidden"]:
             ports = f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})"
             raise _does_not_embed(made.name, ports)
-        tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=token_positions(made))
-        return cls(made, tokenizer, pooling)
+        context = token_positions(made)
+        tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=context)
+        return cls(made, fit_tokenizer(tokenizer, source, made.graph.main), pooling)
 
     @property
     def width(self) -> int | None:

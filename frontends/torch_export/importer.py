@@ -95,7 +95,13 @@ def from_torch(
     program = exported(module, example, opened)
     try:
         return _imported(type(module).__name__, program, opened)
-    except (TreadleError, MemoryError):
+    except TreadleError as error:
+        if error.hint is None and any(
+            arguments[name].shape[axis] == 1 for name, axes in opened.items() for axis in axes if name in arguments
+        ):
+            error.hint = "an example in which the dimensions of dynamic= have a size of 2 or more"
+        raise
+    except MemoryError:
         raise
     except Exception as error:
         raise FrontendError(

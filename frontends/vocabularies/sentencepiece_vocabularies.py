@@ -55,6 +55,11 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
     return made
 
 
+def is_sentencepiece_kind(place: ModelFolder, settings: Mapping[str, Any]) -> bool:
+    """Return True if tokenizers of the folder's kind are built from a SentencePiece file."""
+    return _kind(kind_names(place, settings), "tokenizer_class" in settings) is not None
+
+
 def _kind(names: Sequence[str], has_class: bool) -> PieceKind | None:
     """Return the kind for the names that a folder gives. The name of a class takes precedence over the name of a
     type.

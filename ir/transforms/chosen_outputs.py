@@ -115,8 +115,11 @@ def _span(text: str, asked: str) -> _Span | _Given:
 
 
 def _unreadable(asked: str) -> UsageError:
+    opened = asked.count("[") > asked.count("]")
     return UsageError(
-        f"{asked[:80]!r} names no output", hint='a name, or one with a part, such as "hidden[:, 0]" or "logits[:, -1:]"'
+        f"{asked[:80]!r} names no output",
+        received="a bracket that is not closed" if opened else None,
+        hint='a name, or one with a part, such as "hidden[:, 0]" or "logits[:, -1:]"',
     )
 
 

@@ -100,7 +100,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
     """
     function = graph.functions[name]
     held = dict(held)
-    outputs = _given(function) if function in graph.entries else set()
+    outputs = _output_values(function) if function in graph.entries else set()
     inside: dict[str, dict[Value, tuple[str, ...]]] = {}
     for node in function.nodes:
         if (callee := graph.callee(node)) is not None:
@@ -124,12 +124,18 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
         _read(graph, callee_name, passed, found)
 
 
-def _given(function: Function) -> set[Value]:
-    """Return the outputs of an entry, and the values from which they are sliced or moved."""
+def _output_values(function: Function) -> set[Value]:
+    """Return the outputs of an entry, and the values from which they are sliced, moved or computed element by element,
+    as capped logits are.
+    """
     found = set(function.outputs.values())
     for node in reversed(function.nodes):
-        if node.op.callee is None and node.op.only_moves and not found.isdisjoint(node.results):
-            found.update(node.inputs)
+        if node.op.callee is not None or found.isdisjoint(node.results):
+            continue
+        ranks = [None if value is None else value.type.rank for value in node.operands]
+        tensors = [value for value in node.inputs if value.type.rank]
+        if node.op.only_moves or (len(tensors) == 1 and node.op.is_elementwise(ranks)):
+            found.update(tensors)
     return found
 
 

@@ -170,7 +170,7 @@ class QuantizationPlan:
             groups.setdefault((_NUMBER.sub("#", name, count=1), rounding), []).append(name)
         done = "yes" if self.scheme == AS_STORED else f"with quantize {AS_STORED}"
         return [
-            (_numbered(names), str(rounding), f"no: {rounding.why_not}" if rounding.why_not else done)
+            (numbered_names(names), str(rounding), f"no: {rounding.why_not}" if rounding.why_not else done)
             for (_, rounding), names in groups.items()
         ]
 
@@ -220,24 +220,27 @@ def _folded_balances(balances: Iterable[Balance]) -> list[tuple[str, ...]]:
         groups.setdefault(tuple([_NUMBER.sub("#", text) for text in row]), []).append(row)
     return [
         tuple(
-            [", ".join(map(_numbered, zip(*[t.split(", ") for t in of], strict=True))) for of in zip(*g, strict=True)]
+            [
+                ", ".join(map(numbered_names, zip(*[t.split(", ") for t in of], strict=True)))
+                for of in zip(*g, strict=True)
+            ]
         )
         for g in groups.values()
     ]
 
 
 def _name(group: Sequence[WeightPlan]) -> str:
-    return _numbered([w.name for w in group])
+    return numbered_names([w.name for w in group])
 
 
-def _numbered(names: Sequence[str]) -> str:
+def numbered_names(names: Sequence[str]) -> str:
     """Return names as one pattern, such as `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
     first = names[0]
     if len(set(names)) == 1:
         return first
     numbers = [int(match[0]) for name in names if (match := _NUMBER.search(name)) is not None]
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
             runs[-1][1:] = [number]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, flags_of, keywords_of
 from treadle.ir.errors import UsageError
+from treadle.program.option_table import declared_options
 
 
 def _side_command() -> typer.Typer:
@@ -81,12 +83,14 @@ def diff_builds(
     conditions = parse_conditions(fail_if) if fail_if is not None else ()
     asked = parse_sizes(sizes) or None
     builds = []
-    for side, name, text in (("--a", model, a), ("--b", model if other is None else other, b)):
-        own = parse_side(side, text)
+    sides = [(model, a, parse_side("--a", a)), (model if other is None else other, b, parse_side("--b", b))]
+    differing = {each for *_, own in sides for each in own}
+    for name, text, own in sides:
+        shared = {each: value for each, value in keywords.items() if each in differing and each not in own}
         for each in ("config", "limits"):
             if each in own and each in keywords:  # the last value of a name counts
                 own[each] = {**keywords[each], **own[each]}
-        shown = " ".join(filter(None, (name, text)))
+        shown = " ".join(filter(None, (name, *_flags_text(shared), text)))
         with working(f"building {shown}", shown=not as_json):
             made = open_build(name, name=shown, **{**keywords, **own})
         builds.append(made)
@@ -104,6 +108,16 @@ def diff_builds(
             print(f"wrote {report}")
     if any(each.holds for each in outcomes):
         raise typer.Exit(1)
+
+
+def _flags_text(options: Mapping[str, Any]) -> list[str]:
+    """Return options with a single value as they are written on the command line."""
+    flags = {name: option.flag.name for name, option in declared_options().items() if option.flag is not None}
+    return [
+        f"--{flags[name]} {value}"
+        for name, value in options.items()
+        if name in flags and isinstance(value, str | int | float) and not isinstance(value, bool)
+    ]
 
 
 def parse_side(side: str, text: str | None) -> dict[str, Any]:

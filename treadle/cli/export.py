@@ -75,7 +75,8 @@ def export_model(
     if _SUFFIXES[to] and output.suffix not in _SUFFIXES[to]:
         name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
         suffixes = " or ".join(_SUFFIXES[to])
-        hint = with_nearest_suffix(str(output), _SUFFIXES[to])
+        others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
+        hint = f"--to {' or '.join(others)}" if others else with_nearest_suffix(str(output), _SUFFIXES[to])
         raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=hint)
     if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
         formats = ", ".join(_MODELS)
@@ -88,13 +89,16 @@ def export_model(
     if to in _MODELS:
         _export_weights(model, output, to, keywords, as_json)
         return
+    if times is not None:
+        backend = keywords.get("backend")
+        if to != "model-explorer" or backend not in (None, "tvm"):
+            received = f"--to {to}" + f" --backend {backend}" * (backend is not None)
+            hint = "--to model-explorer --backend tvm"
+            raise UsageError("--times needs --to model-explorer and --backend tvm", received=received, hint=hint)
+        keywords["backend"] = "tvm"
     if to == "web":
-        if times is not None:
-            raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
         _export_web(model, output, sizes, keywords, as_json)
         return
-    if times is not None and (to != "model-explorer" or keywords.get("backend") != "tvm"):
-        raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
     _export_graph(model, output, to, sizes, times, keywords, as_json)
 
 

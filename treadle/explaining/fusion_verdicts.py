@@ -35,7 +35,7 @@ _FORMS = {
     "merge-projections": "linear or matmul of one value with several weights, all with or all without a bias",
     "fuse-gated-linear": f"act(x g) * (x u), both of one width, with {_ACTIVATIONS} for act",
     "fuse-activated-linear": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
-    "fold-scale": "the number times a product without a bias, or times a norm",
+    "fold-scale": "the number times (`* (1 / n)` for a division) a product without a bias, or a norm",
 }
 """The forms that the rules of each pass accept: a hint for sites written in another form."""
 

@@ -71,10 +71,12 @@ def export_compressed(
     and a folder that cannot be written.
     """
     if resolved.source.kind != "safetensors":
+        is_trained = resolved.source.kind == "declaration" and resolved.source.path is not None
+        kind = "weights of a declaration" if is_trained else resolved.source.kind
         raise UsageError(
-            "compressed-tensors is a layout of a model's folder: config.json and safetensors files",
-            received=f"{printable(resolved.source.label)}, {resolved.source.kind}",
-            hint=Hint("the folder of the model; export_onnx takes any", "the folder of the model; --to onnx takes any"),
+            "compressed-tensors is a layout of Hugging Face folders: config.json and safetensors files",
+            received=f"{printable(resolved.source.label)}, {kind}",
+            hint=Hint("a Hugging Face folder; export_onnx takes any", "a Hugging Face folder; --to onnx takes any"),
         )
     if any(isinstance(node.op, Encode) for _, node in graph.walk()):
         raise UsageError(

@@ -135,7 +135,7 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted({*map(str, weights)}.difference(names))
     if unknown:
         nearest = NearestNames(names)
-        pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1)]
+        pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1, 0.75)]
         meant = ", ".join(f"{near} for {name}" for name, near in pairs)
         raise UsageError(
             f"the model lacks {len(unknown)} of the parameters in weights=",

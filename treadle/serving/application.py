@@ -281,7 +281,7 @@ class Server:
         if found is None:
             known = ", ".join(self.served)
             raise RequestRefusal(
-                404, f"no model {name[:80]!r} is served; {known}", field="model", code="model_not_found"
+                404, f"no model {name[:80]!r} is served, only {known}", field="model", code="model_not_found"
             )
         return found
 

@@ -303,14 +303,14 @@ class Opening:
     def open(self, model: str, **options: Any) -> Served:
         """Compile a model for text generation, or, if it does not generate text, for embeddings.
 
-        model    NAME=MODEL, or MODEL, which is then named after the last part of its path
+        model    NAME=MODEL, or MODEL, which is then named after its function, or after the last part of its path
         options  the options of `treadle.compile`, and `cache`
 
         If the model supports neither, raises the error of text generation.
         """
         name, is_named, place = model.partition("=")
         if not is_named:
-            name, place = model.rstrip("/").rpartition("/")[2], model
+            name, place = model.rstrip("/").rpartition("/")[2].rpartition(".py:")[2], model
         if not name:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
         chosen = CompileOptions.of("generate", options)

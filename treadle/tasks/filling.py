@@ -73,7 +73,7 @@ class MaskFiller:
         opened = OpenedModel.open(program, HEAD, ["logits[:, asked]"])
         is_declared = program.source.kind == "declaration"
         mask = opened.tokenizer.need_mask(lambda: _TRAINED if is_declared else "a folder with a mask token")
-        classes, tokens = opened.model.outputs[0].type.shape[-1].constant, len(opened.tokenizer.vocabulary())
+        classes, tokens = opened.model.outputs[0].type.shape[-1].constant, opened.tokenizer.size
         if is_declared and classes is not None and classes < tokens:
             raise UsageError(
                 f"{opened.name} has no head to {HEAD.does}",
@@ -107,7 +107,9 @@ class MaskFiller:
         for text, each in zip(texts, encoded, strict=True):
             if number not in each.ids:
                 raise UsageError(f"a text has no {self.mask}", received=text[:200], hint=f"The sky is {self.mask}.")
-        allowed = None if among is None else self._ids(among)
+        # a model may have more ids than its tokenizer has tokens
+        ids = self.opened.tokenizer.vocabulary().values() if among is None else self._ids(among)
+        allowed = np.array(sorted(ids))
         found: dict[int, Filled] = {}
         places = [[i for i, each in enumerate(text.ids) if each == number] for text in encoded]
         for row, logits in self.opened.run(encoded, asked=places):
@@ -124,20 +126,18 @@ class MaskFiller:
             raise UsageError("`among` must be tokens of the vocabulary", received=received)
         return [number for number in ids.values() if number is not None]
 
-    def _filled(
-        self, encoded: EncodedText, places: Sequence[int], logits: Array, top: int, allowed: list[int] | None
-    ) -> Filled:
+    def _filled(self, encoded: EncodedText, places: Sequence[int], logits: Array, top: int, allowed: Array) -> Filled:
         """Return the predictions for a text's masks.
 
         places   the positions of the masks
         logits   the logits at these positions
-        allowed  ids of the tokens to consider; None: all tokens
+        allowed  ids of the tokens to consider
         """
         tokenizer = self.opened.tokenizer
         masks = []
         for place, row in zip(places, logits, strict=True):
             scores = softmax(row)
-            ids = np.arange(len(scores)) if allowed is None else np.array(allowed)
+            ids = allowed[allowed < len(scores)]
             best = ids[np.argsort(-scores[ids], kind="stable")[:top]]
             fillings = []
             for number in map(int, best):

@@ -20,6 +20,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
 from treadle.tasks.opening import Head, checked_folder, token_positions
@@ -76,17 +77,19 @@ class ImageMatcher:
         kind = str(config.get("model_type"))
         made = compile_program(program, ["lengths"])
         reader = ImageReader.open(place, kind, sides=image_sides(made))
-        context = token_positions(made)
+        context, source = token_positions(made), program.source
         if kind != "siglip":
-            return cls(made, reader, program.source.tokenizer(context=context))
+            tokenizer = fit_tokenizer(source.tokenizer(context=context), source, made.graph.main)
+            return cls(made, reader, tokenizer)
         length = min(_SIGLIP_TOKENS, context or _SIGLIP_TOKENS)
-        tokenizer = program.source.tokenizer(max_tokens=length, context=context)
+        tokenizer = source.tokenizer(max_tokens=length, context=context)
         padding = tokenizer.id_of(tokenizer.special_names.get("pad_token", "</s>"))
         if padding is None:
             raise CheckpointError(
                 "the folder's vocabulary has no padding token",
                 hint='"pad_token": "</s>" in tokenizer_config.json',
             )
+        tokenizer = fit_tokenizer(tokenizer, source, made.graph.main)
         return cls(made, reader, tokenizer, length, padding, apart=True)
 
     def match(

@@ -24,6 +24,7 @@ from treadle.models.registry import family_of
 from treadle.program.program import Program
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 
 Floats = npt.NDArray[np.float32]
 
@@ -84,7 +85,8 @@ class OpenedModel:
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
         made = compile_program(program, inputs, outputs)
-        return cls(made.name, config, made, program.source.tokenizer(context=token_positions(made)))
+        tokenizer = program.source.tokenizer(context=token_positions(made))
+        return cls(made.name, config, made, fit_tokenizer(tokenizer, program.source, made.graph.main))
 
     def run(
         self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None

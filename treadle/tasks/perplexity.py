@@ -29,12 +29,14 @@ from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.models.family import LANGUAGE_ONLY
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
 from treadle.tasks.classifying import Progress
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.opening import token_positions
 
 Array = np.ndarray[Any, Any]
@@ -100,8 +102,14 @@ class PerplexityMeter:
         """
         source = program.source
         need_for_text(source)
-        tokenizer = source.tokenizer(cut=False)
-        made = _causal(compile_program(program), source)
+        try:
+            tokenizer = source.tokenizer(cut=False)
+        except TreadleError:  # of a file; first the errors of a model that no file mends
+            _check_causal(program.optimize(deferred=True).graph, source)
+            raise
+        made = compile_program(program)
+        _check_causal(made.graph, source)
+        tokenizer = fit_tokenizer(tokenizer, source, made.graph.main)
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
         return cls(made, tokenizer, other, source.positions)
@@ -200,15 +208,18 @@ def _logits(model: Compiled, tokens: Array) -> Array:
     return found
 
 
-def _causal(model: Compiled, source: ModelSource) -> Compiled:
-    """Return the model. Raises UsageError unless it is causal, and maps tokens [B, S], its only input, to logits."""
-    takes, gives = [port.name for port in model.inputs], [port.name for port in model.outputs]
-    kind = model.inputs[0].type
-    axis = kind.shape[-1].as_symbol if takes == ["tokens"] and kind.dtype is i64 and kind.rank == 2 else None
-    if axis is None or "logits" not in gives or not follow(model.graph, axis).step():
+def _check_causal(graph: Graph, source: ModelSource) -> None:
+    """Raise UsageError unless the model is causal, and maps tokens [B, S], its only input, to logits."""
+    takes = {value.name: value.type for value in graph.main.inputs}
+    gives = {name: value.type for name, value in graph.main.outputs.items()}
+    kind = takes.get("tokens")
+    axis = None
+    if kind is not None and len(takes) == 1 and kind.dtype is i64 and kind.rank == 2:
+        axis = kind.shape[-1].as_symbol
+    if axis is None or "logits" not in gives or not follow(graph, axis).step():
+        ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
         raise UsageError(
             f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
-            received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
+            received=" -> ".join(ports),
             hint=LANGUAGE_ONLY if source.kind == "gguf" else "a causal language model, such as smollm2",
         )
-    return model

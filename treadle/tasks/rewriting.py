@@ -22,6 +22,7 @@ from treadle.runtime.generation import generate
 from treadle.stepped import SteppedModel, stepped_program
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.classifying import Progress
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import GenerationSettings
 from treadle.tasks.opening import Head, checked_folder
 
@@ -71,7 +72,9 @@ class TextRewriter:
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
-        return cls(made, program.source.tokenizer(context=context), place, config)
+        prologue = made.derived.graph.functions["prologue"]
+        tokenizer = fit_tokenizer(program.source.tokenizer(context=context), program.source, prologue)
+        return cls(made, tokenizer, place, config)
 
     def translate(
         self,

@@ -157,6 +157,10 @@ class TextGeneration:
         for number, each in enumerate(self.continuations, 1):
             which = f"text {number}: " if len(self.continuations) > 1 else ""
             lines.append(which + each.reason(self.writer))
+        pieces = [piece for each in self.continuations for piece in each.pieces]
+        unnamed = sum(not self.writer.tokenizer.has(piece.id) for piece in pieces)
+        if unnamed:
+            lines.append(f"{unnamed} of {counted(len(pieces), 'token')} have no text: the tokenizer lacks their ids")
         if self.rules.options:
             lines.append(str(self.rules))
         if pace := self.pace.summary():

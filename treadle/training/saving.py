@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing, reporting_failed_writes
+from treadle.files.whole_files import check_writable, replacing, reporting_failed_writes
 from treadle.frontends.binding import Source, alternatives, bind
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
@@ -396,10 +396,8 @@ def checked_folder(target: PathLike, replace: bool, source: Path | None = None) 
             hint=Hint("another folder, or replace=True", "another folder, or --replace"),
         )
     above = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
-        raise UsageError(
-            "the folder cannot be written", received=shown, within=shown_path(above), hint="a writable folder"
-        )
+    with reporting_failed_writes("the folder", above, hint="a writable folder"):
+        check_writable(above / WEIGHTS)
     return path
 
 

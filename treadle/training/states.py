@@ -136,7 +136,12 @@ def _refuse_pickle(path: PathLike) -> None:
 
 
 def _opened(path: PathLike) -> SafetensorsFile:
-    file = SafetensorsFile.open(path)
+    try:
+        file = SafetensorsFile.open(path)
+    except CheckpointError as error:
+        if Path(path).is_file():
+            error.hint = "a file that `save_state` wrote, undamaged"
+        raise
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:
         raise CheckpointError("not a training state", received=printable(form)[:300], within=shown_path(path))

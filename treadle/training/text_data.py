@@ -30,6 +30,8 @@ from treadle.program.further_models import open_further
 from treadle.program.given_texts import read_documents
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
+from treadle.runtime.language_models import count_token_ids
+from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
@@ -124,7 +126,8 @@ class TextData:
         else:
             _refuse_vocab(source)
             documents = read_documents(files, column)
-            opened = train_tokenizer(documents, vocab, mask=objective == MASKED_TOKEN)
+            opened = _trained_tokenizer(documents, vocab, resolved, is_masked=objective == MASKED_TOKEN)
+        opened = _fitting(opened, resolved)
         if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
             raise UsageError(
                 "a teacher must have the same vocabulary as the model that it teaches",
@@ -134,9 +137,6 @@ class TextData:
         documents = documents or read_documents(files, column)
         end = _end_of_text(None if vocab is not None else source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
-        _check_vocabulary(
-            resolved, opened, max(int(blocks.max()), asked.vocab - 1 if isinstance(asked, MaskedToken) else 0)
-        )
         apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
         kept = len(blocks) - apart
         batches = BlockBatches(blocks[:kept], batch, seed)
@@ -303,7 +303,7 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int, resolved: Resolve
     assert mask is not None
     named = [*tokenizer.special_tokens(), *tokenizer.special_names.values()]
     special = {number for number in map(tokenizer.id_of, named) if number is not None}
-    return MaskedToken(mask, len(tokenizer.vocabulary()), tuple(sorted(special)), seed)
+    return MaskedToken(mask, tokenizer.size, tuple(sorted(special)), seed)
 
 
 def _end_of_text(source: ModelSource | None, tokenizer: TextTokenizer) -> int | None:
@@ -313,13 +313,24 @@ def _end_of_text(source: ModelSource | None, tokenizer: TextTokenizer) -> int | 
     return next(iter(FolderRules.read(source).end), None) if found is None and source is not None else found
 
 
-def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:
-    """Raise UsageError if the tokenizer has token ids that are not in the model's vocabulary."""
-    model = resolved.model
-    rows = None if model is None else {**model.defaults, **model.config}.get("vocab")
-    if isinstance(rows, int) and largest >= rows:
-        raise UsageError(
-            f"the tokenizer has tokens that {resolved.name} does not have",
-            received=f"token {largest:,}; the model has {rows:,} tokens",
-            hint=Hint(f"vocab={len(tokenizer.vocabulary())}", f"--set vocab={len(tokenizer.vocabulary())}"),
-        )
+def _trained_tokenizer(documents: Sequence[str], vocab: int, resolved: Resolved, *, is_masked: bool) -> TextTokenizer:
+    """Train a tokenizer. If `vocab` is too small, the hint includes a larger number of token ids of the model."""
+    try:
+        return train_tokenizer(documents, vocab, mask=is_masked)
+    except UsageError as error:
+        count = count_token_ids(resolved.graph.main, "tokens")
+        if error.hint is not None and count is not None and count < int(error.hint):
+            error.hint = Hint(
+                f"vocab={error.hint}, and vocab={error.hint} of the model",
+                f"--vocab {error.hint} --set vocab={error.hint}",
+            )
+        raise
+
+
+def _fitting(tokenizer: TextTokenizer, resolved: Resolved) -> TextTokenizer:
+    """Return the tokenizer for the model that is trained. Raises UsageError if the model lacks some of its tokens."""
+    count, model, source = count_token_ids(resolved.graph.main, "tokens"), resolved.model, resolved.source
+    if count is None or model is None or source.path is not None or "vocab" not in model.defaults:
+        return fit_tokenizer(tokenizer, source, resolved.graph.main)
+    size = len(tokenizer.vocabulary())
+    return tokenizer.for_model(count, resolved.name, hint=Hint(f"vocab={size}", f"--set vocab={size}"))

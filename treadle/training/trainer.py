@@ -485,5 +485,9 @@ def _expect(optimizer: object, teacher: object) -> None:
     if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
         raise UsageError("optimizer= must be an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
     if teacher is not None and not isinstance(teacher, Compiled):
-        hint = f"t.compile({teacher!r})" if isinstance(teacher, str | Path) else "t.compile(MODEL)"
+        hint = "t.compile(MODEL)"
+        if isinstance(teacher, str | Path):
+            hint = f"t.compile({teacher!r})"
+            if Path(teacher).is_dir():
+                hint += f"; for weights of a declaration, t.compile(MODEL, weights={str(teacher)!r})"
         raise UsageError("a teacher must be a compiled model", received=repr(teacher)[:80], hint=hint)

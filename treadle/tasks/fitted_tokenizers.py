@@ -1,0 +1,30 @@
+"""The tokenizer of a model for text, checked against the model's number of token ids.
+
+tokenizer = fit_tokenizer(source.tokenizer(cut=False), source, compiled.graph.main)
+"""
+
+from __future__ import annotations
+
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import Hint
+from treadle.ir.graph import Function
+from treadle.program.source import ModelSource
+from treadle.runtime.language_models import count_token_ids
+
+
+def fit_tokenizer(
+    tokenizer: TextTokenizer, source: ModelSource, function: Function, name: str = "tokens"
+) -> TextTokenizer:
+    """Return a tokenizer for a model, as `TextTokenizer.for_model` does.
+
+    function  the function of the model's graph that has the input for token ids
+    name      the name of this input
+
+    Raises UsageError if the tokenizer has tokens that the model lacks.
+    """
+    count = count_token_ids(function, name)
+    if count is None:
+        return tokenizer
+    same = "of a model with the same vocabulary"
+    hint = Hint(f'tokenizer="FOLDER", {same}', f"--tokenizer FOLDER, {same}")
+    return tokenizer.for_model(count, source.label, hint=hint)
