@@ -222,6 +222,14 @@ SITES: dict[str, tuple[Build, list[str]]] = {
         ["embedding: add add embedding embedding embedding"],
     ),
     "one embedding": (lambda b: looked_up(b, "w") + x_of(b), []),
+    "a router's gates": (
+        lambda b: b.softmax(b.linear(x_of(b), w_of(b)), axis=-1) @ x_of(b, "v", "f32[8, 8]"),
+        [],
+    ),
+    "scores of a linear op": (
+        lambda b: b.softmax(b.linear(x_of(b), x_of(b, "k", "f32[8, 8]")), axis=-1) @ x_of(b, "v", "f32[8, 8]"),
+        ["attention: softmax linear matmul"],
+    ),
     # -- products of one value
     "two products": (projected, ["projection: linear linear"]),
     "two products of weights that lie alike": (

@@ -284,7 +284,7 @@ def test_a_tied_table_is_decoded_with_a_note(tmp_path: Path) -> None:
 def test_folders_that_compressed_tensors_cannot_hold_are_refused(folder: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     to = ("--to", "compressed-tensors")
-    assert "a layout of a model's folder" in refused("gpt2", made, *to)
+    assert "a layout of Hugging Face folders" in refused("gpt2", made, *to)
     assert "no weight is quantized" in refused(folder, made, *to)
     assert "activations that are quantized" in refused(folder, made, *to, "--quantize", "int8")
     taken = tmp_path / "taken"

@@ -31,7 +31,7 @@ from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
 from treadle.ir.ops.elementwise import Cast, Cos, Erf, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Sin, Sqrt, Tanh
 from treadle.ir.ops.logic import Where
 from treadle.ir.ops.parts import Concat
-from treadle.ir.ops.products import MatMul
+from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.ops.reductions import ReduceMean, ReduceSum
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.cleanup.round_trips import counts_steps, round_trip_at, round_trip_from
@@ -96,6 +96,7 @@ def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[FusionSite]
 class _Finder:
     def __init__(self, function: Function, unfused: Collection[Node]) -> None:
         self.function, self.unfused = function, unfused
+        self.weights = set(function.parameters.values())
         self.users: dict[Value, list[Node]] = {}
         for node in function.nodes:
             for value in dict.fromkeys(node.inputs):
@@ -163,7 +164,7 @@ class _Finder:
 
     def _attention(self, node: Node) -> Sequence[Node] | None:
         """Return the nodes of a softmax, or of exp(x - max) / sum, between two products. Return None if there is no
-        such site.
+        such site. A linear layer above gives no scores: its results are classes, or the experts of a router.
         """
         own: Sequence[Node]
         if (weighting := softmax_at(node)) is not None:
@@ -173,6 +174,8 @@ class _Finder:
         else:
             return None
         above = self._search([scores.node], _above_rounding, _keeps_elements_apart, lambda n: n.is_contraction)
+        if above and isinstance(above[-1].op, Linear) and above[-1].inputs[1] in self.weights:
+            return None
         below = self._search(
             self._readers_below_rounding(node),
             self._readers_below_rounding,
