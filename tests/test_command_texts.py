@@ -39,7 +39,7 @@ class Writer:
 
     def __init__(self, ending: str = "end", *, text: str = " b", template: str | None = None, marks: Any = ()) -> None:
         self.model, self.ending, self.text, self.template, self.marks = OWN, ending, text, template, list(marks)
-        self.tokenizer = SimpleNamespace(token="t{}".format)
+        self.tokenizer = SimpleNamespace(token="t{}".format, has=lambda number: True)
         self.asked = FolderRules(options={"suppress_tokens": [1, 2]})
 
     def continued(self, prompts: list[str], *, tally: SpeculationTally | None, **_: Any) -> Iterator[Piece]:
