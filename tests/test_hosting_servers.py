@@ -72,6 +72,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
     made = _Recorder()
     monkeypatch.setattr(running.uvicorn, "Config", made.config)
     monkeypatch.setattr(running, "_Process", made.process)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # a collection of all tests' objects takes seconds
     return made
 
 
