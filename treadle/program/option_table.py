@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.hardware import HARDWARE
 from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
@@ -260,9 +260,10 @@ def not_taken(entry: str, name: str) -> UsageError:
     """Return the error for an option that an entry function does not take."""
     option = declared_options()[name]
     takers = sorted(set(map(entry_text, option.takers)))
-    return UsageError(
-        f"{entry_text(entry)} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}"
-    )
+    hint: str = f"leave it out; it applies to {', '.join(takers)}"
+    if "compile" in option.takers:
+        hint = Hint("leave it out; t.compile takes it", "leave it out; treadle compile takes it")
+    return UsageError(f"{entry_text(entry)} does not take {name}", hint=hint)
 
 
 def entry_text(entry: str) -> str:
