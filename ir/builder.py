@@ -295,7 +295,10 @@ def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
     signature = op_signature(cls)
     unknown = _unknown_attribute(cls, given)
     near = nearest_option(unknown, signature) if unknown else None
-    return (f"did you mean {near}=? " if near else "") + f"{spelled_call(cls.name, signature)}"
+    guess = f"did you mean {near}=? " if near else ""
+    if unknown is not None and len(unknown) == 1 and not near and "pattern" in signature.parameters:
+        guess = f'a size is in the pattern, as "({unknown}=2 d)": '
+    return guess + spelled_call(cls.name, signature)
 
 
 def describe_source(source: SourceLine | None, scope: str) -> str | None:

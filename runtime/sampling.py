@@ -21,9 +21,9 @@ from treadle.ir.errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
-_FLOORS = (1e-3, 1e-7, 0.0)
+_FLOORS = (1e-3, 1e-4, 1e-5, 1e-7, 0.0)
 """Least weights of the tokens that are sorted, relative to the largest weight. Each is tried if the tokens above the
-one before it are not enough for the draw. Most draws need the first one only.
+one before it are not enough for the draw. Most draws need the first or the second.
 """
 
 
@@ -107,7 +107,7 @@ class Sampling:
             needed = (self.top_p if self.top_p < 1 else share) * total
             floors = (self.min_p,) if self.min_p else _FLOORS
             for floor in floors:
-                largest = weights[weights >= floor if floor else weights > 0]
+                largest = weights[np.flatnonzero(weights >= floor if floor else weights > 0)]
                 if largest.sum() > needed:
                     break
             largest = np.sort(largest)[::-1]

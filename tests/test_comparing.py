@@ -364,6 +364,14 @@ def test_help_prints_the_grammar(treadle_command: Treadle) -> None:
 def test_an_artifact_refuses_options_and_passes(treadle_command: Treadle) -> None:
     assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
     assert treadle_command("diff", "small.treadle", SMALL).out.startswith("no difference")
+    assert (
+        treadle_command("compile", SMALL, "--set", "layers=1", "--quantize", "int8-weights", "-o", "one.treadle").code
+        == 0
+    )
+    for sides in (("one.treadle", SMALL), (SMALL, "one.treadle")):
+        said = treadle_command("diff", *sides, "--set", "layers=1", "--quantize", "int8-weights")
+        assert said.out.startswith("no difference")
+    refused(treadle_command("diff", "one.treadle", "small.treadle", "--set", "layers=1"), "does not accept --set")
     refused(treadle_command("diff", "small.treadle", "--b", "--quantize int4"), "an artifact is already compiled")
     refused(treadle_command("diff", "small.treadle@fuse-gelu", SMALL), "only the graph after its last pass")
 

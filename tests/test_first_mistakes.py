@@ -158,6 +158,8 @@ def test_the_cast_goes_to_the_dtype_that_holds_both(body: Body) -> None:
 def test_keywords_stand_behind_a_star() -> None:
     assert refusal(lambda x: t.softmax(x, axs=1)).hint == "did you mean axis=? softmax(x, *, axis=-1, name=None)"
     assert refusal(lambda x: t.softmax(x, -1)).hint == "softmax(x, *, axis=-1, name=None)"
+    sized = refusal(lambda x: t.rearrange(x, "b s (h d) -> b h s d", h=2)).hint or ""
+    assert sized == 'a size is in the pattern, as "(h=2 d)": rearrange(x, pattern, *, name=None)'
     assert refusal(lambda x: t.concat()).hint == "concat(*parts, axis=-1, name=None)"
     with pytest.raises(FrontendError) as layer:
         traced(lambda x: t.linear(x, 4))
@@ -542,7 +544,7 @@ def test_a_bias_must_be_a_tensor_or_an_array() -> None:
             lambda x: t.rearrange(x, pattern="b s (h d) -> b h s d"),
             "rearrange: cannot infer the sizes of h and d",
             "b s (h d) -> b h s d\n     ^",
-            "give all but one of them, such as h=2",
+            "sizes of all but one in the pattern: 'b s (h=2 d) -> b h s d'",
         ),
         (
             lambda x: t.einsum(x, x, equation="b s d, b t d -> b s u"),

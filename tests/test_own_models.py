@@ -640,7 +640,11 @@ def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
     with pytest.raises(UsageError, match="not a model for tasks"):
         t.load("a.treadle")
     refused(trained("generate a.treadle the --tokenizer out --quantize int4"), "does not accept --quantize")
-    refused(trained("compile a.treadle"), "an artifact is compiled already")
+    for command in ("compile a.treadle", "perplexity a.treadle corpus.txt"):
+        said = trained(command)
+        refused(said, "an artifact is compiled already")
+        assert hint_of(said).startswith("the model that it was compiled from")
+    refused(trained("classify a.treadle the"), "to classify texts needs the model itself, not an artifact")
 
 
 def test_a_model_that_does_not_continue_text_stores_no_tokenizer(trained: Treadle) -> None:

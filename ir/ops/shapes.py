@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,13 @@ from treadle.ir.storage.rearranged_views import Rearranged
 from treadle.ir.storage.views import View
 from treadle.ir.types import Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name
+
+
+def _with_sizes(pattern: str, names: Sequence[str]) -> str:
+    """Return a pattern in which these names have a size, as an example: "b (h=2 d)"."""
+    for name in names:
+        pattern = re.sub(rf"\b{name}\b", f"{name}=2", pattern, count=1)
+    return pattern
 
 
 def zeros(b: Builder, type: Type) -> Expr:
@@ -82,7 +90,7 @@ class Rearrange(Primitive):
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)}",
                     within=marked_name(self.pattern, unknown[0]),
-                    hint=f"give all but one of them, such as {unknown[0]}=2",
+                    hint=f"sizes of all but one in the pattern: {_with_sizes(self.pattern, unknown[:-1])!r}",
                 )
 
     def at(self, values: Mapping[str, int]) -> Op:

@@ -57,8 +57,9 @@ def diff_builds(
 ) -> None:
     """Print the differences between two builds: ops, layers, fusions, memory, FLOPs, bytes, weights and kernels.
 
-    MODEL@PASS is a build up to a pass, such as gpt2@fuse-gelu. Options apply to both builds. Options inside --a or --b
-    apply only to the first or the second build.
+    MODEL@PASS is a build up to a pass, such as gpt2@fuse-gelu. Options apply to both builds; to an artifact next to a
+    model, only those apply that do not compile it again. Options inside --a or --b apply only to the first or the
+    second build.
 
     CONDITIONS is CONDITION, CONDITION, ... A condition is QUANTITY SIGN NUMBER, such as 'attention<12, peak>1.05x,
     flops>1.01x'.
@@ -72,7 +73,8 @@ def diff_builds(
     or one of ops, added, removed, changed, lost (fusions), peak, flops, bytes, weights, bits, widened (weights stored
     in more bits), kernels, generic (kernels that run element by element).
     """
-    from treadle.comparing.builds import open_build
+    from treadle.artifact_reading import is_artifact
+    from treadle.comparing.builds import open_build, split_pass
     from treadle.comparing.conditions import check_conditions, parse_conditions
     from treadle.comparing.differences import compare
     from treadle.fitting import fit_prose, fitted
@@ -85,14 +87,16 @@ def diff_builds(
     builds = []
     sides = [(model, a, parse_side("--a", a)), (model if other is None else other, b, parse_side("--b", b))]
     differing = {each for *_, own in sides for each in own}
-    for name, text, own in sides:
-        shared = {each: value for each, value in keywords.items() if each in differing and each not in own}
+    are_files = [is_artifact(split_pass(name)[0]) for name, *_ in sides]
+    for (name, text, own), is_file in zip(sides, are_files, strict=True):
+        applied = keywords if not is_file or all(are_files) else _of_artifacts(keywords)
+        shared = {each: value for each, value in applied.items() if each in differing and each not in own}
         for each in ("config", "limits"):
-            if each in own and each in keywords:  # the last value of a name counts
-                own[each] = {**keywords[each], **own[each]}
+            if each in own and each in applied:  # the last value of a name counts
+                own[each] = {**applied[each], **own[each]}
         shown = " ".join(filter(None, (name, *_flags_text(shared), text)))
         with working(f"building {shown}", shown=not as_json):
-            made = open_build(name, name=shown, **{**keywords, **own})
+            made = open_build(name, name=shown, **{**applied, **own})
         builds.append(made)
     found = compare(*builds, sizes=asked)
     outcomes = check_conditions(conditions, found)
@@ -108,6 +112,12 @@ def diff_builds(
             print(f"wrote {report}")
     if any(each.holds for each in outcomes):
         raise typer.Exit(1)
+
+
+def _of_artifacts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that apply to a compiled model."""
+    known = declared_options()
+    return {name: value for name, value in options.items() if name in known and "artifact" in known[name].takers}
 
 
 def _flags_text(options: Mapping[str, Any]) -> list[str]:

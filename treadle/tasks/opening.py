@@ -168,6 +168,12 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
 def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[str, Any]]:
     """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head."""
     source = program.source
+    if source.kind == "artifact":
+        hint = Hint(
+            "the model that it was compiled from, such as t.load('FILE.py:FUNCTION', weights='FOLDER')",
+            "the model that it was compiled from, such as FILE.py:FUNCTION --weights FOLDER",
+        )
+        raise UsageError(f"to {head.does} needs the model itself, not an artifact", received=source.label, hint=hint)
     if not source.place.is_dir():
         raise UsageError(
             f"to {head.does} needs a folder with config.json",

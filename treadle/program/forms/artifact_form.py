@@ -42,5 +42,9 @@ class ArtifactForm(ModelForm):
         return super().tokenizer(max_tokens, context, cut)
 
     def read(self, options: ReadOptions) -> ReadModel:
-        hint = Hint(f"treadle.load_artifact({self.label!r})", f"treadle run {self.label}")
+        model = "the model that it was compiled from"
+        hint = Hint(
+            f"{model}; treadle.load_artifact({self.label!r}) runs it on arrays",
+            f"{model}; `treadle run {printable(self.label)}` runs it on arrays",
+        )
         raise UsageError("an artifact is compiled already", received=self.label, hint=hint)
