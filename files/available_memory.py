@@ -32,8 +32,8 @@ def free_memory() -> int | None:
 
 
 def prefault(array: np.ndarray[Any, Any]) -> bool:
-    """Let the operating system allocate the pages of a contiguous array now, in place of at the first write to each.
-    The elements do not change, and other threads may read and write them meanwhile (madvise(2)).
+    """Let the operating system allocate the memory of a contiguous array now. Otherwise, it allocates each page at the
+    first write to it. The elements do not change, and other threads may read and write them meanwhile (madvise(2)).
 
     Returns False if the system cannot: it is not Linux, older than 5.14, or has no memory left. The first writes then
     allocate the pages.

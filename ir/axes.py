@@ -258,7 +258,7 @@ class _Matching:
                 unknown = [n for n in axis.factors if n not in self.dims]
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
-                    hint=f"sizes of all but one between the letters, such as ({unknown[0]}=2 {' '.join(unknown[1:])})",
+                    hint=f"sizes of all but one of them, such as ({unknown[0]}=2 {' '.join(unknown[1:])})",
                 )
             waiting = left
 

@@ -42,7 +42,7 @@ Array = np.ndarray[Any, Any]
 
 BUDGET = 80
 """Default maximum number of tokens of a step: with SmolLM2 on one core, a burst of prompts then delays a running text
-by four steps (docs/serving.md).
+by four or five steps (docs/serving.md).
 """
 _SPARE = 2
 """Number of unused rows whose memory is allocated in advance, so that a new text does not delay the running ones."""
@@ -349,11 +349,12 @@ class Scheduler:
                 continue
             try:
                 self._rows.append(self._begun(ticket, self._rows))
-                self._allocating.submit(self.session.prefault, self._rows[-1].row + 1 + _SPARE)
             except Exception as error:  # the inputs of this request could not be computed
                 with self._changed:
                     self._joined -= 1
                 ticket.end(_failure(error))
+            else:
+                self._allocating.submit(self.session.prefault, self._rows[-1].row + 1 + _SPARE)
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
         """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`

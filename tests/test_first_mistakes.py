@@ -544,7 +544,7 @@ def test_a_bias_must_be_a_tensor_or_an_array() -> None:
             lambda x: t.rearrange(x, pattern="b s (h d) -> b h s d"),
             "rearrange: cannot infer the sizes of h and d",
             "b s (h d) -> b h s d\n     ^",
-            "sizes of all but one in the pattern: 'b s (h=2 d) -> b h s d'",
+            "sizes of all but one of them in the pattern: 'b s (h=2 d) -> b h s d'",
         ),
         (
             lambda x: t.einsum(x, x, equation="b s d, b t d -> b s u"),

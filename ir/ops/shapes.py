@@ -90,7 +90,7 @@ class Rearrange(Primitive):
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)}",
                     within=marked_name(self.pattern, unknown[0]),
-                    hint=f"sizes of all but one in the pattern: {_with_sizes(self.pattern, unknown[:-1])!r}",
+                    hint=f"sizes of all but one of them in the pattern: {_with_sizes(self.pattern, unknown[:-1])!r}",
                 )
 
     def at(self, values: Mapping[str, int]) -> Op:

@@ -8,31 +8,22 @@ from pathlib import Path
 
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
-from treadle.frontends.huggingface import Checkpoint, open_weights
-from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import VOCABULARIES, TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
-from treadle.program.forms.model_form import Kind, Limits, ModelForm
+from treadle.program.forms.model_form import Kind, Limits
+from treadle.program.forms.separate_weights import SeparateWeightsForm
 from treadle.program.trained_folders import DeclarationReference, family_of_declaration
 
 
-class DeclarationForm(ModelForm):
+class DeclarationForm(SeparateWeightsForm):
     """A declaration, with initial values or with weights in a folder."""
 
     kind: Kind = "declaration"
 
     def __init__(self, label: str, model: Model, file: Path | None, weights: str | Path | None, limits: Limits) -> None:
-        super().__init__(label, None if weights is None else Path(weights), limits)
+        super().__init__(label, weights, limits)
         self.model, self.file = model, file
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        return open_weights(self.place, self.limits)
-
-    @cached_property
-    def folder(self) -> ModelFolder:
-        return self.checkpoint.folder
 
     @cached_property
     def stored(self) -> DeclarationReference | None:
