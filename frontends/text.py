@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,34 +25,20 @@ from treadle.files.contained_files import PathLike
 from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.model_folder import ModelFolder
-from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, kind_names
-from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
-from treadle.frontends.vocabularies.sentencepiece_vocabularies import (
-    build_sentencepiece_tokenizer,
-    is_sentencepiece_kind,
+from treadle.frontends.vocabularies.folder_vocabulary import (
+    FILE,
+    FILE_BYTES,
+    OLDER,
+    SETTINGS,
+    TEXT_FILES,
+    FolderVocabulary,
+    guarded,
 )
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
-from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
-_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-_OLDER_TEMPLATE = "chat_template.json"  # of models that read images, before transformers 4.52
-_OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
-"""Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
-VOCABULARIES = (_FILE, *_OLDER)
-"""The files of which a folder with a tokenizer has one."""
-
-_TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, _OLDER_TEMPLATE)
-TOKENIZER_FILES = (*_TEXT_FILES, *_OLDER, "merges.txt")
-"""The files of a tokenizer and its chat template in all forms."""
-
-_UNREAD = ("source.spm", "target.spm")
-_UNCONVERTED = {"marian", "m2m_100", "m2m100", "fsmt"}
-"""Kinds, as `kind_names` returns them, whose tokenizers transformers cannot convert to tokenizer.json."""
 _INPUT_NAMES = ("input_ids", "attention_mask")
-_FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 for no limit
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +120,7 @@ class TextTokenizer:
         max_tokens: int | None = None,
         context: int | None = None,
         cut: bool = True,
-        limit_bytes: int = _FILE_BYTES,
+        limit_bytes: int = FILE_BYTES,
     ) -> TextTokenizer:
         """Read tokenizer.json of a model's folder, or of its place in a hub cache; else one of the older forms.
 
@@ -156,8 +142,8 @@ class TextTokenizer:
                 hint=pip_install("text"),
             ) from error
         place = ModelFolder.find(folder)
-        shown = place.show(_FILE)
-        made, truncation = place.once((_FILE, limit_bytes), lambda: _Vocabulary.read(place, limit_bytes)).take()
+        shown = place.show(FILE)
+        made, truncation = place.once((FILE, limit_bytes), lambda: FolderVocabulary.read(place, limit_bytes)).take()
         made.no_padding()
         settings = read_tokenizer_settings(place, limit_bytes)
         asked = max_tokens if max_tokens is not None else _longest_input(settings)
@@ -167,7 +153,7 @@ class TextTokenizer:
         if most is None:
             made.no_truncation()
         else:
-            _guarded(lambda: made.enable_truncation(most), f"texts cannot be truncated to {most} tokens", shown)
+            guarded(lambda: made.enable_truncation(most), f"texts cannot be truncated to {most} tokens", shown)
         named = settings.get("model_input_names")
         names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
         return cls(made, most, read_special_tokens(settings), names)
@@ -181,7 +167,7 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii():
                 _refuse_surrogates(text)
-        encoded = _guarded(lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", _FILE)
+        encoded = guarded(lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", FILE)
         self._refuse_beyond(encoded)
         lengths = np.array([len(e.ids) for e in encoded], np.int64)
         ids = np.zeros((len(encoded), max(1, int(lengths.max()))), np.int64)
@@ -212,12 +198,12 @@ class TextTokenizer:
             def cut() -> None:
                 self._tokenizer.enable_truncation(most, stride=step, strategy="only_second")
 
-            _guarded(cut, f"texts cannot be truncated to {most} tokens", _FILE)
+            guarded(cut, f"texts cannot be truncated to {most} tokens", FILE)
         try:
-            encoded = _guarded(
+            encoded = guarded(
                 lambda: self._tokenizer.encode_batch(list(texts), add_special_tokens=special),
                 "the tokenizer failed on a text",
-                _FILE,
+                FILE,
             )
         finally:
             if windows is not None:
@@ -238,10 +224,10 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii():
                 _refuse_surrogates(text)
-        encoded = _guarded(
+        encoded = guarded(
             lambda: self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special),
             "the tokenizer failed on a text",
-            _FILE,
+            FILE,
         )
         self._refuse_beyond(encoded)
         return [e.ids for e in encoded]
@@ -321,7 +307,7 @@ class TextTokenizer:
             near = next((name for name in self.special_tokens() if "mask" in name.lower()), None)
             raise CheckpointError(
                 "the vocabulary has no mask token" if near is None else "no file names the mask token",
-                hint=otherwise() if near is None else f'"mask_token": {json.dumps(near)} in {_SETTINGS}',
+                hint=otherwise() if near is None else f'"mask_token": {json.dumps(near)} in {SETTINGS}',
             )
         return mask
 
@@ -344,7 +330,7 @@ class TextTokenizer:
     def text_files(self, template: str | None = None) -> dict[str, bytes]:
         """Return the files of a folder with this tokenizer and a chat template, by name."""
         settings = {**self.special_names, **({} if template is None else {"chat_template": template})}
-        return {_FILE: self.serialized(), _SETTINGS: json.dumps(settings, indent=2).encode()}
+        return {FILE: self.serialized(), SETTINGS: json.dumps(settings, indent=2).encode()}
 
     @property
     def size(self) -> int:
@@ -370,95 +356,10 @@ class TextTokenizer:
         """Return ids as text, without special tokens unless `special`; bytes that are not a whole character become
         U+FFFD.
         """
-        decoded = _guarded(
-            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids cannot be decoded", _FILE
+        decoded = guarded(
+            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids cannot be decoded", FILE
         )
         return str(decoded)
-
-
-class _Vocabulary:
-    """A folder's tokenizer as the library parsed it, for the first caller of `take`; the others get a copy."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._taken = tokenizer, False
-        self._truncation: Mapping[str, Any] | None = tokenizer.truncation  # each caller of `take` sets its own
-
-    @classmethod
-    def read(cls, place: ModelFolder, limit_bytes: int) -> _Vocabulary:
-        """Parse tokenizer.json, or one of the older forms. Raises as `TextTokenizer.open` does."""
-        import tokenizers
-
-        shown = place.show(_FILE)
-        if not place.has(_FILE):
-            older = [name for name in _OLDER if place.has(name)]
-            settings = read_tokenizer_settings(place, limit_bytes)
-            made: Any = older and _guarded(
-                lambda: (
-                    build_older_tokenizer(place, settings, limit_bytes)
-                    or build_sentencepiece_tokenizer(place, settings, limit_bytes)
-                ),
-                "the vocabulary is damaged",
-                place.show(older[0]),
-            )
-            if not made:
-                raise CheckpointError(
-                    f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
-                    received=", ".join(each for each in (*older, *_UNREAD) if place.has(each)) or "no vocabulary",
-                    within=place.shown,
-                    hint=_way_to_get(place, settings, older),
-                )
-        else:
-            data = place.read(_FILE, limit_bytes, "limit_bytes=")
-            made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
-        if made.get_vocab_size() <= sum(token.special for token in made.get_added_tokens_decoder().values()):
-            raise CheckpointError(
-                "the tokenizer has no tokens but special ones",
-                received=", ".join(map(printable, sorted(made.get_vocab())[:8])) or "no tokens",
-                within=shown,
-                hint=f"a {_FILE} of the same model",
-            )
-        return cls(made)
-
-    def take(self) -> tuple[Any, Mapping[str, Any] | None]:
-        """Return a tokenizer that the caller may change, and the file's truncation."""
-        made = copy.deepcopy(self._tokenizer) if self._taken else self._tokenizer
-        self._taken = True
-        return made, self._truncation
-
-
-def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], older: Sequence[str]) -> str:
-    """Return a hint on how to get a folder's tokenizer.json.
-
-    older  the vocabularies that the folder has in older forms
-    """
-    if set(kind_names(place, settings)[:1]) & _UNCONVERTED:
-        return (
-            f"put a {_FILE} of the same model there, such as its ONNX export has: transformers tokenizes this kind in "
-            "Python, and cannot write one"
-        )
-    if older and not set(older) & set(_SENTENCEPIECE) and is_sentencepiece_kind(place, settings):
-        pieces = " or ".join(_SENTENCEPIECE)  # without it, transformers writes a tokenizer of special tokens alone
-        return f"put a {_FILE} of the same model there: tokenizers of this kind are built from {pieces}"
-    name = place.shown if older else "NAME OF THE MODEL"
-    return (
-        "create it with transformers, in Python:\nfrom transformers import AutoTokenizer\n"
-        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({place.shown!r})"
-    )
-
-
-def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
-    """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
-    chat_template.json or tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or
-    damaged.
-    """
-    place = ModelFolder.find(folder)
-    if place.has(_TEMPLATE):
-        return place.read(_TEMPLATE, _FILE_BYTES, "limit_bytes=").decode("utf-8", "replace")
-    older = place.read_settings(_OLDER_TEMPLATE) if place.has(_OLDER_TEMPLATE) else {}
-    template = older.get("chat_template") or read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if isinstance(t, dict)), None)
-    return template if isinstance(template, str) else None
 
 
 def read_text_files(folder: PathLike | ModelFolder) -> dict[str, bytes]:
@@ -467,9 +368,9 @@ def read_text_files(folder: PathLike | ModelFolder) -> dict[str, bytes]:
     folder.
     """
     place = ModelFolder.find(folder)
-    found = {name: place.read(name, _FILE_BYTES, "limit_bytes=") for name in _TEXT_FILES if place.has(name)}
-    if _FILE not in found and any(map(place.has, _OLDER)):
-        found[_FILE] = TextTokenizer.open(place, cut=False).serialized()
+    found = {name: place.read(name, FILE_BYTES, "limit_bytes=") for name in TEXT_FILES if place.has(name)}
+    if FILE not in found and any(map(place.has, OLDER)):
+        found[FILE] = TextTokenizer.open(place, cut=False).serialized()
     return found
 
 
@@ -488,16 +389,3 @@ def _longest_input(settings: Mapping[str, Any]) -> int | None:
     """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
     length = settings.get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
-
-
-def _guarded(action: Callable[[], T], what: str, shown: str) -> T:
-    """Return the library's result; raise its failures, some of which a hostile file can cause, as CheckpointError."""
-    try:
-        return action()
-    except TreadleError:
-        raise
-    except BaseException as error:
-        # A panic of the library's Rust is a BaseException of a class that cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(what, received=printable(str(error), 400), within=shown) from None

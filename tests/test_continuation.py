@@ -317,7 +317,7 @@ def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as if the kind of the tokenizer were unknown
-    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)
+    monkeypatch.setattr("treadle.frontends.vocabularies.folder_vocabulary.build_older_tokenizer", lambda *_: None)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)

@@ -13,7 +13,8 @@ pytest.importorskip("tokenizers")
 
 from tests.test_sentencepiece import SMALL, folder
 from treadle.files.shown_names import printable
-from treadle.frontends.text import EncodedText, TextTokenizer, folder_chat_template
+from treadle.frontends.text import EncodedText, TextTokenizer
+from treadle.frontends.vocabularies.folder_vocabulary import folder_chat_template
 from treadle.ir.errors import CheckpointError, UsageError
 
 END, UNKNOWN, A, CAT = 1, 2, 3, 4  # ids in the vocabulary SMALL, which merges adjacent unknown pieces

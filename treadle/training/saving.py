@@ -38,7 +38,7 @@ from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import open_quantized
-from treadle.frontends.text import TOKENIZER_FILES
+from treadle.frontends.vocabularies.folder_vocabulary import TOKENIZER_FILES
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
-from treadle.frontends.text import VOCABULARIES, TextTokenizer
+from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
 from treadle.program.forms.model_form import Kind, Limits

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
-from treadle.frontends.text import TextTokenizer, folder_chat_template, read_text_files
+from treadle.frontends.text import TextTokenizer, read_text_files
+from treadle.frontends.vocabularies.folder_vocabulary import folder_chat_template
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import DType
