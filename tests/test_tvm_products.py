@@ -312,7 +312,7 @@ def test_prefetching_changes_no_bits() -> None:
     plain = ISAS["x86-64-v3"]
     if not runs_here(plain):
         pytest.skip("no AVX2 here")
-    caches = [KernelCache(isa, folder=None) for isa in (plain, replace(plain, name="v3-ahead", ahead=8192))]
+    caches = [KernelCache(isa, folder=None) for isa in (plain, replace(plain, name="v3-near", ahead=0))]
     k, n = 64, 40
     w = normal(n, k, seed=1)
     laid = pack(w, panels(16))

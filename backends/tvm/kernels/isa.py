@@ -29,7 +29,7 @@ class Isa:
     fused       True if a * b + c is one instruction, rounded once
     needs       the CPU flags, as Linux names them, that a machine must have
     llvm        the options of the code generator: mcpu, mattr, and mtriple where TVM's default does not fit
-    ahead       prefetch distance in bytes of data streamed from memory; 0: hardware prefetches by itself
+    ahead       prefetch distance in bytes of weights that a product reads from memory; 0: no prefetching
     """
 
     name: str
@@ -105,9 +105,9 @@ ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
         Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", (_WIDE, *_DOTS, *_TILES), ahead=8192),
-        Isa("x86-64-v4-bf16", "x86_64", 64, 32, True, _BF16, "x86-64-v4", (_WIDE, *_DOTS)),
-        Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", (_WIDE,)),
-        Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3"),
+        Isa("x86-64-v4-bf16", "x86_64", 64, 32, True, _BF16, "x86-64-v4", (_WIDE, *_DOTS), ahead=8192),
+        Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", (_WIDE,), ahead=8192),
+        Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3", ahead=8192),
         Isa("x86-64-v2", "x86_64", 16, 16, False, frozenset({"sse4_2", "popcnt"}), "x86-64-v2"),
         Isa("x86-64", "x86_64", 16, 16, False, frozenset(), "x86-64"),
         Isa("arm64", "aarch64", 16, 32, True, frozenset(), "generic", ("+neon",)),

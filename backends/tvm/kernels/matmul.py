@@ -4,8 +4,8 @@
 
 The accumulators of a tile (some rows by one panel) stay in registers during the loop over k; w is read one full vector
 at a time and a is broadcast. Every row sums over k in the same order, so a row's bits depend neither on the number of
-rows nor on its index. The first tile of a panel loads the panel into the CPU cache for the other tiles. If the hardware
-does not prefetch far enough (`Isa.ahead`), this tile prefetches the following data.
+rows nor on its index. The first tile of a panel loads the panel into the CPU cache for the other tiles, and prefetches
+the following data (`Isa.ahead`).
 """
 
 from __future__ import annotations

@@ -21,12 +21,6 @@ from treadle.ir.types import DType, f32, u8
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-_LONG, _AHEAD = 32, 2048
-"""Blocks of this number of bytes of a line, and more, are prefetched from this distance in bytes, even if the hardware
-prefetches by itself: a Zen 4 reads them from memory at two thirds of the rate of short blocks, whose scales lead it
-further ahead.
-"""
-
 
 @dataclass(frozen=True)
 class BlockProduct(Matmul):
@@ -69,8 +63,7 @@ class BlockProduct(Matmul):
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
-        far = max(k.isa.ahead, _AHEAD if form.group * form.bits // 8 >= _LONG else 0)
-        ahead = far // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
+        ahead = k.isa.ahead // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
         acc = k.registers(rows * self.width, f32)
         row = partial(row_of, k, first, count=count)
         with k.unroll(rows * vectors, "r") as r:

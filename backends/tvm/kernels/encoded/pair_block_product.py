@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.encoded.block_words import WordBlock, WordForm
@@ -135,17 +136,22 @@ class PairBlockProduct(PairProduct):
         def load(place: Expr, at: int, count: int, v: int) -> Expr:
             return k.load(w, [panel, place, 2 * (start + v * LANES) + at], count)
 
+        def bring(place: Expr) -> None:
+            if k.isa.ahead:
+                for byte in range(0, 2 * vectors * LANES, 64):
+                    k.prefetch(w, [panel, place + k.isa.ahead // (2 * narrow_width(k.isa)), 2 * start + byte])
+
         loads = [partial(load, v=v) for v in range(vectors)]
         head = form.header // 2
         if not form.group:
             count = k.floor_divide(sizes.depth, 2)
-            unpack_pairs(k, form, loads, k.index(0), k.index(head), count, put, in_order=in_order)
+            unpack_pairs(k, form, loads, k.index(0), k.index(head), count, put, in_order=in_order, before=bring)
             return
         with k.loop(k.floor_divide(sizes.depth, form.group), "block") as block:
             base = k.let(block * (form.bytes // 2), "base")
             of_block = partial(_put_from, k, k.let(block * (form.group // 2), "number"), put)
             count = k.index(form.bytes // 2 - head)
-            unpack_pairs(k, form, loads, base, base + head, count, of_block, in_order=in_order)
+            unpack_pairs(k, form, loads, base, base + head, count, of_block, in_order=in_order, before=bring)
 
     def _unpack_words(
         self,
@@ -167,6 +173,9 @@ class PairBlockProduct(PairProduct):
             def load(at: Expr, count: int, line: Expr) -> Expr:
                 return k.load(w, [line, base + at], count)
 
+            if k.isa.ahead:  # the blocks of the next lines that are read together
+                for line, byte in product(lines, range(0, form.bytes * LANES, 64)):
+                    k.prefetch(w, [line + vectors, base + byte])
             blocks = [WordBlock(k, form, LANES, partial(load, line=line), k.index(0)) for line in lines]
             unpack_words(k, blocks, partial(_put_from, k, k.let(block * (form.elements // 2), "number"), put))
 

@@ -158,6 +158,9 @@ class QuadProduct(RegisterProduct):
         lanes, width = k.isa.lanes(), narrow_width(k.isa)
         at = k.let(quad * 4, "at")
         held = []
+        if k.isa.ahead:
+            for line in range(0, 4 * width, 64):
+                k.prefetch(views["w"], [tile.panel, quad * (4 * width) + (QUAD_HEAD * width + line + k.isa.ahead)])
         for v in range(tile.vectors):
             index = [tile.panel, quad * (4 * width) + (QUAD_HEAD * width + 4 * (tile.start + v * lanes))]
             held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.narrow.register_product import ProductSizes, RegisterProduct, RegisterTile
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width
 from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
 from treadle.ir.types import DTYPES, DType, bf16, f32
@@ -73,13 +74,17 @@ class PairProduct(RegisterProduct):
         self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes, add: AddPairs
     ) -> None:
         """Call `add` for each pair of a tile's columns, in order."""
-        self.over_held(k, views["w"], tile.panel, tile, sizes.steps, add)
+        self.over_held(k, views["w"], tile.panel, tile, sizes.steps, add, ahead=k.isa.ahead)
 
-    def over_held(self, k: Emitter, w: Any, at: Expr, tile: RegisterTile, steps: Expr, add: AddPairs) -> None:
-        """Call `add` for each pair of a panel that is stored in flat pairs."""
-        lanes = k.isa.lanes()
+    def over_held(
+        self, k: Emitter, w: Any, at: Expr, tile: RegisterTile, steps: Expr, add: AddPairs, *, ahead: int = 0
+    ) -> None:
+        """Call `add` for each pair of a panel that is stored in flat pairs. `ahead` is a prefetch distance in bytes."""
+        lanes, width = k.isa.lanes(), narrow_width(k.isa)
         with k.loop(steps * PAIR_SQUARE, "pair") as pair:
             held = []
+            for line in range(0, 2 * width, 32) if ahead else ():
+                k.prefetch(w, [at, pair, line + ahead // 2])
             for v in range(tile.vectors):
                 place = [at, pair, 2 * (tile.start + v * lanes)]
                 held.append(k.let(k.bits(k.load(w, place, 2 * lanes), DTYPES["i32"], lanes), "w"))
