@@ -153,6 +153,13 @@ def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
     assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "at most the whole"
 
 
+def test_attention_reads_the_slots_of_its_rows() -> None:
+    """A call with 2 of 8 slots reads the keys and values of these two: 3 heads of 128 positions each."""
+    types = "f32[2, 9, 1, 64]", "f32[8, 3, 128, 64]", "f32[8, 3, 128, 64]", "i64[2]", "i64[2]"
+    found = cost(lambda b, *x: b.cached_attention(*x, terms=("causal",), scale=0.125), *types).bytes
+    assert found == 4 * (2 * (2 * 3 * 128 * 64) + 2 * (2 * 9 * 64)) + 8 * (2 + 2)
+
+
 def _decoded(b: Builder, blocks: Expr) -> Expr:
     return b.apply(Decode, blocks, of=blocks.type.encoding)  # type: ignore[no-any-return]
 

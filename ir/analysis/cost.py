@@ -2,9 +2,9 @@
 
 The operations of a primitive are its points (the product of its rule's factors) times its `flops` per point. The
 operations of a composite are counted in its body. Attention counts only the pairs of a query and a key that it may see.
-Bytes count each element that an op reads or writes once, as if no cache existed. From an operand that is indexed, an op
-reads only as many bytes as it writes to the result, and an op that updates a state writes only the update. Computations
-on weights alone run once, when weights are bound, and are not counted.
+Bytes count each element that an op reads or writes once, as if no cache existed. Along an axis that is looked up, an op
+reads only the elements at its indices, and an op that updates a state writes only the update. Computations on weights
+alone run once, when weights are bound, and are not counted.
 
 Blocks are decoded where they are read: an op that reads the result of `decode` reads the bytes of the blocks, and of a
 lookup only the blocks of the rows that it reads. The decode itself then moves nothing. This is the minimum that a run
@@ -25,6 +25,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite, Op
+from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
 
 
@@ -145,13 +146,25 @@ def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int]
 
 def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], results: list[Type], sizes: Sizes) -> int:
     application = op.apply(operands)
-    written = sum(t.bytes_at(sizes) for t in results)
+    of_operands = [None if dims is None else {name for d in dims for name in d.factors} for dims in application.operands]
+    of_results = {name for dims in application.results for d in dims for name in d.factors}
+    of_indices = {
+        name
+        for t, names in zip(operands, of_operands, strict=True)
+        if t is not None and t.dtype.is_int
+        for name in names or ()
+    }
+
+    def elements(names: Iterable[str]) -> int:
+        return product(application.dims[name].size for name in names).evaluate(sizes)
+
     read = 0
-    for t, held, dims in zip(operands, stored, application.operands, strict=True):
-        if t is None or held is None or dims is None:
+    for t, held, names in zip(operands, stored, of_operands, strict=True):
+        if t is None or held is None or names is None:
             continue
-        names = {name for d in dims for name in d.factors}
-        looked_up = any(application.factors[n].role is Role.INDEXED for n in names)
-        whole, count = t.bytes_at(sizes), held.bytes_at(sizes)
-        read += count * written // whole if looked_up and written < whole else count
+        count, plain = held.bytes_at(sizes), {n for n in names if application.factors[n].role is not Role.INDEXED}
+        if names - plain - of_results:  # of an axis that is looked up, the elements at the indices
+            count = min(count, count * elements(plain | of_indices) // max(1, elements(names)))
+        read += count
+    written = sum(t.bytes_at(sizes) for t in results)
     return read + written
