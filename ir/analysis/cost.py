@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from treadle.ir.analysis.weight_only import weight_only_nodes
-from treadle.ir.axes import Role
+from treadle.ir.axes import AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -146,14 +146,10 @@ def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int]
 
 def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], results: list[Type], sizes: Sizes) -> int:
     application = op.apply(operands)
-    of_operands = [None if dims is None else {name for d in dims for name in d.factors} for dims in application.operands]
-    of_results = {name for dims in application.results for d in dims for name in d.factors}
-    of_indices = {
-        name
-        for t, names in zip(operands, of_operands, strict=True)
-        if t is not None and t.dtype.is_int
-        for name in names or ()
-    }
+    of_operands = [None if dims is None else _factors(dims) for dims in application.operands]
+    of_results = set[str]().union(*map(_factors, application.results))
+    indices = [names for t, names in zip(operands, of_operands, strict=True) if t is not None and t.dtype.is_int]
+    of_indices = set[str]().union(*(names or () for names in indices))
 
     def elements(names: Iterable[str]) -> int:
         return product(application.dims[name].size for name in names).evaluate(sizes)
@@ -168,3 +164,7 @@ def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], resul
         read += count
     written = sum(t.bytes_at(sizes) for t in results)
     return read + written
+
+
+def _factors(dims: Iterable[AxisDim]) -> set[str]:
+    return {name for dim in dims for name in dim.factors}

@@ -129,6 +129,11 @@ class WordForm(ABC):
     def title(self) -> str:
         """Name of the form in a kernel's name."""
 
+    @property
+    def is_direct(self) -> bool:
+        """True if a word is unpacked by a shift and a mask or fewer operations, and each span has one scale."""
+        return False
+
     @abstractmethod
     def spans(self, block: WordBlock) -> Sequence[Scale]:
         """Return d and c of each span."""
@@ -238,6 +243,10 @@ class PlainWords(WordForm):
     @property
     def title(self) -> str:
         return f"{self.bits}_bits_by_{self.elements}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
+
+    @property
+    def is_direct(self) -> bool:
+        return self.bits != 5 and not self.least
 
     def spans(self, block: WordBlock) -> Sequence[Scale]:
         d, c = block.scale(0), block.scale(1) if self.least else None

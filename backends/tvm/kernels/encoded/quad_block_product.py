@@ -70,7 +70,7 @@ class QuadBlockProduct(WordProduct):
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
         """Add the products of 32 elements to the tile: the integer sums of each span, scaled."""
-        lanes, vectors = column_lanes(k.isa), len(tile.blocks)
+        lanes, by_fours, vectors = column_lanes(k.isa), k.isa.multiplies_quads, len(tile.blocks)
         for half in range(self.form.halves):
             sums = self._summed(k, views, tile, chunk, part, group, half)
             scales = [tile.scales.at(k, v, chunk, part, half) for v in range(vectors)]
@@ -78,10 +78,13 @@ class QuadBlockProduct(WordProduct):
                 for v, (d, least) in enumerate(scales):
                     at = [(i * vectors + v) * lanes]
                     total = k.load(sums, at, lanes)
-                    total = k.cast(total, f32, lanes) if sums.dtype is _i32 else total
+                    if self.form.zero:
+                        owed = k.load(views["scales"], [tile.row(k, i), group, 1 + half])
+                        total += k.splat(owed if by_fours else k.cast(owed, f32), lanes)
+                    total = k.cast(total, f32, lanes) if by_fours else total
                     before = k.load(tile.sums, at, lanes)
                     made = self.added(k, views["scales"], tile.row(k, i), group, half, before, total, d, least)
-                    k.store(tile.sums, at, made, lanes)
+                    k.store(tile.sums, at, _in_order(k, made) if by_fours and self.form.is_direct else made, lanes)
 
     def added(
         self,
@@ -111,13 +114,8 @@ class QuadBlockProduct(WordProduct):
         lanes, by_fours, vectors = column_lanes(k.isa), k.isa.multiplies_quads, len(tile.blocks)
         dtype = _i32 if by_fours else f32
         made = k.registers(tile.high * WIDTH, dtype, "whole")
-        for i in range(tile.high):
-            owed = k.number(0, dtype, lanes)
-            if self.form.zero:
-                owed = k.load(views["scales"], [tile.row(k, i), group, 1 + half])
-                owed = k.splat(owed if by_fours else k.cast(owed, f32), lanes)
-            for v in range(vectors):
-                k.store(made, [(i * vectors + v) * lanes], owed, lanes)
+        with k.unroll(tile.high * vectors, "r") as r:
+            k.store(made, [r * lanes], k.number(0, dtype, lanes), lanes)
         for sixteen in range(2) if self.form.halves == 1 else (half,):
             begin = k.let(group * GROUP + 16 * sixteen, "begin")
             if by_fours:
@@ -149,3 +147,18 @@ class QuadBlockProduct(WordProduct):
             for v, y in enumerate(numbers):
                 place = [(i * len(numbers) + v) * lanes]
                 k.store(to, place, k.load(to, place, lanes) + x * y, lanes)
+
+
+def _in_order(k: Emitter, value: Expr) -> Expr:
+    """Return a vector that LLVM computes before it reads what is read later. Otherwise it reads the scales of all rows
+    of a tile first, and moves sums out of registers.
+    """
+
+    def text() -> str:
+        return """
+define <16 x float> @treadle_in_order(<16 x float> %x) alwaysinline {
+  %y = call <16 x float> asm sideeffect "", "=v,0,~{memory}"(<16 x float> %x)
+  ret <16 x float> %y
+}"""
+
+    return k.llvm("treadle_in_order", text, "float32x16", value)
