@@ -139,10 +139,10 @@ def test_the_environment_names_it(lines: list[str], monkeypatch: pytest.MonkeyPa
     assert choose_backend("tvm", small(), Target("cpu")).name == "tvm", "a name counts over it"
     assert not lines
     monkeypatch.setenv("TREADLE_BACKEND", "numpi")
-    with pytest.raises(BackendError, match="^TREADLE_BACKEND: there is no backend 'numpi'") as caught:
+    with pytest.raises(BackendError, match=r"^TREADLE_BACKEND: there is no backend 'numpi'") as caught:
         check_backend("auto")
     assert str(caught.value.hint).startswith("TREADLE_BACKEND=numpy or torch or tvm")
-    with pytest.raises(BackendError, match="^there is no backend 'tvn'"):
+    with pytest.raises(BackendError, match=r"^there is no backend 'tvn'"):
         check_backend("tvn")
     monkeypatch.setenv("TREADLE_BACKEND", "")
     assert check_backend("auto") == "auto"
@@ -153,7 +153,7 @@ def test_the_hint_for_the_variable_works(name: str, monkeypatch: pytest.MonkeyPa
     """A target or another backend on the command line would leave the variable as it is."""
     monkeypatch.setenv("TREADLE_BACKEND", name)
     for options in ({}, {"target": "cpu"}):
-        with pytest.raises(BackendError, match=f"^TREADLE_BACKEND: there is no backend '{name}'") as caught:
+        with pytest.raises(BackendError, match=rf"^TREADLE_BACKEND: there is no backend '{name}'") as caught:
             t.compile("gpt2", **SMALL, **options)
     set_to, _, rest = str(caught.value.hint).partition(", ")
     variable, _, values = set_to.partition("=")

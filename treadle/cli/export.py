@@ -12,7 +12,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
-from treadle.files.nearest_names import with_nearest_suffix
+from treadle.files.nearest_names import check_suffix
 from treadle.ir.errors import UsageError
 
 _FOLDER = "compressed-tensors"
@@ -72,12 +72,12 @@ def export_model(
     """
     if to not in _SUFFIXES:
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
-    if _SUFFIXES[to] and output.suffix not in _SUFFIXES[to]:
-        name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
-        suffixes = " or ".join(_SUFFIXES[to])
+    if _SUFFIXES[to]:
         others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
-        hint = f"--to {' or '.join(others)}" if others else with_nearest_suffix(str(output), _SUFFIXES[to])
-        raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=hint)
+        hint = f"--to {' or '.join(others)}" if others else None
+        check_suffix(output, _SUFFIXES[to], {"onnx": "an ONNX model"}.get(to, f"a file for {to}"), hint)
+    if times is not None:
+        check_suffix(times, [".json"], "a file of times")
     if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
         formats = ", ".join(_MODELS)
         raise UsageError(f"--backend, --sizes and --times apply to other formats than {formats}", hint="--to json")
