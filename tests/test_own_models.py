@@ -455,6 +455,51 @@ def test_a_declaration_with_another_head(command: str, report: str, hint: str, t
     assert hint in hint_of(said)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ("--set dim=64", "--set dim=64"),
+        ("--set layers=3", "--set layers=3"),
+        ("--set heads=4 --set dim=64", "--set dim=64"),
+        ("--set layers=3 --set dim=64", "--set layers=3 --set dim=64"),
+    ],
+)
+def test_a_configuration_that_the_weights_contradict(settings: str, wrong: str, trained: Treadle) -> None:
+    """The hint names the settings without which the weights fit, and leaves the others."""
+    for command in (f"run {OWN} --weights out --input tokens=1,2", f"generate {OWN} the --weights out --tokens 2"):
+        said = trained(f"{command} {settings} --backend numpy")
+        refused(said, "the checkpoint ")
+        assert hint_of(said) == f"leave out {wrong}, and the weights fit"
+        followed = f"{command} {settings} --backend numpy"
+        for each in wrong.split(" --set "):
+            followed = followed.replace(f"--set {each.removeprefix('--set ')}", "")
+        assert trained(followed).code == 0
+    options = dict(each.split("=") for each in settings.replace("--set", "").split())
+    with pytest.raises(CheckpointError) as caught:
+        t.compile(OWN, weights="out", **{name: int(value) for name, value in options.items()})
+    assert str(caught.value.hint).startswith("leave out " + wrong.removeprefix("--set ").replace(" --set ", ", "))
+
+
+def test_weights_that_fit_no_configuration_keep_their_hint(trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    Path("other.py").write_text(text.replace('name="ln_f"', 'name="final"'))
+    said = trained("run other.py:my_gpt --weights out/weights.safetensors --set layers=1 --input tokens=1,2")
+    refused(said, "the checkpoint lacks 2 of")
+    assert "leave out" not in hint_of(said)
+
+
+def test_a_configuration_that_fits_but_differs_from_training_is_noted(
+    trained: Treadle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("treadle.program.forms.declaration_form.announce", lines.append)
+    assert trained(f"run {OWN} --weights out --input tokens=1,2 --backend numpy --set context=64").code == 0
+    assert lines == []
+    said = trained(f"compile {OWN} --weights out --backend numpy --set heads=4 --set layers=1 --explain")
+    assert lines == ["the weights of out were trained with heads=2, layers=2, not with heads=4, layers=1"]
+    assert said.code == 0 and lines[0] in " ".join(said.out.split())
+
+
 @pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])
 def test_a_model_without_logits_of_tokens_is_not_trained_on_texts(how: str, trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")

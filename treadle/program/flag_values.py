@@ -80,6 +80,12 @@ def as_json(value: Any) -> Any:
     return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
+def config_texts(config: Mapping[str, Any]) -> list[str]:
+    """Return a configuration as the values of --set: `layers=2`, `act=t.relu`."""
+    values = {name: as_json(value) for name, value in config.items()}
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+
+
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
     """Parse `nodes=400000`, limits on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
