@@ -500,6 +500,24 @@ def test_a_configuration_that_fits_but_differs_from_training_is_noted(
     assert said.code == 0 and lines[0] in " ".join(said.out.split())
 
 
+@pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "gpt2", "idefics3", "out.treadle"])
+@pytest.mark.parametrize("command", ["describe MODEL a.png", "chat MODEL --image a.png"])
+def test_models_that_read_no_images_are_refused_before_anything_else(
+    model: str, command: str, trained: Treadle
+) -> None:
+    """Weights or a chat template, which other errors ask for, would not help."""
+    if model == "out.treadle":
+        assert trained(f"compile {OWN} --weights out --backend numpy -o out.treadle").code == 0
+    name, *options = model.split(" ", 1)
+    said = trained(command.replace("MODEL", name) + "".join(f" {each}" for each in options))
+    refused(said, f"{name} reads no images")
+    assert hint_of(said).startswith("the folder of a model that reads images, such as SmolVLM's or LLaVA's; or a GGUF")
+    if options or name.startswith("out"):  # others have no weights
+        loaded = t.load(name, weights="out") if options else t.load(name)
+        with pytest.raises(UsageError, match=f"{name} reads no images"):
+            loaded.describe("a.png")
+
+
 @pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])
 def test_a_model_without_logits_of_tokens_is_not_trained_on_texts(how: str, trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
