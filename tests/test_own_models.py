@@ -438,7 +438,6 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
         ("tag models.py:my_classifier the --weights cls", "no head to tag tokens", "logits [B, S, labels]"),
         ("tag models.py:my_encoder the --weights enc", "have no names", '"id2label"'),
         ("answer models.py:my_encoder the cat --weights enc", "no head to answer questions", "logits [B, S, 2]"),
-        ("translate models.py:my_encoder the --weights enc", "no head to rewrite texts", "a folder of a class"),
         ("classify models.py:my_encoder the --weights enc", "no head to classify texts", "logits [B, labels]"),
         ("fill models.py:my_classifier the --weights cls", "no head to fill masks", "logits [B, S, vocab]"),
         ("fill models.py:my_encoder the", "is a declaration, without weights", "--weights FOLDER"),
@@ -498,6 +497,36 @@ def test_a_configuration_that_fits_but_differs_from_training_is_noted(
     said = trained(f"compile {OWN} --weights out --backend numpy --set heads=4 --set layers=1 --explain")
     assert lines == ["the weights of out were trained with heads=2, layers=2, not with heads=4, layers=1"]
     assert said.code == 0 and lines[0] in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "whisper", "out.treadle"])
+@pytest.mark.parametrize(
+    ("command", "task", "ends"),
+    [
+        ("label MODEL a.png", "label images", "ForImageClassification"),
+        ("match MODEL a.png --text cat", "match images and texts", "CLIPModel"),
+        ("transcribe MODEL a.wav", "transcribe speech", "WhisperForConditionalGeneration"),
+        ("translate MODEL the", "rewrite texts", "ForConditionalGeneration"),
+        ("summarize MODEL the", "rewrite texts", "ForConditionalGeneration"),
+    ],
+)
+def test_tasks_that_need_a_checkpoint_ask_for_nothing_else(
+    model: str, command: str, task: str, ends: str, trained: Treadle
+) -> None:
+    """Weights for a declaration would not help, nor would the declaration of an artifact."""
+    if model == "out.treadle":
+        assert trained(f"compile {OWN} --weights out --backend numpy -o out.treadle").code == 0
+    name, *options = model.split(" ", 1)
+    said = trained(command.replace("MODEL", name) + "".join(f" {each}" for each in options))
+    refused(said, f"to {task} needs a checkpoint folder, not a")
+    hint = hint_of(said)
+    assert "a folder of a class whose name ends in " in hint and ends in hint
+    assert "--weights" not in hint and "py:" not in hint.partition("; `treadle run ")[0]
+    assert ("`treadle fetch whisper-tiny`" in hint) == command.startswith("transcribe")
+    if name == OWN:
+        (run,) = re.findall("`treadle (run [^`]*)` runs the declaration on arrays", hint)
+        np.save("ids.npy", np.array([[1, 2]]))
+        assert trained(run.replace("NAME=FILE.npy", "tokens=ids.npy") + " --backend numpy").code == 0
 
 
 @pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "gpt2", "idefics3", "out.treadle"])
