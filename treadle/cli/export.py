@@ -80,15 +80,15 @@ def export_model(
     if times is not None:
         check_suffix(times, [".json"], "a file of times")
     if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
-        given = {"--backend": "backend" in keywords, "--sizes": sizes is not None, "--times": times is not None}
+        flags = {"--backend": "backend" in keywords, "--sizes": sizes is not None, "--times": times is not None}
         what = f"--backend, --sizes and --times apply to other formats than {', '.join(_MODELS)}"
-        raise UsageError(what, received=f"--to {to}", hint=_without(given))
+        raise UsageError(what, received=f"--to {to}", hint=_without(flags))
     if to == "onnx":
         _export_onnx(model, output, opset, external_above, keywords, as_json)
         return
     if (opset, external_above) != (_OPSET, _EXTERNAL_ABOVE):
-        given = {"--opset": opset != _OPSET, "--external-above": external_above != _EXTERNAL_ABOVE}
-        raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}", hint=_without(given))
+        flags = {"--opset": opset != _OPSET, "--external-above": external_above != _EXTERNAL_ABOVE}
+        raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}", hint=_without(flags))
     if to in _MODELS:
         _export_weights(model, output, to, keywords, as_json)
         return
@@ -105,9 +105,9 @@ def export_model(
     _export_graph(model, output, to, sizes, times, keywords, as_json)
 
 
-def _without(given: Mapping[str, bool]) -> str:
+def _without(flags: Mapping[str, bool]) -> str:
     """Return the hint to leave out options."""
-    return f"leave out {' and '.join(flag for flag, is_given in given.items() if is_given)}"
+    return f"leave out {' and '.join(flag for flag, is_set in flags.items() if is_set)}"
 
 
 def _export_graph(
