@@ -76,6 +76,7 @@ def changed(words: list[str], flag: str, *value: str) -> list[str]:
         ("export model.py:small --to gguf -o a.gguf", "only models of the Llama family"),
         ("export model.py:small --to gguf -o a.gguf --quantize int8", "only models of the Llama family"),
         ("export model.py:small --to compressed-tensors -o a --quantize int8", "compressed-tensors is a layout of"),
+        ("export gemma2.gguf --to gguf -o a.gguf", "norm_place cannot be written to a GGUF file"),
         ("export gelu --to gguf -o a.gguf", "another activation than silu"),
         ("export narrow --to gguf -o a.gguf --quantize int8-weights", "layer.0.attn.q.weight cannot be written"),
         ("export nf4/quantized --to gguf -o a.gguf", "layer.0.attn.q.weight cannot be written to a GGUF file"),
@@ -128,6 +129,11 @@ def save(model: str) -> None:
         )
         if model != "q.gguf":
             treadle.compile("q.gguf", quantize="int8", backend="numpy").save(model)
+    elif model == "gemma2.gguf":
+        pytest.importorskip("gguf")
+        from tests.test_gguf_families import write
+
+        write(Path(model), "gemma2")
     elif model == "gelu":
         save_llama(model, hidden_act="gelu")
     elif model == "narrow":
