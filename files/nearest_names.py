@@ -1,4 +1,4 @@
-"""The names in a file that are most similar to a missing name. The time is bounded, even for a hostile file."""
+"""The names that are most similar to a wrong name. The time is bounded, even for the names of a hostile file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+
+from treadle.files.errors import UsageError
+from treadle.files.shown_names import printable
 
 _LONGEST = 200  # characters; difflib takes quadratic time in them
 _POOL = 300  # names compared for one query
@@ -44,6 +47,20 @@ class NearestNames:
                 score[at] += 1 / holders
         best = sorted(score, key=lambda at: (-score[at], at))[:_POOL]
         return [self._names[at] for at in best]
+
+
+def check_suffix(path: str | PurePath, suffixes: Sequence[str], file: str, hint: str | None = None) -> None:
+    """Raise UsageError unless a path ends in one of the suffixes.
+
+    file  the file in the message: "an artifact"
+    hint  the hint of the error; None: the path with a suffix
+    """
+    if PurePath(path).suffix not in suffixes:
+        raise UsageError(
+            f"the name of {file} must end in {' or '.join(suffixes)}",
+            received=printable(str(path)),
+            hint=hint or printable(with_nearest_suffix(str(path), suffixes)),
+        )
 
 
 def with_nearest_suffix(path: str, suffixes: Sequence[str]) -> str:

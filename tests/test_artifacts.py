@@ -607,3 +607,15 @@ def test_limits_are_given_by_name(tmp_path: Path) -> None:
     assert load_artifact(path, limits={"work": 1_000_000, "header_bytes": 100_000}).name == "g"
     with pytest.raises(UsageError, match="no limit 'nods'"):
         load_artifact(path, limits={"nods": 1})
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m", "m.tredle"])
+def test_a_name_under_which_no_artifact_is_read_is_refused(name: str, tmp_path: Path) -> None:
+    x = Builder(Graph("g"))
+    x.outputs(y=x.input("x", "f32[2]") * 2.0)
+    made = treadle.compile(x.graph)
+    with pytest.raises(UsageError, match=r"the name of an artifact must end in \.treadle") as caught:
+        made.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    made.save(str(caught.value.hint))
+    assert load_artifact(str(caught.value.hint)).name == "g"

@@ -139,9 +139,29 @@ def test_the_environment_names_it(lines: list[str], monkeypatch: pytest.MonkeyPa
     assert choose_backend("tvm", small(), Target("cpu")).name == "tvm", "a name counts over it"
     assert not lines
     monkeypatch.setenv("TREADLE_BACKEND", "numpi")
-    with pytest.raises(BackendError, match="there is no backend 'numpi'"):
+    with pytest.raises(BackendError, match=r"^TREADLE_BACKEND: there is no backend 'numpi'") as caught:
         check_backend("auto")
+    assert str(caught.value.hint).startswith("TREADLE_BACKEND=numpy or torch or tvm")
+    with pytest.raises(BackendError, match=r"^there is no backend 'tvn'"):
+        check_backend("tvn")
     monkeypatch.setenv("TREADLE_BACKEND", "")
+    assert check_backend("auto") == "auto"
+
+
+@pytest.mark.parametrize("name", ["xyz", "cuda", "gpu", "numpi"])
+def test_the_hint_for_the_variable_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target or another backend on the command line would leave the variable as it is."""
+    monkeypatch.setenv("TREADLE_BACKEND", name)
+    for options in ({}, {"target": "cpu"}):
+        with pytest.raises(BackendError, match=rf"^TREADLE_BACKEND: there is no backend '{name}'") as caught:
+            t.compile("gpt2", **SMALL, **options)
+    set_to, _, rest = str(caught.value.hint).partition(", ")
+    variable, _, values = set_to.partition("=")
+    for value in values.split(" or "):
+        monkeypatch.setenv(variable, value)
+        assert check_backend("auto") == value
+    assert rest == "or unset it"
+    monkeypatch.delenv(variable)
     assert check_backend("auto") == "auto"
 
 

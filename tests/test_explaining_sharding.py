@@ -71,7 +71,7 @@ def test_the_text_of_a_large_shape_holds_80_columns_and_says_what_limits() -> No
 def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     words = ("explain", "gpt2", "sharding", "--mesh", "tp=2,dp=2", "--recipe", "megatron", "--sizes", "B=8,S=16")
     found, file = plain(), tmp_path / "gpt2.svg"
-    assert report(*words, *SETTINGS, "--svg", str(file)).split() == str(found).split()
+    assert report(*words, *SETTINGS, "--svg", str(file)).split() == [*str(found).split(), "wrote", str(file)]
     assert json.loads(report(*words, *SETTINGS, "--json")) == json.loads(json.dumps(found.as_dict()))
     assert file.read_text(encoding="utf-8") == draw_sharding(found)
 

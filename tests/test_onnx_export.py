@@ -394,7 +394,7 @@ def test_an_axis_that_may_be_empty_is_refused_where_reshape_cannot_say_so(tmp_pa
 
     text = message(lambda: export_onnx(graph_of(build), {}, tmp_path / "m.onnx", opset=13))
     assert "Reshape of opset 13 does not support sizes that may be 0" in text
-    assert "opset 14" in text
+    assert "opset=14" in text
     assert not list(tmp_path.iterdir())
     same_at(graph_of(build), tmp_path, 14, {"B": 2, "S": 1}, {"B": 2, "S": 4})
 

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from treadle.explaining.fusion import parse_expected
 from treadle.ir.builder import Builder
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.program import text_files
 from treadle.program.budgets import choose_sizes, parse_bytes
-from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
+from treadle.program.flag_values import (
+    input_names,
+    parse_axes,
+    parse_config,
+    parse_inputs,
+    parse_limits,
+    parse_sizes,
+)
 from treadle.program.given_texts import read_sentences
 from treadle.program.option_table import declared_options
 
@@ -263,3 +271,27 @@ def test_sizes_of_another_kind_are_refused() -> None:
     assert refusal(lambda: choose_sizes(b.graph, {"B": "3"})).received == "'B': '3'"  # type: ignore[dict-item]
     assert refusal(lambda: choose_sizes(b.graph, {"B": True})).received == "'B': True"
     assert refusal(lambda: choose_sizes(b.graph, [("B", 3)])).received == "[('B', 3)]"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        lambda texts: parse_config(texts, ()),
+        parse_limits,
+        parse_axes,
+        input_names,
+        parse_expected,
+        lambda texts: parse_inputs(texts, {}),
+        lambda texts: parse_sizes(",".join(texts)),
+    ],
+)
+def test_a_name_has_one_value(parse: Callable[[list[str]], Any]) -> None:
+    parse(["n=1", "m=1"])
+    error = refusal(lambda: parse(["n=1", "m=1", " n=2"]))
+    assert error.what.endswith(" has two values for n") and error.what.startswith("--")
+    assert error.received == "n=1 and n=2"
+
+
+def test_two_rows_of_an_input_are_one_value() -> None:
+    hint = str(refusal(lambda: input_names(["tokens=1,2", "tokens=3,4"])).hint)
+    assert parse_inputs([hint.partition("--input ")[2]], {"tokens": 2}) == {"tokens": [[1, 2], [3, 4]]}

@@ -438,7 +438,6 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
         ("tag models.py:my_classifier the --weights cls", "no head to tag tokens", "logits [B, S, labels]"),
         ("tag models.py:my_encoder the --weights enc", "have no names", '"id2label"'),
         ("answer models.py:my_encoder the cat --weights enc", "no head to answer questions", "logits [B, S, 2]"),
-        ("translate models.py:my_encoder the --weights enc", "no head to rewrite texts", "a folder of a class"),
         ("classify models.py:my_encoder the --weights enc", "no head to classify texts", "logits [B, labels]"),
         ("fill models.py:my_classifier the --weights cls", "no head to fill masks", "logits [B, S, vocab]"),
         ("fill models.py:my_encoder the", "is a declaration, without weights", "--weights FOLDER"),
@@ -453,6 +452,99 @@ def test_a_declaration_with_another_head(command: str, report: str, hint: str, t
     said = trained(command)
     refused(said, report)
     assert hint in hint_of(said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ("--set dim=64", "--set dim=64"),
+        ("--set layers=3", "--set layers=3"),
+        ("--set heads=4 --set dim=64", "--set dim=64"),
+        ("--set layers=3 --set dim=64", "--set layers=3 --set dim=64"),
+    ],
+)
+def test_a_configuration_that_the_weights_contradict(settings: str, wrong: str, trained: Treadle) -> None:
+    """The hint names the settings without which the weights fit, and leaves the others."""
+    for command in (f"run {OWN} --weights out --input tokens=1,2", f"generate {OWN} the --weights out --tokens 2"):
+        said = trained(f"{command} {settings} --backend numpy")
+        refused(said, "the checkpoint ")
+        assert hint_of(said) == f"leave out {wrong}, and the weights fit"
+        followed = f"{command} {settings} --backend numpy"
+        for each in wrong.split(" --set "):
+            followed = followed.replace(f"--set {each.removeprefix('--set ')}", "")
+        assert trained(followed).code == 0
+    options = dict(each.split("=") for each in settings.replace("--set", "").split())
+    with pytest.raises(CheckpointError) as caught:
+        t.compile(OWN, weights="out", **{name: int(value) for name, value in options.items()})
+    assert str(caught.value.hint).startswith("leave out " + wrong.removeprefix("--set ").replace(" --set ", ", "))
+
+
+def test_weights_that_fit_no_configuration_keep_their_hint(trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    Path("other.py").write_text(text.replace('name="ln_f"', 'name="final"'))
+    said = trained("run other.py:my_gpt --weights out/weights.safetensors --set layers=1 --input tokens=1,2")
+    refused(said, "the checkpoint lacks 2 of")
+    assert "leave out" not in hint_of(said)
+
+
+def test_a_configuration_that_fits_but_differs_from_training_is_noted(
+    trained: Treadle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("treadle.program.forms.declaration_form.announce", lines.append)
+    assert trained(f"run {OWN} --weights out --input tokens=1,2 --backend numpy --set context=64").code == 0
+    assert lines == []
+    said = trained(f"compile {OWN} --weights out --backend numpy --set heads=4 --set layers=1 --explain")
+    assert lines == ["the weights of out were trained with heads=2, layers=2, not with heads=4, layers=1"]
+    assert said.code == 0 and lines[0] in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "whisper", "out.treadle"])
+@pytest.mark.parametrize(
+    ("command", "task", "ends"),
+    [
+        ("label MODEL a.png", "label images", "ForImageClassification"),
+        ("match MODEL a.png --text cat", "match images and texts", "CLIPModel"),
+        ("transcribe MODEL a.wav", "transcribe speech", "WhisperForConditionalGeneration"),
+        ("translate MODEL the", "rewrite texts", "ForConditionalGeneration"),
+        ("summarize MODEL the", "rewrite texts", "ForConditionalGeneration"),
+    ],
+)
+def test_tasks_that_need_a_checkpoint_ask_for_nothing_else(
+    model: str, command: str, task: str, ends: str, trained: Treadle
+) -> None:
+    """Weights for a declaration would not help, nor would the declaration of an artifact."""
+    if model == "out.treadle":
+        assert trained(f"compile {OWN} --weights out --backend numpy -o out.treadle").code == 0
+    name, *options = model.split(" ", 1)
+    said = trained(command.replace("MODEL", name) + "".join(f" {each}" for each in options))
+    refused(said, f"to {task} needs a checkpoint folder, not a")
+    hint = hint_of(said)
+    assert "a folder of a class whose name ends in " in hint and ends in hint
+    assert "--weights" not in hint and "py:" not in hint.partition("; `treadle run ")[0]
+    assert ("`treadle fetch whisper-tiny`" in hint) == command.startswith("transcribe")
+    if name == OWN:
+        (run,) = re.findall("`treadle (run [^`]*)` runs the declaration on arrays", hint)
+        np.save("ids.npy", np.array([[1, 2]]))
+        assert trained(run.replace("NAME=FILE.npy", "tokens=ids.npy") + " --backend numpy").code == 0
+
+
+@pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "gpt2", "idefics3", "out.treadle"])
+@pytest.mark.parametrize("command", ["describe MODEL a.png", "chat MODEL --image a.png"])
+def test_models_that_read_no_images_are_refused_before_anything_else(
+    model: str, command: str, trained: Treadle
+) -> None:
+    """Weights or a chat template, which other errors ask for, would not help."""
+    if model == "out.treadle":
+        assert trained(f"compile {OWN} --weights out --backend numpy -o out.treadle").code == 0
+    name, *options = model.split(" ", 1)
+    said = trained(command.replace("MODEL", name) + "".join(f" {each}" for each in options))
+    refused(said, f"{name} reads no images")
+    assert hint_of(said).startswith("the folder of a model that reads images, such as SmolVLM's or LLaVA's; or a GGUF")
+    if options or name.startswith("out"):  # others have no weights
+        loaded = t.load(name, weights="out") if options else t.load(name)
+        with pytest.raises(UsageError, match=f"{name} reads no images"):
+            loaded.describe("a.png")
 
 
 @pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])

@@ -10,12 +10,14 @@ from typing import Any
 
 from treadle.artifact_file import write_sections
 from treadle.files.contained_files import PathLike
+from treadle.files.nearest_names import check_suffix
 from treadle.ir.analysis.narrow_reads import read_only_in
 from treadle.ir.text.printer import print_graph
 from treadle.ir.types import bf16, f32
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_record
+from treadle.program.places import ARTIFACT_SUFFIX
 
 
 def write_artifact(
@@ -40,8 +42,10 @@ def write_artifact(
     options  the options that the model was compiled with (`CompileOptions.record`)
     files    the files of the model's tokenizer by name (`treadle.artifact_texts`)
 
-    Raises UsageError if the file cannot be written.
+    Raises UsageError if the file's name does not end in .treadle, since it would not be read as an artifact, or if the
+    file cannot be written.
     """
+    check_suffix(Path(path), [ARTIFACT_SUFFIX], "an artifact")
     graph, log = optimized.graph, optimized.log
     texts = {"graph": print_graph(graph).encode(), "declared": print_graph(optimized.source).encode()}
     texts["log"] = _json(log.as_dict())

@@ -235,8 +235,8 @@ class Compiled:
         hexadecimal digits that identify the content.
 
         Equal models, options and weights give equal bytes: the file holds no times and no local paths. An existing file
-        is replaced atomically. Raises UsageError if the file cannot be written, or if the model has a memory budget: a
-        budget applies to one backend, and a file stores none.
+        is replaced atomically. Raises UsageError if the name does not end in .treadle, if the file cannot be written,
+        or if the model has a memory budget: a budget applies to one backend, and a file stores none.
         """
         if self.memory is not None:
             raise UsageError(

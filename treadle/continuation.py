@@ -32,7 +32,7 @@ from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
 from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
-from treadle.tasks.image_prompts import ImagePrompts, ReadImage
+from treadle.tasks.image_prompts import ImagePrompts, ReadImage, without_images
 
 if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate, Message
@@ -220,15 +220,9 @@ class TextWriter:
         if not images:
             return []
         if self.images is None:
-            which = "the folder of a model that reads images, such as SmolVLM's or LLaVA's"
-            without = "was opened without its settings for images" if self.model.derived.prologue else "reads no images"
-            raise UsageError(
-                f"{self.model.name} {without}",
-                hint=Hint(
-                    f'{which}; or a GGUF file with its image encoder: mmproj="FILE"',
-                    f"{which}; or a GGUF file with its image encoder: --mmproj FILE",
-                ),
-            )
+            if self.model.derived.prologue:
+                raise without_images(self.model.name, why="was opened without its settings for images")
+            raise without_images(self.model.name)
         return [self.images.read(image) for image in images]
 
     def chat_prompt(

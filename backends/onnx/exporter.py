@@ -51,7 +51,6 @@ EXTERNAL_ABOVE = 2**20
 ALIGNMENT = 4096
 """Alignment of external weights in bytes: a page, so that readers can memory-map the weights."""
 
-_WEIGHTS_ALONE = Hint("quantize='int8-weights' or 'int4'", "--quantize int8-weights or int4")
 _LARGEST_MESSAGE = 2**31 - 1
 
 
@@ -143,7 +142,7 @@ def _in_numbers(
             refuse_misfit(name, type, weights[name])
     for _, node in graph.walk():
         if isinstance(node.op, Encode):
-            raise refusal(node, "rounds computed values to blocks, which have no form in ONNX", _WEIGHTS_ALONE)
+            raise refusal(node, "rounds computed values to blocks, which have no form in ONNX", weights_alone(graph))
     whole = inline_calls(graph)
     kept = quantized_parts(whole, weights, opset)
     return decode_parameters(whole, kept), decode_weights(graph, weights, kept), kept
@@ -158,6 +157,17 @@ def _refuse_states(graph: Graph) -> None:
             received=f"entries {', '.join(entries)}; {len(graph.states)} states",
             hint="the model as declared, over a whole sequence",
         )
+
+
+def weights_alone(graph: Graph) -> Hint:
+    """Return the hint to quantize the weights of a graph as it does, but not the activations, which no file holds."""
+    encodings = [value.type.encoding for value in graph.parameters.values()]
+    found = [encoding for encoding in encodings if encoding is not None]
+    if not all(encoding.block.encodes for encoding in found):  # a file's own blocks, which are quantized already
+        return Hint("without quantize", "without --quantize")
+    scheme = "int4" if any("int4" in encoding.form for encoding in found) else "int8-weights"
+    stored = "for weights that a file stores in blocks"
+    return Hint(f"quantize={scheme!r}; none {stored}", f"--quantize {scheme}; no --quantize {stored}")
 
 
 def _refuse_opset(opset: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
-from treadle.backends.onnx.writer import OnnxWriter
+from treadle.backends.onnx.writer import OnnxWriter, newer_opset
 from treadle.ir.sizing.sizes import Size, product
 
 
@@ -37,7 +37,8 @@ def reshaped(w: OnnxWriter, x: Tensor, have: Sequence[Size], want: Sequence[Size
     if w.opset < 14:
         shape = ", ".join(map(str, want))
         raise w.refusal(
-            f"Reshape of opset {w.opset} does not support sizes that may be 0: [{shape}]", hint="opset 14 or newer"
+            f"Reshape of opset {w.opset} does not support sizes that may be 0: [{shape}]",
+            hint=newer_opset(14),
         )
     return w.add("Reshape", x, w.vector(want), allowzero=1)
 

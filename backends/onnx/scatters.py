@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
+from treadle.backends.onnx.writer import newer_opset
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import i64
@@ -102,4 +103,7 @@ def scatter_add(line: OnnxLine) -> Tensor:
 
 def _refuse_before_16(line: OnnxLine) -> None:
     if line.w.opset < 16:
-        raise line.w.refusal(f"opset {line.w.opset} has no scatter with reduction='add'", hint="opset 16 or newer")
+        raise line.w.refusal(
+            f"opset {line.w.opset} has no scatter with reduction='add'",
+            hint=newer_opset(16),
+        )

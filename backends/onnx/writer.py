@@ -20,7 +20,7 @@ from treadle.backends.onnx.quantized_weights import QuantizedTensors
 from treadle.backends.onnx.schemas import CODES, NAMED, NARROW, WIDER, OperatorSchema, schema_of
 from treadle.backends.onnx.spelled_line import OnnxLine, OnnxNode, Tensor, plain
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizing.sizes import Quotient, Size
@@ -43,6 +43,11 @@ def refusal(node: Node, what: str, hint: str | None = None, *, within: Node | No
         source=describe_source(outer.source, outer.scope),
         hint=hint,
     )
+
+
+def newer_opset(oldest: int) -> Hint:
+    """Return the hint to write an operator set of this version or a newer one."""
+    return Hint(f"opset={oldest}, or newer", f"--opset {oldest}, or newer")
 
 
 class OnnxWriter:

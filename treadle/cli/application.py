@@ -64,6 +64,7 @@ def command(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     settings: Sequence[type] = (),
     judges: Callable[[dict[str, Any]], bool] = lambda options: False,
+    passes_on: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the command of this name, which prints its errors.
 
@@ -73,7 +74,10 @@ def command(
     settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields. The
               function gets an instance in its parameter with this class as its annotation
     judges    returns True if the exit code is the command's answer, given the options
+    passes_on True if the first argument ends the command's options: all words from there on are its arguments, and so
+              are unknown options
     """
+    parsing = {"allow_interspersed_args": not passes_on, "ignore_unknown_options": passes_on}
     kinds = {kind.__name__: kind for kind in settings}
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
@@ -104,7 +108,7 @@ def command(
 
         guarded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         guarded.__annotations__ = {each.name: each.annotation for each in parameters}
-        return app.command(name, cls=_Command)(guarded)
+        return app.command(name, cls=_Command, context_settings=parsing)(guarded)
 
     return made
 

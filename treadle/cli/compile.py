@@ -29,17 +29,16 @@ def compile_model(
     as_json: AsJson = False,
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
-    from treadle.artifact_reading import SUFFIX, is_artifact
-    from treadle.files.nearest_names import with_nearest_suffix
+    from treadle.artifact_reading import SUFFIX
+    from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
     from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
     from treadle.reporting.counts import human
     from treadle.reporting.tables import console
 
-    if output is not None and not is_artifact(output):
-        hint = with_nearest_suffix(str(output), [SUFFIX])
-        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=hint)
+    if output is not None:
+        check_suffix(output, [SUFFIX], "an artifact")
     started = time.perf_counter()
     certify = keywords.get("certify", False)
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):

@@ -77,11 +77,15 @@ def diff_builds(
     from treadle.comparing.builds import open_build, split_pass
     from treadle.comparing.conditions import check_conditions, parse_conditions
     from treadle.comparing.differences import compare
+    from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
+    from treadle.report.building import SUFFIXES
     from treadle.report.comparison import comparison_report
 
+    if report is not None:
+        check_suffix(report, SUFFIXES, "an HTML page")
     conditions = parse_conditions(fail_if) if fail_if is not None else ()
     asked = parse_sizes(sizes) or None
     builds = []

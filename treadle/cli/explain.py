@@ -11,7 +11,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
-from treadle.files.nearest_names import NearestNames
+from treadle.files.nearest_names import NearestNames, check_suffix
 from treadle.ir.errors import UsageError
 from treadle.program.option_table import EXPLAINED
 
@@ -113,6 +113,8 @@ def explain_sites(
     options = CompileOptions.of(f"explain {subject}", keywords)
     if subject not in ("memory", "sharding") and svg is not None:
         raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")
+    if svg is not None:
+        check_suffix(svg, [".svg"], "a drawing")
     if subject != "memory" and against is not None:
         raise UsageError("--against applies to memory only", received=f"explain {model} {subject}")
     if against is not None and as_json:
@@ -199,6 +201,8 @@ def _memory(
         print_json(found.as_dict())
     else:
         print(fitted(str(found), fit_prose))
+        if svg is not None:
+            print(f"wrote {svg}")
 
 
 def _sharding(
@@ -227,3 +231,5 @@ def _sharding(
         print_json(found.as_dict())
     else:
         print(fitted(str(found), fit_prose))
+        if svg is not None:
+            print(f"wrote {svg}")

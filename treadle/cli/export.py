@@ -5,6 +5,7 @@ Model Explorer or a program that reads JSON.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,8 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
-from treadle.files.nearest_names import with_nearest_suffix
-from treadle.ir.errors import UsageError
+from treadle.files.nearest_names import check_suffix
+from treadle.ir.errors import BackendError, UsageError
 
 _FOLDER = "compressed-tensors"
 _SUFFIXES = {
@@ -72,20 +73,22 @@ def export_model(
     """
     if to not in _SUFFIXES:
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
-    if _SUFFIXES[to] and output.suffix not in _SUFFIXES[to]:
-        name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
-        suffixes = " or ".join(_SUFFIXES[to])
+    if _SUFFIXES[to]:
         others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
-        hint = f"--to {' or '.join(others)}" if others else with_nearest_suffix(str(output), _SUFFIXES[to])
-        raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=hint)
+        hint = f"--to {' or '.join(others)}" if others else None
+        check_suffix(output, _SUFFIXES[to], {"onnx": "an ONNX model"}.get(to, f"a file for {to}"), hint)
+    if times is not None:
+        check_suffix(times, [".json"], "a file of times")
     if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
-        formats = ", ".join(_MODELS)
-        raise UsageError(f"--backend, --sizes and --times apply to other formats than {formats}", hint="--to json")
+        flags = {"--backend": "backend" in keywords, "--sizes": sizes is not None, "--times": times is not None}
+        what = f"--backend, --sizes and --times apply to other formats than {', '.join(_MODELS)}"
+        raise UsageError(what, received=f"--to {to}", hint=_without(flags))
     if to == "onnx":
         _export_onnx(model, output, opset, external_above, keywords, as_json)
         return
     if (opset, external_above) != (_OPSET, _EXTERNAL_ABOVE):
-        raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}")
+        flags = {"--opset": opset != _OPSET, "--external-above": external_above != _EXTERNAL_ABOVE}
+        raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}", hint=_without(flags))
     if to in _MODELS:
         _export_weights(model, output, to, keywords, as_json)
         return
@@ -93,13 +96,18 @@ def export_model(
         backend = keywords.get("backend")
         if to != "model-explorer" or backend not in (None, "tvm"):
             received = f"--to {to}" + f" --backend {backend}" * (backend is not None)
-            hint = "--to model-explorer --backend tvm"
+            hint = "--to model-explorer --backend tvm" + " -o FILE.json" * (output.suffix != ".json")
             raise UsageError("--times needs --to model-explorer and --backend tvm", received=received, hint=hint)
         keywords["backend"] = "tvm"
     if to == "web":
         _export_web(model, output, sizes, keywords, as_json)
         return
     _export_graph(model, output, to, sizes, times, keywords, as_json)
+
+
+def _without(flags: Mapping[str, bool]) -> str:
+    """Return the hint to leave out options."""
+    return f"leave out {' and '.join(flag for flag, is_set in flags.items() if is_set)}"
 
 
 def _export_graph(
@@ -180,7 +188,8 @@ def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str,
     fixed = {"backend": "tvm", "target": "webgpu"}
     for name, value in fixed.items():
         if keywords.get(name, value) != value:
-            raise UsageError(f"a page needs --{name} {value}", received=f"--{name} {keywords[name]}")
+            hint = f"leave out --{name}"
+            raise UsageError(f"a page needs --{name} {value}", received=f"--{name} {keywords[name]}", hint=hint)
     with working(f"exporting {model}", shown=not as_json):
         given = {**keywords, **fixed}
         made = load_with_options(model, given) if is_artifact(model) else treadle.compile(model, **given)
@@ -204,9 +213,10 @@ def _write(path: Path, text: str) -> None:
 
 def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any], as_json: bool) -> None:
     """Write a model's weights and texts as a GGUF file or a compressed-tensors folder."""
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifact_reading import is_artifact, open_artifact
     from treadle.exporting.compressed_folders import export_compressed
     from treadle.exporting.gguf_models import export_gguf
+    from treadle.exporting.other_formats import as_onnx, rounds_activations, source_of
     from treadle.files.shown_names import printable
     from treadle.program.options import CompileOptions
     from treadle.program.program import Program
@@ -216,10 +226,12 @@ def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any],
 
     options = CompileOptions.of("export", keywords)
     if is_artifact(model):
+        graph = open_artifact(model, limits=options.limits).optimized.graph
+        source = source_of(graph, needs_blocks=to == _FOLDER)
         raise UsageError(
             f"an artifact cannot be exported to {to}: it holds an optimized graph, not the model's configuration",
             received=model,
-            hint="the model from which it was compiled, or --to onnx",
+            hint=source if rounds_activations(graph) else f"{as_onnx(graph).command}; or {source}",
         )
     with working(f"exporting {model}", shown=not as_json):
         program = Program(model, options).optimize()
@@ -242,7 +254,8 @@ def _export_onnx(
     model: str, output: Path, opset: int, external_above: int, keywords: dict[str, Any], as_json: bool
 ) -> None:
     from treadle.artifact_reading import is_artifact, open_artifact
-    from treadle.backends.onnx.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx, weights_alone
+    from treadle.exporting.other_formats import source_of
     from treadle.files.shown_names import printable
     from treadle.program.options import CompileOptions
     from treadle.program.program import Program
@@ -261,7 +274,12 @@ def _export_onnx(
             resolved, optimized = program.resolved, program.optimized
             graph = optimized.graph
             weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
-        made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
+        try:
+            made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
+        except BackendError as error:
+            if is_artifact(model) and error.hint == weights_alone(graph):  # an artifact is not quantized again
+                error.hint = source_of(graph)
+            raise
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:
         facts = {"model": graph.name, "opset": made.opset, "files": list(map(str, files)), "operators": made.operators}

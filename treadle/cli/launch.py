@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,26 +15,47 @@ import typer
 from treadle.cli.application import app, command
 from treadle.cli.options import Mesh
 from treadle.files.shown_names import printable
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
+
+_OWN = ("-n", "--ranks")
+_EXAMPLE = ("run", "MODEL", "--mesh", "tp=2", "--recipe", "megatron")
 
 
-@command("launch")
+@command("launch", passes_on=True)
 def launch_command(
-    count: Annotated[int, typer.Option("-n", "--ranks", metavar="N", min=1, help="Number of ranks.")],
     words: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="-- COMMAND...",
+            metavar="COMMAND",
             help="A treadle command with --mesh, such as run gpt2 --mesh tp=2 --recipe megatron; or a Python file with "
-            "its arguments.",
+            "its arguments. It may come after --.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(*_OWN, metavar="N", min=1, help="Number of ranks. Required; before COMMAND.", show_default=False),
+    ] = None,
 ) -> None:
     """Run a command as N ranks on this machine. If one rank fails, all end."""
     from treadle.cli import COMMANDS
     from treadle.runtime.distributed.launching import launch_ranks
 
+    if not words:
+        raise UsageError("launch needs a command", hint=_corrected(_EXAMPLE, count))
+    if words[0].startswith("-"):
+        raise UsageError(
+            f"launch has no option {printable(words[0].partition('=')[0])}; options of the command follow it",
+            received=printable(" ".join(words), 80),
+            hint=_corrected(_EXAMPLE, count),
+        )
+    if count is None:
+        after = any(word.partition("=")[0] in _OWN for word in words)
+        raise UsageError(
+            f"launch needs the number of ranks{' before the command' * after}",
+            received=printable(" ".join(words), 80),
+            hint=_corrected(words),
+        )
     has_mesh = any(word == "--mesh" or word.startswith("--mesh=") for word in words)
     received, able = printable(" ".join(words), 80), rank_commands()
     if words[0].endswith(".py"):
@@ -55,6 +79,26 @@ def launch_command(
     code = launch_ranks(started, count)
     if code:
         raise typer.Exit(code)
+
+
+def _corrected(words: Sequence[str], count: int | None = None) -> str:
+    """Return a command line that starts ranks, from the words of a command.
+
+    count  the number of ranks; None: the number after -n among the words, or else that of their mesh, or else 2
+    """
+    from treadle.ir.placement.mesh import Mesh
+
+    kept, left = [], list(words)
+    while left:
+        name, has_value, value = (word := left.pop(0)).partition("=")
+        if name in _OWN and (has_value or left):
+            count = int(number) if (number := value or left.pop(0)).isdecimal() else count
+            continue
+        kept.append(word)
+        if name == "--mesh" and count is None:
+            with suppress(TreadleError):
+                count = Mesh.of(value or "".join(left[:1])).ranks
+    return shlex.join(["treadle", "launch", "-n", str(count or 2), "--", *kept])
 
 
 def rank_commands() -> list[str]:

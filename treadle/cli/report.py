@@ -47,15 +47,17 @@ def report_command(
     """
     from treadle.artifact_reading import is_artifact
     from treadle.explaining.sharding import explain_sharding
+    from treadle.files.nearest_names import check_suffix
     from treadle.program.flag_values import parse_axes, parse_sizes
     from treadle.program.option_table import taken_by
     from treadle.program.options import CompileOptions
     from treadle.program.program import Program
     from treadle.progress import working
-    from treadle.report.building import Report, report_of
+    from treadle.report.building import SUFFIXES, Report, report_of
     from treadle.report.subjects import lowered_subject
     from treadle.reporting.counts import human
 
+    check_suffix(output, SUFFIXES, "an HTML page")
     split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
     given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:

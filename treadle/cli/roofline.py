@@ -50,6 +50,7 @@ def show_roofline(
     from treadle.benching.predicted_roofline import predict_roofline, predict_step_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
+    from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.ir.errors import BackendError, UsageError
     from treadle.ir.target import Target
@@ -58,6 +59,8 @@ def show_roofline(
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
 
+    if svg is not None:
+        check_suffix(svg, [".svg"], "a drawing")
     if entry not in ("main", "step"):
         raise UsageError(f"a roofline has no entry {entry}", hint="--entry main, or --entry step")
     if entry == "main" and (rows, past) != (None, None):

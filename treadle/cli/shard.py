@@ -44,7 +44,7 @@ def shard_command(
     For a .treadle file written by -o, print the plan in it.
     """
     from treadle.artifact_reading import SUFFIX, is_artifact
-    from treadle.files.nearest_names import with_nearest_suffix
+    from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_graph, fit_prose, fitted
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.program.flag_values import parse_axes
@@ -56,9 +56,8 @@ def shard_command(
 
     made: ShardedModel | None = None
     options = CompileOptions.of("shard", keywords)
-    if output is not None and not is_artifact(output):
-        hint = with_nearest_suffix(str(output), [SUFFIX])
-        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=hint)
+    if output is not None:
+        check_suffix(output, [SUFFIX], "an artifact")
     if is_artifact(model):
         split: dict[str, Any] = {"mesh": mesh, "recipe": recipe, "axis": axis, "device": device, "output": output}
         split["sizes"] = options.sizes

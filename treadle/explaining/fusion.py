@@ -24,6 +24,7 @@ from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sites.fusion_sites import KINDS
+from treadle.program.flag_values import parse_assignments
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 
@@ -166,11 +167,11 @@ def count_within(graph: Graph) -> dict[str, dict[str, int]]:
 
 
 def parse_expected(texts: Sequence[str]) -> dict[str, int]:
-    """Parse texts such as `attention=12` into expected counts by op. Raises UsageError for any other form."""
-    found = {}
+    """Parse texts such as `attention=12` into expected counts by op. Raises UsageError for any other form, and for an
+    op with two counts.
+    """
     for text in texts:
         name, _, count = text.partition("=")
         if not name.strip() or not (count.strip().isascii() and count.strip().isdigit()) or len(count) > 12:
             raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint="--expect attention=12")
-        found[name.strip()] = int(count)
-    return found
+    return {op: int(count) for op, count in parse_assignments(texts, "--expect attention=12").items()}

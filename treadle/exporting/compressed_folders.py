@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.onnx.exporter import weights_alone
+from treadle.exporting.other_formats import as_onnx, rounds_activations
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Source, alternatives
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
@@ -28,7 +30,6 @@ from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.encodings.plain_integers import IntegerParts, integer_parts
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.ops.blocks import Encode
 from treadle.ir.transforms.inline import inline_calls
 from treadle.models.registry import family_of
 from treadle.program.source import Resolved
@@ -76,12 +77,12 @@ def export_compressed(
         raise UsageError(
             "compressed-tensors is a layout of Hugging Face folders: config.json and safetensors files",
             received=f"{printable(resolved.source.label)}, {kind}",
-            hint=Hint("a Hugging Face folder; export_onnx takes any", "a Hugging Face folder; --to onnx takes any"),
+            hint=as_onnx(graph),
         )
-    if any(isinstance(node.op, Encode) for _, node in graph.walk()):
+    if rounds_activations(graph):
         raise UsageError(
             "activations that are quantized at every call are not written to a compressed-tensors folder",
-            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
+            hint=weights_alone(graph),
         )
     checkpoint = open_checkpoint(resolved.source.folder)
     folder = checked_folder(target, False, checkpoint.folder.path)
@@ -92,7 +93,7 @@ def export_compressed(
         raise UsageError(
             "no weight is quantized, so there is nothing to write to a compressed-tensors folder",
             received=printable(resolved.source.label),
-            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
+            hint=Hint("quantize='int8-weights' or 'int4'", "--quantize int8-weights or int4"),
         )
     make_folder(folder)
     files = [folder / MODEL]
@@ -230,5 +231,5 @@ def _refusal(name: str, source: Source, why: str) -> UsageError:
     return UsageError(
         f"{printable(name)} cannot be written to a compressed-tensors folder: {why}",
         received=f"read from {source}",
-        hint=Hint("export_onnx", "--to onnx"),
+        hint=Hint("export_onnx", "--to onnx -o FILE.onnx"),
     )

@@ -46,7 +46,8 @@ def gguf_type(name: str, encoding: Encoding, size: int) -> str:
     if encoding.group and encoding.group % _BLOCK:
         raise _refusal(name, encoding, f"GGUF's blocks have {_BLOCK} elements")
     if size % _BLOCK:
-        raise _refusal(name, encoding, f"rows of {size} are not an integer number of GGUF's blocks of {_BLOCK}")
+        why = f"rows of {size} are not an integer number of GGUF's blocks of {_BLOCK}"
+        raise _refusal(name, encoding, why, fits=False)
     return found
 
 
@@ -98,9 +99,11 @@ def _half(name: str, encoding: Encoding, scales: Array) -> Array:
     return made
 
 
-def _refusal(name: str, encoding: Encoding, why: str) -> UsageError:
+def _refusal(name: str, encoding: Encoding, why: str, *, fits: bool = True) -> UsageError:
+    """Return the error for a weight; `fits` is True if it can be decoded and stored in GGUF's blocks."""
+    decoded = Hint('widen="blocks", without quantize', "--widen blocks without --quantize")
     return UsageError(
         f"{printable(name)} cannot be written to a GGUF file: {why}",
         received=f"stored as {encoding}",
-        hint=Hint('widen="blocks", which decodes it, with quantize="int4"', "--widen blocks, with --quantize int4"),
+        hint=Hint('widen="blocks", with quantize="int4"', "--widen blocks with --quantize int4") if fits else decoded,
     )

@@ -15,15 +15,16 @@ import numpy as np
 
 import treadle.frontends.language as t
 from treadle.backends.made_weights import as_numpy_weight
+from treadle.backends.onnx.exporter import weights_alone
 from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
 from treadle.exporting.gguf_tokens import gguf_vocabulary
 from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
+from treadle.exporting.other_formats import as_onnx, rounds_activations
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import f16
 from treadle.models.family import LANGUAGE_ONLY
 from treadle.models.reading.llama_gguf import SCALING, gguf_names
@@ -52,16 +53,21 @@ def export_gguf(resolved: Resolved, graph: Graph, weights: Mapping[str, Any], pa
         raise UsageError(
             "only models of the Llama family are written to GGUF files",
             received=printable(resolved.name),
-            hint=LANGUAGE_ONLY if resolved.source.kind == "gguf" else Hint("export_onnx", "--to onnx"),
+            hint=LANGUAGE_ONLY if resolved.source.kind == "gguf" else as_onnx(graph),
         )
-    if any(isinstance(node.op, Encode) for _, node in graph.walk()):
+    if rounds_activations(graph):
         raise UsageError(
             "activations that are quantized at every call cannot be written to a GGUF file, which holds weights",
-            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
+            hint=weights_alone(graph),
         )
     config = {**model.defaults, **model.config}
-    kind = _architecture(config)
-    metadata = {**_settings(config, kind, resolved), **_texts(resolved, config["vocab"])}
+    try:
+        kind = _architecture(config)
+        settings = _settings(config, kind, resolved)
+    except UsageError as error:
+        error.hint = as_onnx(graph)
+        raise
+    metadata = {**settings, **_texts(resolved, config["vocab"])}
     notes: list[str] = []
     tensors = _tensors(graph, weights, config, kind, notes)
     write_gguf(path, metadata, tensors)

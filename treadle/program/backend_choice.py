@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from treadle.backends.protocol import Backend
 from treadle.backends.refusals import KINDS, unavailable
-from treadle.backends.registry import find_backend
+from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.files.shown_names import printable
 from treadle.ir.errors import BackendError, Hint, UsageError
@@ -46,8 +46,15 @@ def check_backend(name: str) -> str:
     Raises BackendError if there is no such backend.
     """
     named = (os.environ.get("TREADLE_BACKEND") or AUTO) if name == AUTO else name
-    if named != AUTO:
+    if named == AUTO:
+        return AUTO
+    try:
         find_backend(named)
+    except BackendError as error:
+        if name == AUTO:
+            error.what = f"TREADLE_BACKEND: {error.what}"
+            error.hint = f"TREADLE_BACKEND={' or '.join(backend_names())}, or unset it"
+        raise
     return named
 
 

@@ -18,6 +18,8 @@ _INLINE_BYTES = 1 << 20
 _WORD = re.compile(r"t\.[A-Za-z]\w*")
 _MOST_SIZE = 10**12 - 1
 _MOST_LIMIT = 10**18 - 1
+_INPUT = "--input tokens=ids.npy"
+_ROWS = "one value; several rows are a list of lists: --input {name}=[[1,2],[3,4]]"
 
 
 def inputs_of(text: str) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[
     Raises UsageError for a reserved name; the error's `option` is that name.
     """
     config: dict[str, Any] = {}
-    for name, text in (_assignment(each, "--set layers=2") for each in assignments):
+    for name, text in parse_assignments(assignments, "--set layers=2").items():
         if name in reserved:
             raise UsageError(f"--set {name}= is not part of a model's configuration", option=name)
         config[name] = config_value(text if _WORD.fullmatch(text) else _json_or_text(text))
@@ -78,10 +80,16 @@ def as_json(value: Any) -> Any:
     return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
+def config_texts(config: Mapping[str, Any]) -> list[str]:
+    """Return a configuration as the values of --set: `layers=2`, `act=t.relu`."""
+    values = {name: as_json(value) for name, value in config.items()}
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+
+
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
     """Parse `nodes=400000`, limits on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
-    for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
+    for name, value in parse_assignments(assignments, "--limit nodes=400000").items():
         limits[name] = _positive(f"the limit {name}", value, _MOST_LIMIT, f"--limit {name}")
     return limits or None
 
@@ -89,8 +97,7 @@ def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
 def parse_sizes(text: str | None) -> dict[str, int]:
     """Parse `B=1,S=128`. Raises UsageError for anything but positive integers."""
     sizes = {}
-    for part in (text or "").split(",") if text else []:
-        name, value = _assignment(part, "--sizes B=1,S=128")
+    for name, value in parse_assignments(text.split(",") if text else (), "--sizes B=1,S=128").items():
         sizes[name] = _positive(f"the size of {name}", value, _MOST_SIZE, f"--sizes {name}")
     return sizes
 
@@ -109,7 +116,7 @@ def _positive(what: str, text: str, most: int, option: str) -> int:
 
 def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
     """Parse `heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
-    return dict(_assignment(each, "--axis heads=tp") for each in assignments)
+    return parse_assignments(assignments, "--axis heads=tp")
 
 
 def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
     Raises UsageError for a value in none of these forms, CheckpointError for a file that cannot be read.
     """
     inputs: dict[str, Any] = {}
-    for name, text in (_assignment(each, "--input tokens=ids.npy") for each in assignments):
+    for name, text in parse_assignments(assignments, _INPUT, _ROWS).items():
         if text.endswith(".npy"):
             from treadle.npy_files import read_npy
 
@@ -138,14 +145,31 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
 
 def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
     """Return the names to which values are assigned."""
-    return tuple(_assignment(each, "--input tokens=ids.npy")[0] for each in assignments)
+    return tuple(parse_assignments(assignments, _INPUT, _ROWS))
 
 
-def _assignment(text: str, example: str) -> tuple[str, str]:
-    name, _, value = (part.strip() for part in text.partition("="))
-    if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
-        raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
-    return name, value
+def parse_assignments(texts: Iterable[str], example: str, several: str = "one value for each name") -> dict[str, str]:
+    """Parse texts `NAME=VALUE` into values by name.
+
+    example  an example with its flag, for the hint of an error
+    several  the hint of the error for a name with two values; {name} is replaced
+
+    Raises UsageError for any other form, and for a name with two values.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
+            received = printable(text) if text else "nothing"
+            raise UsageError("an option must be NAME=VALUE", received=received, hint=example)
+        if name in found:
+            raise UsageError(
+                f"{example.split()[0]} has two values for {printable(name)}",
+                received=" and ".join(printable(f"{name}={each}", 80) for each in (found[name], value)),
+                hint=several.replace("{name}", printable(name)),
+            )
+        found[name] = value
+    return found
 
 
 def _word(name: str) -> Any:

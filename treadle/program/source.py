@@ -29,12 +29,13 @@ from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.transforms.widening import narrow_dtypes
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
+from treadle.program.flag_values import config_texts
 from treadle.program.forms.finding import Unopened, find_form
 from treadle.program.forms.gguf_form import GGUFForm
 from treadle.program.forms.model_form import Kind, Limits, ModelForm
@@ -137,7 +138,12 @@ class ModelSource:
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
-        read = self.form.read(ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored))
+        options = ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored)
+        try:
+            read = self.form.read(options)
+        except CheckpointError as error:
+            self._point_to_config(error, options)
+            raise
         if as_stored and not read.rounded:
             raise UsageError(
                 f"the files of {printable(self.label)} ask for no rounding of inputs",
@@ -149,6 +155,22 @@ class ModelSource:
             found.graph.name = self.label  # replaces the name of its family
             found = replace(found, name=self.label)
         return Resolved(**vars(found.giving(outputs)), source=self)
+
+    def _point_to_config(self, error: CheckpointError, options: ReadOptions) -> None:
+        """If the weights fit without a part of the configuration, say so in the hint of an error."""
+        config = options.config
+        parts: list[Mapping[str, Any]] = [{name: value} for name, value in config.items()]
+        for wrong in parts if len(parts) == 1 else [*parts, config]:
+            left = {name: value for name, value in config.items() if name not in wrong}
+            try:
+                self.form.read(replace(options, config=left, deferred=True))
+            except TreadleError:
+                continue
+            texts = config_texts(wrong)
+            flags = " ".join(f"--set {printable(text)}" for text in texts)
+            fit = ", and the weights fit"
+            error.hint = Hint(f"leave out {printable(', '.join(texts))}{fit}", f"leave out {flags}{fit}")
+            return
 
     def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
         """Return a graph that has only the inputs of an ONNX model. Inputs that determine shapes are included; inputs

@@ -57,6 +57,9 @@ TABS = {
 }
 """The tabs with sections of their own, in order. The page adds tabs for the selected op, the IR text and the source."""
 
+SUFFIXES = (".html", ".htm")
+"""The endings of the names of pages."""
+
 
 @dataclass(frozen=True)
 class Report:

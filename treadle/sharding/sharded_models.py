@@ -67,7 +67,8 @@ class ShardedModel:
         """Write plan, graph and weights to one `.treadle` file, and return the file's seal. Equal models give equal
         bytes.
 
-        `treadle.load` reads such a file as the unsplit model. Raises UsageError if the file cannot be written.
+        `treadle.load` reads such a file as the unsplit model. Raises UsageError if the name does not end in .treadle,
+        or if the file cannot be written.
         """
         what = self.name, AUTO, "cpu", self.optimized, self.weights, self.seed, self.plan
         return write_artifact(path, *what, options=self.options)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from treadle.chatting.prompts import ChatPrompt
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.image_inputs import ImageModel
 from treadle.program.source import ModelSource
 from treadle.tasks.image_patches import PatchReader
@@ -90,6 +90,15 @@ class ImagePrompts(ABC):
         if model is None or model.family not in _FAMILIES:
             return None
         return _FAMILIES[model.family](source, tokenizer, model)
+
+    @staticmethod
+    def check(source: ModelSource) -> None:
+        """Raise UsageError if the model reads no images, CheckpointError for a damaged file. Weights are not read."""
+        model = source.image_model
+        if model is None or model.family not in _FAMILIES:
+            kinds = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}
+            kind = f"{kinds[source.kind]}, which has no settings for images" if source.kind in kinds else None
+            raise without_images(printable(source.label), kind)
 
     @abstractmethod
     def _open(self, place: ImagePlace, config: Mapping[str, Any]) -> None:
@@ -228,6 +237,19 @@ class _PatchPrompts(ImagePrompts):
             following += max(image.grid)
         positions[at:] = (following + np.arange(len(index) - at))[:, None]
         return {"places": places, "position_ids": positions}
+
+
+def without_images(name: str, received: str | None = None, why: str = "reads no images") -> UsageError:
+    """Return the error for images and a model that reads none."""
+    which = "the folder of a model that reads images, such as SmolVLM's or LLaVA's"
+    return UsageError(
+        f"{name} {why}",
+        received=received,
+        hint=Hint(
+            f'{which}; or a GGUF file with its image encoder: mmproj="FILE"',
+            f"{which}; or a GGUF file with its image encoder: --mmproj FILE",
+        ),
+    )
 
 
 _FAMILIES: Mapping[str, type[ImagePrompts]] = {

@@ -261,6 +261,9 @@ class LoadedModel:
         self, images: PathLike | Sequence[PathLike], question: str = "Describe this image.", *, most: int = 256
     ) -> str:
         """Answer a question about an image file, or several, with a chat model that reads images."""
+        from treadle.tasks.image_prompts import ImagePrompts
+
+        ImagePrompts.check(self.program.source)
         talk = self.chat()
         return "".join(piece.text for piece in talk.say(question, images=_listed(images), most=most))
 

@@ -41,12 +41,20 @@ class Head:
     logits the output `logits` of a declaration that has this head, as its axes: ("B", "S", "vocab"), where a number
            is a size; empty: tasks of this head need a checkpoint of these classes
     needs_names  True if config.json must have the names of a declaration's labels; otherwise they are numbers
+    fetched  a model with this head that can be fetched; "": none
     """
 
     does: str
     ends: tuple[str, ...]
     logits: tuple[str, ...] = ()
     needs_names: bool = False
+    fetched: str = ""
+
+    @property
+    def folders(self) -> str:
+        """The folders that have this head, for the hint of an error."""
+        first = f"{self.fetched}, after `treadle fetch {self.fetched}`; or " if self.fetched else ""
+        return f"{first}a folder of a class whose name ends in {' or '.join(self.ends)}"
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,7 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
     logits, tokens = gives.get("logits"), takes.get("tokens")
     shown = f"logits [{', '.join(head.logits)}]"
     if (
-        not head.logits
-        or logits is None
+        logits is None
         or tokens is None
         or tokens.rank != 2
         or {*takes} - {"tokens", "lengths"}
@@ -142,9 +149,7 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
         raise UsageError(
             f"{printable(source.label)} has no head to {head.does}",
             received=" -> ".join(ports),
-            hint=f"a declaration with input tokens [B, S] and output {shown}, or a folder of a class {_named(head)}"
-            if head.logits
-            else f"a folder of a class {_named(head)}",
+            hint=f"a declaration with input tokens [B, S] and output {shown}, or {head.folders}",
         )
     assert resolved.model is not None
     if source.path is None:
@@ -166,19 +171,28 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
 
 
 def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[str, Any]]:
-    """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head."""
+    """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head, or if
+    MODEL is not a folder.
+    """
     source = program.source
-    if source.kind == "artifact":
+    if head.logits and source.kind == "artifact":
         hint = Hint(
             "the model that it was compiled from, such as t.load('FILE.py:FUNCTION', weights='FOLDER')",
             "the model that it was compiled from, such as FILE.py:FUNCTION --weights FOLDER",
         )
         raise UsageError(f"to {head.does} needs the model itself, not an artifact", received=source.label, hint=hint)
+    if source.kind in _NO_FOLDERS:
+        label, hint = printable(source.label), Hint(head.folders, head.folders)
+        if source.kind == "declaration" and str(source.path) != source.label:
+            hint = Hint(
+                f"{hint}; t.compile({source.label!r}) runs the declaration on arrays",
+                f"{hint}; `treadle run {label} --input NAME=FILE.npy` runs the declaration on arrays",
+            )
+        what = f"to {head.does} needs a checkpoint folder, not {_NO_FOLDERS[source.kind]}"
+        raise UsageError(what, received=label, hint=hint)
     if not source.place.is_dir():
         raise UsageError(
-            f"to {head.does} needs a folder with config.json",
-            received=source.place.name,
-            hint=f"a class {_named(head)}",
+            f"to {head.does} needs a folder with config.json", received=source.place.name, hint=head.folders
         )
     config = source.config
     named = config.get("architectures")
@@ -187,13 +201,13 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         raise UsageError(
             f"{printable(source.label)} has no head to {head.does}",
             received=", ".join(map(printable, classes)) or "config.json names no class",
-            hint=f"a folder of a class {_named(head)}",
+            hint=head.folders,
         )
     return source.folder, config
 
 
-def _named(head: Head) -> str:
-    return "whose name ends in " + " or ".join(head.ends)
+_NO_FOLDERS = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}
+"""The kinds of models that have no configuration of a head."""
 
 
 def read_labels(config: Mapping[str, Any], model: Compiled | None = None) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from treadle.tasks.opening import Head, checked_folder
 from treadle.tasks.sound import read_sound
 from treadle.tasks.spectrogram import HOP, RATE, log_mel
 
-HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",))
+HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",), fetched="whisper-tiny")
 _QUIET_SECONDS = 5
 _MULTILINGUAL = 51_865
 """The smallest vocabulary size of OpenAI's multilingual models."""

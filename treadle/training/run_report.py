@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle.program.flag_values import config_texts
 from treadle.reporting.counts import counted, human, lasting
 from treadle.training.saving import SavedModel
 from treadle.training.text_data import TextData
@@ -100,7 +101,7 @@ class RunReport:
         found += self.written()
         if self.saved is not None:
             found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")
-            given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
+            given = " ".join(f"--set {text}" for text in config_texts(self.config))
             if given and self.folder is not None:
                 found.append(f"its config.json is copied from {self.folder}, without {given}")
         if not count:

@@ -67,11 +67,14 @@ def talk_with_model(
     from treadle.progress import working
     from treadle.runtime.sampling import Sampling
     from treadle.tasks.generation_settings import FolderRules
+    from treadle.tasks.image_prompts import ImagePrompts
     from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
     FolderRules().but(repetition_penalty=repetition_penalty)  # refuse a wrong value before compiling
-    need_for_text(program.model, chat=True)
+    if image:
+        ImagePrompts.check(program.source)
+    need_for_text(program.source, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
         if most != _MOST:  # the default applies to models with fewer positions, too

@@ -30,9 +30,11 @@ def describe_image(
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import need_for_text
     from treadle.progress import working
+    from treadle.tasks.image_prompts import ImagePrompts
     from treadle.tasks.loaded import LoadedModel
 
-    need_for_text(program.model, chat=True)
+    ImagePrompts.check(program.source)
+    need_for_text(program.source, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
         talk = Conversation.open(writer)

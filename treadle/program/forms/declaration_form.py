@@ -12,9 +12,11 @@ from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
+from treadle.program.flag_values import config_texts
 from treadle.program.forms.model_form import Kind, Limits
 from treadle.program.forms.separate_weights import SeparateWeightsForm
 from treadle.program.trained_folders import DeclarationReference, family_of_declaration
+from treadle.progress import announce
 
 
 class DeclarationForm(SeparateWeightsForm):
@@ -71,6 +73,15 @@ class DeclarationForm(SeparateWeightsForm):
     def read(self, options: ReadOptions) -> ReadModel:
         if self.path is None:
             return read_declaration(self.model.name, self.model, None, options)
-        if self.stored is not None:
-            options = replace(options, config={**self.stored.config, **self.model.config, **options.config})
-        return read_declaration(self.model.name, self.model, self.checkpoint, options)
+        if self.stored is None:
+            return read_declaration(self.model.name, self.model, self.checkpoint, options)
+        trained = {**self.model.defaults, **self.stored.config}
+        config = {**self.stored.config, **self.model.config, **options.config}
+        found = read_declaration(self.model.name, self.model, self.checkpoint, replace(options, config=config))
+        differing = {name: value for name, value in config.items() if value != trained.get(name, value)}
+        if not differing:
+            return found
+        was, now = (", ".join(config_texts({name: of[name] for name in differing})) for of in (trained, differing))
+        note = printable(f"the weights of {self.place} were trained with {was}, not with {now}")
+        announce(note)
+        return replace(found, notes=(*found.notes, note))
