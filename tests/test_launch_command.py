@@ -64,3 +64,9 @@ def test_the_hint_for_a_wrong_order_starts_ranks(words: list[str], what: str, mo
     assert count == 2 and command[:5] == [sys.executable, "-m", "treadle", "run", "gpt2"]
     if {*COMMAND} <= {*words}:
         assert command[3:] == COMMAND
+
+
+def test_an_artifact_is_not_given_a_mesh() -> None:
+    done = CliRunner().invoke(app, ["launch", "-n", "2", "run", "split.treadle"])
+    assert done.exit_code == 2 and "--mesh" not in done.output
+    assert "treadle shard split.treadle --lab" in done.output

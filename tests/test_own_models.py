@@ -487,6 +487,16 @@ def test_weights_that_fit_no_configuration_keep_their_hint(trained: Treadle) -> 
     assert "leave out" not in hint_of(said)
 
 
+def test_a_folder_with_a_configuration_is_a_model(trained: Treadle) -> None:
+    """Weights of a checkpoint's folder do not fit another declaration; the hint names the folder as the model."""
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text("{}")
+    Path("folder/model.safetensors").write_bytes(Path("out/weights.safetensors").read_bytes())
+    said = trained("run gpt2 --weights folder --input tokens=1,2 --backend numpy")
+    refused(said, "the checkpoint ")
+    assert hint_of(said) == "folder in place of gpt2: the folder has its own configuration"
+
+
 def test_a_configuration_that_fits_but_differs_from_training_is_noted(
     trained: Treadle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

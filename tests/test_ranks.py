@@ -305,7 +305,7 @@ GPT2 = ("run", "gpt2", *SMALL, "--mesh")
             (*GPT2, "tp=3", "--recipe", "megatron", "--target", "cuda", "--backend", "torch"),
             "has no CUDA device of its",
         ),
-        (("run", "nothing.treadle", "--mesh", "tp=3"), "an artifact was compiled for one device"),
+        (("run", "nothing.treadle", "--mesh", "tp=3"), "ranks run a model, not an artifact"),
         (("run", "gpt3", "--mesh", "tp=3", "--recipe", "megatron"), "there is no model 'gpt3'"),
         (("generate", "gpt2", "a", "--mesh", "tp=3", "--recipe", "megatron"), "gpt2"),
     ],

@@ -39,6 +39,7 @@ def launch_command(
 ) -> None:
     """Run a command as N ranks on this machine. If one rank fails, all end."""
     from treadle.cli import COMMANDS
+    from treadle.cli.rank_runs import refuse_artifact
     from treadle.runtime.distributed.launching import launch_ranks
 
     if not words:
@@ -69,6 +70,8 @@ def launch_command(
         names = ", ".join(f"{name} MODEL --mesh tp={count} --recipe megatron" for name in able)
         raise UsageError(what, received=received, hint=f"{names}, a Python file{alone}")
     elif not has_mesh:
+        for word in words:
+            refuse_artifact(word)
         raise UsageError(
             "ranks run a model that is split over a mesh",
             received=received,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.cli.application import print_json
+from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,19 @@ def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
     """Raise UsageError for sharding options without a mesh."""
     if recipe is not None or axis:
         raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2 as well")
+
+
+def refuse_artifact(model: str) -> None:
+    """Raise UsageError for an artifact: each rank compiles its part from the model."""
+    from treadle.artifact_reading import is_artifact
+
+    if is_artifact(model):
+        shown = printable(model)
+        raise UsageError(
+            "ranks run a model, not an artifact",
+            received=shown,
+            hint=f"the model that it was made from; treadle shard {shown} --lab, if `treadle shard` made it",
+        )
 
 
 @contextmanager
@@ -67,7 +81,6 @@ def run_rank(
 
     import numpy as np
 
-    from treadle.artifact_reading import is_artifact
     from treadle.npy_files import write_npy
     from treadle.program.flag_values import input_names, parse_axes, parse_inputs
     from treadle.program.options import CompileOptions
@@ -79,10 +92,7 @@ def run_rank(
 
     options = CompileOptions.of("rank", keywords)
     with join(timeout) as ranks:
-        if is_artifact(model):
-            raise UsageError(
-                "an artifact was compiled for one device", received=model, hint="the model that it was compiled from"
-            )
+        refuse_artifact(model)
         made = compile_rank(
             model,
             mesh,

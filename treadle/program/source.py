@@ -171,6 +171,9 @@ class ModelSource:
             fit = ", and the weights fit"
             error.hint = Hint(f"leave out {printable(', '.join(texts))}{fit}", f"leave out {flags}{fit}")
             return
+        if self.path is not None and self.path.is_dir() and (self.path / "config.json").is_file():
+            folder = shown_path(self.path)
+            error.hint = f"{folder} in place of {printable(self.label)}: the folder has its own configuration"
 
     def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
         """Return a graph that has only the inputs of an ONNX model. Inputs that determine shapes are included; inputs
