@@ -22,6 +22,9 @@ _UNUSED_LINES = 40  # maximum number of lines of an error
 FoldedLine = tuple[str, Mapping[str, str]]
 """A line of an error as a pattern, and the numbers in it: lines that differ only in the numbers are merged."""
 
+OTHER_MODEL = "check that the configuration and the table of names belong to these weights"
+"""The hint for weights of another model."""
+
 
 class NamedTensors(Protocol):
     """A checkpoint that lists its tensors."""
@@ -78,7 +81,7 @@ def mismatch(
         "the checkpoint " + " and ".join(counts),
         received=f"{len(checkpoint.names())} tensors",
         within="\n".join(lines),
-        hint="check that the configuration and the table of names belong to these weights",
+        hint=OTHER_MODEL,
     )
 
 

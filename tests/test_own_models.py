@@ -28,6 +28,7 @@ import treadle as t
 from tests import first_hour
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.task_models import save, without_specials
+from tests.test_part_loading import CONFIG, shapes
 from treadle.frontends.model_folder import MemoryFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import END, train_tokenizer
@@ -487,14 +488,16 @@ def test_weights_that_fit_no_configuration_keep_their_hint(trained: Treadle) -> 
     assert "leave out" not in hint_of(said)
 
 
-def test_a_folder_with_a_configuration_is_a_model(trained: Treadle) -> None:
-    """Weights of a checkpoint's folder do not fit another declaration; the hint names the folder as the model."""
+def test_a_folder_that_is_a_model_is_named(treadle_command: Treadle) -> None:
+    """Weights of a checkpoint's folder do not fit a declaration with other sizes; the hint names the folder."""
     Path("folder").mkdir()
-    Path("folder/config.json").write_text("{}")
-    Path("folder/model.safetensors").write_bytes(Path("out/weights.safetensors").read_bytes())
-    said = trained("run gpt2 --weights folder --input tokens=1,2 --backend numpy")
+    Path("folder/config.json").write_text(json.dumps({**CONFIG, "vocab_size": 8}))
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes(8).items()}
+    pytest.importorskip("safetensors.numpy").save_file(arrays, "folder/model.safetensors")
+    said = treadle_command("run llama --weights folder --set layers=1 --input tokens=1,2 --backend numpy")
     refused(said, "the checkpoint ")
-    assert hint_of(said) == "folder in place of gpt2: the folder has its own configuration"
+    assert hint_of(said) == "folder in place of llama: the folder is a model"
+    assert treadle_command("run folder --input tokens=1,2 --backend numpy").code == 0
 
 
 def test_a_configuration_that_fits_but_differs_from_training_is_noted(

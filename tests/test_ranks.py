@@ -299,7 +299,10 @@ GPT2 = ("run", "gpt2", *SMALL, "--mesh")
         ((*GPT2, "tp=4", "--recipe", "megatron"), "the mesh tp=4 has 4 ranks, and 3 processes were started"),
         ((*GPT2, "tp=3", "--axis", "experts=tp"), "gpt2 has no axis 'experts' to split"),
         ((*GPT2, "tp=3", "--axis", "heads=ep"), "the mesh tp=3 has no axis 'ep'"),
-        ((*GPT2, "tp=3", "--set=heads=2", "--axis", "heads=tp"), "heads: 2 cannot be split over tp"),
+        (
+            ("run", "gpt2", *SMALL[:2], "--set=heads=2", "--mesh", "tp=3", "--axis", "heads=tp"),
+            "heads: 2 cannot be split over tp",
+        ),
         ((*GPT2, "dp=3", "--recipe", "dp", "--input", "tokens=1,2,3"), "do not give each of 3 ranks a part"),
         (
             (*GPT2, "tp=3", "--recipe", "megatron", "--target", "cuda", "--backend", "torch"),

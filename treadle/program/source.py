@@ -21,11 +21,13 @@ weights of a declaration may be in a folder: `ModelSource.open("file.py:function
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from treadle.files.shown_names import printable, shown_path
+from treadle.frontends.binding_errors import OTHER_MODEL
 from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
@@ -171,9 +173,11 @@ class ModelSource:
             fit = ", and the weights fit"
             error.hint = Hint(f"leave out {printable(', '.join(texts))}{fit}", f"leave out {flags}{fit}")
             return
-        if self.path is not None and self.path.is_dir() and (self.path / "config.json").is_file():
-            folder = shown_path(self.path)
-            error.hint = f"{folder} in place of {printable(self.label)}: the folder has its own configuration"
+        folder, alone = self.path, replace(options, inputs=None, config={}, deferred=True)
+        if error.hint == OTHER_MODEL and folder is not None and folder.is_dir():
+            with suppress(TreadleError):
+                find_form(str(folder), None, self.form.limits).read(alone)
+                error.hint = f"{shown_path(folder)} in place of {printable(self.label)}: the folder is a model"
 
     def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
         """Return a graph that has only the inputs of an ONNX model. Inputs that determine shapes are included; inputs
