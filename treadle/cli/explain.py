@@ -17,7 +17,10 @@ from treadle.program.option_table import EXPLAINED
 
 
 @command(
-    "explain", takes=[f"explain {subject}" for subject in EXPLAINED], judges=lambda options: bool(options["expect"])
+    "explain",
+    takes=[f"explain {subject}" for subject in EXPLAINED],
+    defaults={"target": None},  # device has another default than the other subjects
+    judges=lambda options: bool(options["expect"]),
 )
 def explain_sites(
     model: ModelName,
@@ -102,6 +105,10 @@ def explain_sites(
         "step": explain_step,
         "device": explain_device,
     }
+    if subject is None and model in functions:
+        raise UsageError(
+            "explain needs a model", received=f"explain {model}", hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL"
+        )
     if subject is None:
         raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
     if subject not in functions:

@@ -78,9 +78,10 @@ def export_model(
         others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
         hint = f"--to {' or '.join(others)}" if others else with_nearest_suffix(str(output), _SUFFIXES[to])
         raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=hint)
-    if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
-        formats = ", ".join(_MODELS)
-        raise UsageError(f"--backend, --sizes and --times apply to other formats than {formats}", hint="--to json")
+    of_programs = (keywords.get("backend"), keywords.get("target"), sizes, times)
+    if to in _MODELS and any(each is not None for each in of_programs):
+        formats, options = ", ".join(_MODELS), "--backend, --target, --threads, --sizes and --times"
+        raise UsageError(f"{options} apply to other formats than {formats}", hint="--to json")
     if to == "onnx":
         _export_onnx(model, output, opset, external_above, keywords, as_json)
         return

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Protocol
 
@@ -89,7 +88,6 @@ def find_runtime(target: Target) -> Runtime:
     """Return the runtime of a target's device, which is opened once. Raises BackendError, with what to install, if
     there is none.
     """
-    target = replace(target, threads=None)  # all targets of one name are one device
     with _opening:
         if target not in _OPEN:
             opened = _RUNTIMES.get(target.kind)
