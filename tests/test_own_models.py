@@ -447,12 +447,51 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
     ],
 )
 def test_a_declaration_with_another_head(command: str, report: str, hint: str, trained: Treadle) -> None:
-    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
-    for name, folder in (("models.py:my_encoder", "enc"), ("models.py:my_classifier", "cls")):
-        saver_for(resolve(name), folder).save(t.compile(name).weights)
-    said = trained(command)
+    said = of_other_tasks(trained)(command)
     refused(said, report)
     assert hint in hint_of(said)
+
+
+def of_other_tasks(trained: Treadle) -> Treadle:
+    """Return `trained` after other models were written, with the folders of their weights."""
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    for name, folder in (("encoder", "enc"), ("classifier", "cls"), ("tagger", "tags")):
+        saver_for(resolve(f"models.py:my_{name}"), folder).save(t.compile(f"models.py:my_{name}").weights)
+    for place in ("enc", "cls", "tags"):
+        shutil.copy("out/tokenizer.json", place)
+    config = json.loads(Path("tags", "config.json").read_text())
+    Path("tags", "config.json").write_text(json.dumps(config | {"id2label": {"0": "O", "1": "B-A", "2": "I-A"}}))
+    return trained
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "classify models.py:my_classifier {} --weights cls",
+        "embed models.py:my_encoder {} --weights enc",
+        "tag models.py:my_tagger {} --weights tags",
+    ],
+)
+def test_an_empty_text_is_refused_if_it_has_no_tokens(command: str, trained: Treadle) -> None:
+    """Also among other texts. Special tokens that a tokenizer adds are tokens."""
+    run = of_other_tasks(trained)
+    for texts, number in (("''", "1 of 1"), ("'the cat' ''", "2 of 2")):
+        said = run(command.format(texts), "--backend numpy")
+        refused(said, f"{number} has no tokens")
+        assert "of at least one token" in hint_of(said)
+    assert run(command.format("'the cat'"), "--backend numpy").code == 0
+    config = Path("out", "tokenizer.json")
+    added = json.loads(config.read_text())
+    piece = {"SpecialToken": {"id": END, "type_id": 0}}
+    added["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+    }
+    for place in ("enc", "cls", "tags"):
+        Path(place, "tokenizer.json").write_text(json.dumps(added))
+    assert run(command.format("''"), "--backend numpy").code == 0
 
 
 @pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])
