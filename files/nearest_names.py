@@ -72,12 +72,19 @@ def nearest_path(path: str | os.PathLike[str], fits: Callable[[str], bool] | Non
     for at, part in enumerate(parts):
         there = os.path.join(place, part)
         if not os.path.exists(there):
-            near = NearestNames(_entries(place, of_last if at == len(parts) - 1 else os.path.isdir)).of(part)
+            names = _entries(place, of_last if at == len(parts) - 1 else os.path.isdir)
+            near = [name for name in NearestNames(names).of(part, 3) if _stems_are_similar(name, part)]
             if not near:
                 return None
             there = os.path.join(place, near[0])
         place = there
     return place if PurePath(place) != PurePath(path) else None
+
+
+def _stems_are_similar(name: str, other: str) -> bool:
+    """Return True if two names of files are similar without their suffixes, which are often equal."""
+    stems = PurePath(name).stem, PurePath(other).stem
+    return bool(difflib.get_close_matches(stems[0], stems[1:], 1))
 
 
 def _entries(folder: str, fits: Callable[[str], bool]) -> list[str]:

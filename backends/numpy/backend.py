@@ -21,7 +21,7 @@ from treadle.backends.python.executable import EntryCall, Failure, PythonExecuta
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes, refuse_target
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
-from treadle.ir.errors import BackendError, Hint
+from treadle.ir.errors import Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, bf16

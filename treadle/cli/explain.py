@@ -107,7 +107,9 @@ def explain_sites(
     }
     if subject is None and model in functions:
         raise UsageError(
-            "explain needs a model", received=f"explain {model}", hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL"
+            "explain needs a model",
+            received=f"explain {model}",
+            hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL",
         )
     if subject is None:
         raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
