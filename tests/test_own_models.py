@@ -403,6 +403,38 @@ def test_the_command_at_the_end_of_masked_training_works(model: str, treadle_com
     assert scores[0] == pytest.approx(scores[1], abs=1e-6), "no result depends on the other texts"
 
 
+SHIFTED = (
+    DECLARATION.partition("@t.model")[0]
+    + """
+@t.model
+def shifted(tokens: Tokens, *, vocab=300, dim=16):
+    x = t.embed(tokens, vocab, dim, name="tok")
+    before = t.pad(x, axis=1, before=1)[:, :-1]
+    return {"logits": t.unembed(t.linear(x + before, dim, name="mix"), tied="tok")}
+"""
+)
+
+
+def test_a_causal_model_without_a_step_trains_and_has_a_perplexity(treadle_command: Treadle) -> None:
+    """A token shift reads the previous position: no command says that the model is not causal."""
+    Path("models.py").write_text(SHIFTED, encoding="utf-8")
+    command = loading_command(treadle_command(f"train models.py:shifted corpus.txt -o out {TRAIN}"))
+    assert command == "perplexity models.py:shifted --weights out FILE"
+    found = treadle_command(command.replace("FILE", "corpus.txt"), "--backend numpy --json")
+    assert found.code == 0 and 1 < found.json["perplexity"] < 400
+    reason = "shifted has no axis that may be stepped: S is causal, but a step keeps no state"
+    said = treadle_command("generate models.py:shifted x --weights out")
+    refused(said, "does not continue text: it has no decoding step", reason, "slice: the axis is sliced", "models.py:")
+    assert "treadle run and perplexity compute all positions" in hint_of(said)
+    said = treadle_command("explain models.py:shifted step")
+    refused(said, reason)
+    run = treadle_command(
+        hint_of(said).partition(",")[0].removeprefix("treadle ").replace("MODEL", "models.py:shifted")
+    )
+    assert "--input tokens=..." in hint_of(run)
+    assert treadle_command("run models.py:shifted --input tokens=1,2,3 --weights out --backend numpy").code == 0
+
+
 def test_a_declaration_classifies(trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
     trainer = t.Trainer("models.py:my_classifier", tokenizer="out", backend="numpy")
