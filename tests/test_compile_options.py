@@ -56,6 +56,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {"target": None},
+    "explain": {"target": None},
     "roofline": {"backend": "tvm"},
 }
 OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes"), ("report", "sizes")}

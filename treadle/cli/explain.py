@@ -77,10 +77,10 @@ def explain_sites(
 
     step: the derived decoding step, its states with their sizes, and what each op became.
 
-    device: the program for a device, which need not be here. With the torch backend, for a GPU: the form of each
-    attention, how quantized weights are read, and for each entry what prevents its capture as a CUDA graph. With the
-    tvm backend, also for opencl and webgpu: each kernel, its form and its resources, and for each entry launches,
-    copies, device memory and the limits that it exceeds.
+    device: the program for a device, by default --target cuda, which need not be here. With the torch backend, for a
+    GPU: the form of each attention, how quantized weights are read, and for each entry what prevents its capture as a
+    CUDA graph. With the tvm backend, also for opencl, webgpu and metal: each kernel, its form and its resources, and
+    for each entry launches, copies, device memory and the limits that it exceeds.
     """
     from treadle.explaining.device import explain_device
     from treadle.explaining.fusion import explain_fusion, parse_expected

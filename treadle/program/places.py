@@ -56,10 +56,11 @@ def find_place(name: str) -> Path:
             error.hint = nearest_path_hint(name, _is_model) or error.hint
             raise
     if name not in PINNED:
-        known, place = [*family_names(), *PINNED], nearest_path(name, _is_model)
-        near, hub = difflib.get_close_matches(name, known + [place] * (place is not None), n=1), hub_name_in(name)
-        if place is not None and place in near:
-            raise UsageError(f"there is no model {name!r}", hint=argument_hint(name, place))
+        known, path = [*family_names(), *PINNED], nearest_path(name, _is_model)
+        paths = [] if path is None else [path]
+        near, hub = difflib.get_close_matches(name, [*known, *paths], n=1), hub_name_in(name)
+        if path is not None and path in near:
+            raise UsageError(f"there is no model {name!r}", hint=argument_hint(name, path))
         raise UsageError(
             f"there is no model {name!r}",
             hint=(f"{near[0]}? " if near else "")
