@@ -109,6 +109,17 @@ def test_a_model_that_computes_with_the_length_is_not_known_to_be_causal() -> No
     assert not is_causal(backward.graph(), "S", "logits")
 
 
+def test_pairs_of_positions_are_not_causal() -> None:
+    """Scores of queries and keys: the score of a query reads later keys."""
+
+    @t.model
+    def scored(tokens: Tokens) -> t.Tensor:
+        x = t.embed(tokens, 20, 8, name="wte")
+        return {"logits": t.einsum("b i d, b j d -> b i j", x, x)}
+
+    assert not is_causal(scored.graph(), "S", "logits")
+
+
 def test_an_encoder_is_not_causal() -> None:
     assert not is_causal(bert.configure(**SMALL).graph(), "S", "hidden")
 

@@ -21,7 +21,9 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.text.attributes import attribute_symbols
 
 Reads = Mapping[int, int]
-"""By dimension, the lookahead of a value. Without an entry, the value depends on no token."""
+"""The lookahead of a value, for each dimension along the axis: an element reads the tokens up to the greatest position
+plus lookahead. If it is empty, the value depends on no token.
+"""
 
 _UNKNOWN = None
 """The value may depend on any token."""
@@ -44,9 +46,9 @@ def is_causal(graph: Graph, axis: str, output: str) -> bool:
     _Causality(graph, axis).run(main, reads)
     result = main.outputs[output]
     found = reads.get(result, {})
-    return found is not None and all(
-        ahead <= 0 and result.type.shape[dim].as_symbol == axis for dim, ahead in found.items()
-    )
+    if found is None or len(found) > 1:  # a pair of positions reads up to the later one
+        return False
+    return all(ahead <= 0 and result.type.shape[dim].as_symbol == axis for dim, ahead in found.items())
 
 
 class _Causality:
@@ -58,14 +60,14 @@ class _Causality:
     def run(self, function: Function, reads: dict[Value, Reads | None]) -> None:
         """Add the values that the nodes of a function compute. `reads` has the function's arguments."""
         for node in function.nodes:
-            given = [{} if value is None else reads.get(value, {}) for value in node.operands]
-            reads.update(zip(node.results, self._results(node, given), strict=True))
+            operands = [{} if value is None else reads.get(value, {}) for value in node.operands]
+            reads.update(zip(node.results, self._results(node, operands), strict=True))
 
-    def _results(self, node: Node, given: Sequence[Reads | None]) -> Sequence[Reads | None]:
-        """Return what a node's results read, given what its operands read."""
+    def _results(self, node: Node, operands: Sequence[Reads | None]) -> Sequence[Reads | None]:
+        """Return what a node's results read, from what its operands read."""
         unknown: list[Reads | None] = [_UNKNOWN] * len(node.results)
-        known = [each for each in given if each is not None]
-        if len(known) < len(given):
+        known = [each for each in operands if each is not None]
+        if len(known) < len(operands):
             return unknown
         if (callee := self._graph.callee(node)) is not None:
             return self._inside(callee, callee.arguments, known)
@@ -87,17 +89,19 @@ class _Causality:
         along = any(application.dims[name].size.as_symbol == self._axis for name in generated)
         return self._axis in attribute_symbols(op) and not along
 
-    def _inside(self, function: Function, arguments: Sequence[Value], given: Sequence[Reads]) -> Sequence[Reads | None]:
-        reads: dict[Value, Reads | None] = dict(zip(arguments, given, strict=True))
+    def _inside(
+        self, function: Function, arguments: Sequence[Value], operands: Sequence[Reads]
+    ) -> Sequence[Reads | None]:
+        reads: dict[Value, Reads | None] = dict(zip(arguments, operands, strict=True))
         self.run(function, reads)
         return [reads.get(value, {}) for value in function.results]
 
 
-def _moved(node: Node, given: Sequence[Reads]) -> list[Reads] | None:
+def _moved(node: Node, operands: Sequence[Reads]) -> list[Reads] | None:
     """Return what the result of an op reads that moves the positions of its attribute `axis`."""
     types = [None if value is None else value.type for value in node.operands]
     found: dict[int, int] = {}
-    for value, reads, ahead in zip(node.operands, given, node.op.lookahead(types) or (), strict=True):
+    for value, reads, ahead in zip(node.operands, operands, node.op.lookahead(types) or (), strict=True):
         assert value is not None
         along = place(node.op.axis, value.type.rank)  # type: ignore[attr-defined]
         for dim, known in reads.items():
@@ -108,10 +112,10 @@ def _moved(node: Node, given: Sequence[Reads]) -> list[Reads] | None:
     return [found]
 
 
-def _mapped(application: Application, given: Sequence[Reads]) -> list[Reads] | None:
+def _mapped(application: Application, operands: Sequence[Reads]) -> list[Reads] | None:
     """Return what the results of an op read by its axis rule; None if a result may read any position."""
     ahead: dict[str, int] = {}
-    for dims, reads in zip(application.operands, given, strict=True):
+    for dims, reads in zip(application.operands, operands, strict=True):
         for dim, known in reads.items():
             assert dims is not None
             if len(dims[dim].factors) != 1:
