@@ -345,6 +345,25 @@ def test_a_command_that_works_is_quoted(tmp_path: Path, treadle_command: Treadle
     ]
 
 
+def test_the_target_of_an_artifact_is_replaced_by_the_cpu(trained: Treadle) -> None:
+    """The CPU is the default target of other models, and still a choice for an artifact that has another target."""
+    torch = pytest.importorskip("torch")
+    trained(f"compile {OWN} --weights out --backend torch --target cuda -o cuda.treadle")
+    if not torch.cuda.is_available():
+        said = trained("generate cuda.treadle x --tokens 2")
+        refused(said, "PyTorch finds no CUDA device")
+        assert hint_of(said) == "--target cpu"
+    assert trained("generate cuda.treadle x --tokens 2 --target cpu").code == 0
+    assert isinstance(t.load("cuda.treadle", target="cpu").generate("x", most=2), str)
+    threads = trained("generate cuda.treadle x --tokens 2 --target cpu --threads 1")
+    assert threads.code == 0
+
+
+def test_a_page_for_a_browser_is_refused_for_the_cpu(treadle_command: Treadle) -> None:
+    said = treadle_command(f"export {OWN} --to web -o page --target cpu")
+    refused(said, "a page needs --target webgpu", "--target cpu")
+
+
 # -- models that do not continue text -----------------------------------------------------------------------------
 
 OTHER_TASKS = (

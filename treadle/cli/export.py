@@ -32,7 +32,7 @@ _MODELS = ("onnx", "gguf", _FOLDER)
 _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 
 
-@command("export", takes=["export"])
+@command("export", takes=["export"], defaults={"target": None})  # a page has another default
 def export_model(
     model: ModelName,
     output: Annotated[
