@@ -140,7 +140,7 @@ def stepped_program(program: Program) -> SteppedModel:
     if isinstance(source.form, ArtifactForm):
         chosen.refuse_for_artifact(source.label, also=("cache", "device_sampling", "tokenizer"))
         held = source.form.content
-        target = chosen.where if "target" in chosen.chosen else Target(held.target)
+        target = chosen.where if "target" in chosen.explicit else Target(held.target)
         graph = held.optimized.graph
         return step_of(
             held.name,

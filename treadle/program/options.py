@@ -51,12 +51,12 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     entry   the entry function's name, for errors
     config  the configuration by name, such as {"layers": 2}; for an ONNX file, sizes of axes, and values of inputs that
             determine shapes
-    chosen  the names of the options that the caller chose, also with their default values
+    explicit  the names of the options that the caller chose, also with their default values
     """
 
     entry: str = "compile"
     config: Mapping[str, Any] = field(default_factory=dict)
-    chosen: frozenset[str] = frozenset()
+    explicit: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, entry: str, keywords: Mapping[str, Any], **defaults: Any) -> Self:
@@ -74,14 +74,14 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
-        made = cls(**{**defaults, **chosen}, entry=entry, config=config, chosen=frozenset(chosen))
+        made = cls(**{**defaults, **chosen}, entry=entry, config=config, explicit=frozenset(chosen))
         made.where  # noqa: B018  an unknown target is refused here
         return made
 
     def keywords(self) -> dict[str, Any]:
         """Return the options that are set or chosen, and the configuration, as arguments of an entry function."""
         chosen = {name: value for name in declared_options() if (value := getattr(self, name)) is not None}
-        found = {name: value for name, value in chosen.items() if name in self.chosen or self._is_set(name)}
+        found = {name: value for name, value in chosen.items() if name in self.explicit or self._is_set(name)}
         return {**found, "config": self.config} if self.config else found
 
     def _is_set(self, name: str) -> bool:
