@@ -117,9 +117,18 @@ _KIND_NAMES = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
 
 
 def refuse_target(name: str, target: Target) -> None:
-    """Raise BackendError if a backend of ours generates no code for a target. The hint names a backend that does."""
+    """Raise BackendError if a backend of ours generates no code for a target, or for a number of threads that the
+    backend does not choose. The hint names a backend that does.
+    """
     kinds = KINDS[name]
     if target.kind in kinds:
+        if name == "numpy" and target.threads is not None:
+            libraries = "the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS"
+            raise BackendError(
+                "the numpy backend does not choose the number of threads",
+                received=f"threads={target.threads}",
+                hint=Hint(f'backend="torch" or "tvm"; or {libraries}', f"--backend torch or tvm; or {libraries}"),
+            )
         return
     own = [kind for kind in _KIND_NAMES if kind in kinds]
     others = [other for other, takes in KINDS.items() if target.kind in takes]

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from treadle.files.errors import CheckpointError
 from treadle.files.limits import limit_hint
+from treadle.files.nearest_names import nearest_path_hint
 from treadle.files.shown_names import shown_path
 
 PathLike = str | os.PathLike[str]
@@ -90,7 +91,7 @@ def open_regular(path: PathLike, shown: str | None = None, alias: PathLike | Non
     try:
         descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
-        raise _unopened(shown, error) from None
+        raise _unopened(shown, error, path) from None
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
@@ -125,8 +126,11 @@ def read_whole(file: BinaryIO, limit: int, label: str, setting: str | None = Non
     return data
 
 
-def canonical(path: PathLike, shown: str | None = None) -> Path:
-    """Return the path with every link resolved. Raises CheckpointError for a broken or circular link."""
+def canonical(path: PathLike, shown: str | None = None, *, suggests: bool = True) -> Path:
+    """Return the path with every link resolved. Raises CheckpointError for a broken or circular link.
+
+    suggests  True if the error for a missing file names a similar path: the user named it, not another file
+    """
     try:
         return Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError) as error:
@@ -136,7 +140,7 @@ def canonical(path: PathLike, shown: str | None = None) -> Path:
                 within=shown or shown_path(path),
                 hint="fetch the model again: its download is not complete",
             ) from None
-        raise _unopened(shown or shown_path(path), error) from None
+        raise _unopened(shown or shown_path(path), error, path if suggests else None) from None
 
 
 def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
@@ -145,7 +149,7 @@ def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
     Raises CheckpointError if the path, or a link in it, leads out of the folder, or if there is no such file.
     """
     shown = shown or shown_path(path)
-    real = canonical(path, shown)
+    real = canonical(path, shown, suggests=False)
     if not real.is_relative_to(root):
         raise CheckpointError(
             "the path leads out of the model's folder, and files outside it are not read",
@@ -156,9 +160,11 @@ def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
     return real
 
 
-def _unopened(shown: str, error: OSError | ValueError) -> CheckpointError:
+def _unopened(shown: str, error: OSError | ValueError, path: PathLike | None = None) -> CheckpointError:
+    """Return the error for a file that cannot be opened. If the user named its path, the hint is a similar path."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CheckpointError("the file does not exist", within=shown, hint="check the path")
+        near = None if path is None else nearest_path_hint(path)
+        return CheckpointError("the file does not exist", within=shown, hint=near or "check the path")
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
     else:  # ValueError, whose text depends on the version of Python

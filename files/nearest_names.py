@@ -1,19 +1,24 @@
-"""The names that are most similar to a wrong name. The time is bounded, even for the names of a hostile file."""
+"""The names, or the paths of files, that are most similar to a wrong one. The time is bounded, even for the names of a
+hostile file.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import PurePath
 
-from treadle.files.errors import UsageError
+from treadle.files.errors import Hint, UsageError
 from treadle.files.shown_names import printable
 
 _LONGEST = 200  # characters; difflib takes quadratic time in them
 _POOL = 300  # names compared for one query
 _HOLDERS = 20 * _POOL  # maximum number of names with a common part that are considered
+_ENTRIES = 10_000  # maximum number of files of a folder that are considered
 _PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
 
 
@@ -68,3 +73,55 @@ def with_nearest_suffix(path: str, suffixes: Sequence[str]) -> str:
     suffix = PurePath(path).suffix
     near = difflib.get_close_matches(suffix.lower(), suffixes, 1) if suffix else []
     return f"{path.removesuffix(suffix)}{near[0]}" if near else f"{path}{suffixes[0]}"
+
+
+def nearest_path(path: str | os.PathLike[str], fits: Callable[[str], bool] | None = None) -> str | None:
+    """Return the path of an existing file or folder that a misspelled path may mean: every missing part is replaced by
+    the most similar name in its folder. Return None if the path exists, or if a part has no similar name.
+
+    fits  returns True for a path that may be meant; by default, for a path with the same suffix
+    """
+    parts, place = PurePath(path).parts, ""
+    suffix = PurePath(path).suffix
+    of_last = fits or (lambda there: PurePath(there).suffix == suffix)
+    for at, part in enumerate(parts):
+        there = os.path.join(place, part)
+        if not os.path.exists(there):
+            names = _entries(place, of_last if at == len(parts) - 1 else os.path.isdir)
+            near = [name for name in NearestNames(names).of(part, 3) if _stems_are_similar(name, part)]
+            if not near:
+                return None
+            there = os.path.join(place, near[0])
+        place = there
+    return place if PurePath(place) != PurePath(path) else None
+
+
+def _stems_are_similar(name: str, other: str) -> bool:
+    """Return True if two names of files are similar without their suffixes, which are often equal."""
+    stems = PurePath(name).stem, PurePath(other).stem
+    return bool(difflib.get_close_matches(stems[0], stems[1:], 1))
+
+
+def _entries(folder: str, fits: Callable[[str], bool]) -> list[str]:
+    """Return the names of files and folders in a folder that fit and can be printed."""
+    try:
+        with os.scandir(folder or ".") as entries:
+            names = [entry.name for entry in islice(entries, _ENTRIES)]
+    except OSError:
+        return []
+    return sorted(name for name in names if name.isprintable() and fits(os.path.join(folder, name)))
+
+
+def nearest_path_hint(
+    path: str | os.PathLike[str], fits: Callable[[str], bool] | None = None, *, rest: str = ""
+) -> Hint | None:
+    """Return the hint for a path that does not exist: the nearest path, followed by `rest`. On the command line, it is
+    the same command with this argument. Return None if there is no such path; see `nearest_path`.
+    """
+    near = nearest_path(path, fits)
+    return None if near is None else argument_hint(f"{os.fspath(path)}{rest}", f"{near}{rest}")
+
+
+def argument_hint(misspelled: str, meant: str) -> Hint:
+    """Return the hint for a misspelled argument; on the command line, it is the same command with the other one."""
+    return Hint(f"{meant}?", f"{meant}?", replaces=misspelled, words=(meant,))

@@ -10,6 +10,7 @@ import sys
 from importlib.abc import SourceLoader
 from pathlib import Path
 
+from treadle.files.nearest_names import NearestNames, argument_hint, nearest_path_hint
 from treadle.frontends.declarations import Model
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.source_lines import raising_line
@@ -30,7 +31,7 @@ def load_declaration(path: Path, function: str) -> Model:
     Raises UsageError if there is no such file or model, FrontendError if the file cannot be imported.
     """
     if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+        raise UsageError(f"there is no file {path}", hint=nearest_path_hint(path, rest=f":{function}"))
     name = f"treadle_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not isinstance(spec.loader, SourceLoader):
@@ -50,8 +51,11 @@ def load_declaration(path: Path, function: str) -> Model:
         raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
-        raise UsageError(
-            f"{path.name} declares no model {function!r}",
-            hint="one of " + ", ".join(models) if models else "decorate it with @t.model",
-        )
+        near = NearestNames(models).of(function)
+        hint = "one of " + ", ".join(models)
+        if not models or inspect.isfunction(vars(module).get(function)):
+            hint = "decorate it with @t.model"
+        elif near:
+            hint = argument_hint(f"{path}:{function}", f"{path}:{near[0]}")
+        raise UsageError(f"{path.name} declares no model {function!r}", hint=hint)
     return models[function]

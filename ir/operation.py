@@ -435,6 +435,13 @@ class Op:
         """True if results depend on the positions of elements, and not only on their values: iota, a causal mask."""
         return bool(self.positional)
 
+    def lookahead(self, types: Sequence[Type | None]) -> Sequence[int | None] | None:
+        """Return, for each operand, the lookahead along the op's attribute `axis`: the greatest n for which position i
+        of the result may read position i + n of the operand, negative if it only reads earlier positions. None for an
+        operand means that there is no such n. By default return None: the op does not move an axis of that name.
+        """
+        return None
+
     def is_elementwise(self, ranks: Sequence[int | None]) -> bool:
         """Return True if, by the axis rule, each element of the result depends on one element of each operand."""
         return self.callee is None and self.rule(ranks).is_elementwise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.hardware import Hardware, find_hardware
 
 MOST_THREADS = 1024
@@ -22,8 +22,8 @@ class Target:
 
     threads   the number of threads on a CPU; None: one for each core that the process may use
 
-    Raises UsageError for a name that is not in `treadle.ir.hardware.HARDWARE`, and for threads that are not an integer
-    from 1 to `MOST_THREADS`.
+    Raises UsageError for a name that is not in `treadle.ir.hardware.HARDWARE`, for threads that are not an integer from
+    1 to `MOST_THREADS`, and for threads of a GPU.
     """
 
     name: str
@@ -38,6 +38,12 @@ class Target:
                 f"the number of threads of a target must be an integer from 1 to {MOST_THREADS}",
                 received=f"threads={self.threads!r}"[:80],
                 hint="leave it out for one thread per core",
+            )
+        if self.threads is not None and self.kind not in ("cpu", "isa"):
+            raise UsageError(
+                f"threads apply to CPUs, not to {self.name}",
+                received=f"threads={self.threads}",
+                hint=Hint("leave threads= out", "leave --threads out"),
             )
 
     @property

@@ -12,7 +12,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import treadle.cli
-from tests.command_line import SMALL, Result, Treadle, commands_in, line_of, refused
+from tests.command_line import MODEL, SMALL, Result, Treadle, commands_in, line_of, refused
 from treadle.ir.errors import TreadleError
 
 
@@ -59,6 +59,26 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["compile", SMALL, "--backend", "nump"], ["there is no backend 'nump'", "numpy"]),
         (["compile", SMALL, "--target", "abacus"], ["unknown target 'abacus'", "cpu"]),
         (["compile", SMALL, "--target", "cuda"], ["numpy backend runs on the CPU only"]),
+        *[
+            (
+                ["inspect", SMALL, "--backend", "numpy", *words, *more],
+                [f"the numpy backend {what}"],
+            )
+            for words, what in (
+                (["--threads", "2"], "does not choose the number of threads"),
+                (["--target", "cuda"], "runs on the CPU only"),
+            )
+            for more in ([], ["--source"])
+        ],
+        (["inspect", SMALL, "--threads", "2", "--target", "webgpu"], ["threads apply to CPUs, not to webgpu"]),
+        *[
+            (
+                ["export", SMALL, "-o", file, "--to", format, *words],
+                ["apply to other formats than onnx, gguf, compressed-tensors", "try       leave out "],
+            )
+            for file, format in (("small.onnx", "onnx"), ("small.gguf", "gguf"))
+            for words in (["--target", "cuda"], ["--threads", "2"], ["--backend", "numpy"], ["--sizes", "S=2"])
+        ],
         (["run", SMALL], ["no value for tokens", "try       --input tokens=...\n"]),
         (["run", SMALL, "--input", "token=1"], ["has no input token", "tokens"]),
         (["run", SMALL, "--input", "tokens=1,x"], ["neither a .npy file nor numbers", "tokens=1,2,3"]),
@@ -125,6 +145,55 @@ def refused_freely(command: str, option: str, *parts: str) -> None:
     words = [command, SMALL, *CALLS[command].split(), "--set", f"{option}=1"]
     said = CliRunner().invoke(treadle.cli.app, words)
     refused(Result(said.exit_code, said.stdout, said.stderr), *parts)
+
+
+NEIGHBOURS = {
+    "run modle.py:scale --input x=1,2,3": "run model.py:scale --input x=1,2,3",
+    "run model.py:scael --input x=1,2,3": "run model.py:scale --input x=1,2,3",
+    "run flder/moedl.py:scale --input x=1,2,3": "run folder/model.py:scale --input x=1,2,3",
+    "run scael.treadle --input x=1,2,3": "run scale.treadle --input x=1,2,3",
+    "run scale.treadel --input x=1,2,3": "run scale.treadle --input x=1,2,3",
+    "diff scale.treadle scael.treadle": "diff scale.treadle scale.treadle",
+    "run folder/scal.treadle --input x=1,2,3": "run folder/scale.treadle --input x=1,2,3",
+    "run model.py:scale --input x=arays.npy": "run model.py:scale --input x=arrays.npy",
+    "explain model.py:scale memory --against memroy.json": "explain model.py:scale memory --against memory.json",
+    "inspect model.py:small --weights wieghts": "inspect model.py:small --weights weights",
+    "inspect ./wieghts": "inspect weights",
+    "inspect ./folder/wieghts": "inspect folder/weights",
+}
+
+
+@pytest.mark.parametrize("line", NEIGHBOURS)
+def test_a_misspelled_path_is_answered_with_its_neighbour(
+    line: str, treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint is the same command, with an existing file. A file of another kind is not suggested."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(Path("cache").absolute()))
+    Path("scale.json").touch()
+    Path("modle.pyc").touch()
+    for place in (Path(), Path("folder")):
+        (place / "weights").mkdir(parents=True)
+        (place / "model.py").write_text(MODEL, encoding="utf-8")
+        treadle.compile("model.py:scale", backend="numpy").save(place / "scale.treadle")
+    np.save("arrays.npy", np.ones((1, 3), np.float32))
+    Path("memory.json").write_text(treadle_command("explain", "model.py:scale", "memory", "--json").out)
+    said = treadle_command(*line.split())
+    refused(said, f"try       treadle {NEIGHBOURS[line]}\n")
+    if "weights" not in line + NEIGHBOURS[line]:
+        assert treadle_command(*NEIGHBOURS[line].split()).code == 0
+
+
+def test_a_path_without_a_similar_neighbour_is_answered_without_a_suggestion(treadle_command: Treadle) -> None:
+    Path("other.onnx").touch()
+    for line in ("run nothing.treadle", "run other.treadle", "run nothing/model.py:scale"):
+        said = treadle_command(*line.split())
+        refused(said, line.split()[1].partition(":")[0])
+        assert "other.onnx" not in said.err and "?" not in said.err
+
+
+def test_a_function_that_is_not_decorated_is_answered_with_the_decorator(treadle_command: Treadle) -> None:
+    Path("model.py").write_text(f"{MODEL}\n\ndef plain(x):\n    return x\n", encoding="utf-8")
+    refused(treadle_command("run", "model.py:plain"), "try       decorate it with @t.model\n")
 
 
 @pytest.mark.parametrize("command", CALLS)

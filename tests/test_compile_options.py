@@ -56,6 +56,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {"target": None},
+    **{name: {"target": None} for name in ("explain", "export", "generate", "serve", "chat", "describe")},
     "roofline": {"backend": "tvm"},
 }
 OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes"), ("report", "sizes")}

@@ -60,3 +60,31 @@ def test_the_command_prints_the_report() -> None:
     assert done.stdout.startswith("gpt2 on h100, with the torch backend\n\nattention:\n")
     facts = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert facts["target"] == "h100" and len(facts["capture"]) == 4
+
+
+def test_a_target_on_the_command_line_is_refused_if_it_is_not_a_device() -> None:
+    """Also the CPU, which is the default of other subjects. The hint names devices of the backend, and works."""
+    small = ["explain", "gpt2", "device", "--set", "layers=1"]
+    for target, more in (("cpu", []), ("arm64", []), ("cpu", ["--backend", "torch"]), ("cpu", ["--backend", "tvm"])):
+        done = CliRunner().invoke(app, [*small, "--target", target, *more])
+        assert done.exit_code == 2 and f"{target} is not a device" in done.stderr, done.output
+        (hint,) = re.findall(r"try +(--target .*)", done.stderr)
+        assert ("webgpu" in hint) == ("torch" not in more)
+        followed = CliRunner().invoke(app, [*small, *more, *hint.split(",")[0].split()])
+        assert followed.exit_code == 0 and " on cuda, " in followed.stdout
+
+
+def test_threads_do_not_apply_to_a_device() -> None:
+    for words, what in (
+        (["device", "--threads", "2"], "threads do not apply to a program for a device"),
+        (["layouts", "--threads", "2", "--target", "cuda"], "threads apply to CPUs, not to cuda"),
+    ):
+        done = CliRunner().invoke(app, ["explain", "gpt2", *words])
+        assert done.exit_code == 2 and what in done.stderr, done.output
+        assert "leave --threads out" in done.stderr
+
+
+def test_a_subject_without_a_model_asks_for_the_model() -> None:
+    done = CliRunner().invoke(app, ["explain", "device", "--target", "cuda"])
+    assert done.exit_code == 2 and "explain needs a model" in done.stderr
+    assert "treadle explain MODEL device, such as gpt2 for MODEL" in done.stderr

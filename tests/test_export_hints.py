@@ -85,8 +85,11 @@ def changed(words: list[str], flag: str, *value: str) -> list[str]:
             "export nf4/quantized --to compressed-tensors -o a",
             "layer.0.attn.q.weight cannot be written to a com",
         ),
-        ("export ll --sizes B=1 -o a.onnx", "--backend, --sizes and --times apply to other formats"),
-        ("export ll --sizes B=1 --backend numpy --to gguf -o a.gguf", "--backend, --sizes and --times apply to other"),
+        ("export ll --sizes B=1 -o a.onnx", "--backend, --target, --threads, --sizes, --times apply to other formats"),
+        (
+            "export ll --sizes B=1 --backend numpy --to gguf -o a.gguf",
+            "--backend, --target, --threads, --sizes, --times apply",
+        ),
         ("export ll --opset 20 --to gguf -o a.gguf", "--opset and --external-above apply to onnx only"),
         ("export ll --external-above 1 --opset 20 --to json -o a.json", "--opset and --external-above apply to onnx"),
         ("export model.py:small --to dot -o a.dot --times t.json", "--times needs --to model-explorer"),

@@ -16,6 +16,7 @@ import pytest
 import typer
 
 import treadle
+from tests.command_line import commands_in, refused
 from treadle.cli import COMMANDS, app
 from treadle.ir.errors import CheckpointError
 from treadle.ir.op_registry import OPS
@@ -126,6 +127,50 @@ def test_python_is_told_no_options_of_the_command_line_and_commands_no_arguments
     assert wrong == []
 
 
+FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for the code of a model
+    "backends/entries.py",
+    "backends/tvm/executable.py",
+    "frontends/declarations.py",
+    "frontends/dsl.py",
+    "frontends/layers.py",
+    "frontends/safetensors_file.py",  # a script that converts the file
+    "frontends/torch_export/",
+    "ir/attention/masking.py",
+    "ir/ops/",
+    "ir/transforms/chosen_outputs.py",
+    "models/family.py",  # with the command for the file
+    "passes/memory/placement.py",
+    "passes/sharding/",
+    "runtime/",
+    "treadle/artifact_reading.py",  # load_artifact; commands open other models
+    "treadle/compiled.py",
+    "treadle/held_weights.py",
+    "treadle/loading.py",
+    "treadle/program/budgets.py",
+    "treadle/program/options.py",
+    "treadle/program/places.py",
+    "treadle/specializing.py",
+    "treadle/training/trainer.py",
+)
+
+
+IN_PYTHON = re.compile(
+    r"\b(?:t|exe|treadle)\.\w+\(|\bTarget\(|(?<!-)\b[a-z_]+=[\[{(\"'…]|\b(?:target|backend) [a-z]", re.MULTILINE
+)
+"""Calls and arguments of Python, and values of options that are named without a dash."""
+
+
+def test_hints_that_commands_print_have_a_form_for_the_command_line() -> None:
+    assert IN_PYTHON.search("compile for Target('cpu')") and IN_PYTHON.search('target="cpu"')
+    wrong = [
+        f"{place}: {text}"
+        for place, text in HINTS
+        if ON_THE_COMMAND_LINE not in text and not place.startswith((*FOR_PYTHON, *FOR_COMMANDS))
+        if IN_PYTHON.search(re.sub(r"(?<![\w-])--[a-z][\w=-]*…?", "", text))
+    ]
+    assert wrong == []
+
+
 def test_arguments_are_those_of_what_is_called() -> None:
     """`Name(argument=...)`: a function of that name is ours, and takes the argument."""
     wrong = []
@@ -214,3 +259,35 @@ def test_a_parameter_that_cannot_be_drawn_names_what_draws_it() -> None:
         initial_weights(graph)
     assert 'widen="bf16"' in (refused.value.hint or "")
     assert treadle.compile(graph, widen="bf16").seed == 0
+
+
+def test_a_program_for_another_machine_is_read_or_compiled_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    from treadle.backends.tvm.kernels.platforms import this_platform
+
+    other = "arm64" if this_platform().machine == "x86_64" else "x86-64"
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    line = ["run", "model.py:scale", "--input", "x=1,2,3", "--backend", "tvm"]
+    said = run(*line, "--target", other)
+    refused(said, f"kernels for {other} do not run on this machine")
+    hint = said.err.partition("  try       ")[2].strip()
+    assert hint.startswith("--target cpu; or `treadle inspect MODEL --source --target ")
+    assert run(*line, *hint.partition(";")[0].split()).code == 0
+    (shown,) = re.findall("`treadle (.*)`", hint)
+    printed = run(*shown.replace("MODEL", "model.py:scale").split(), "--backend", "tvm")
+    assert printed.code == 0 and f"for the tvm backend on {other}" in printed.out
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_a_step_with_too_many_tokens_names_the_flag(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    small = "roofline gpt2 --set layers=1 --set dim=32 --set heads=2 --set vocab=60 --set context=20 --rounds 1"
+    line = [*(small if target == "cpu" else small.removesuffix(" --rounds 1")).split(), "--entry", "step"]
+    said = run(*line, "--target", target, "--past", "20")
+    refused(said, "the model takes 20 positions", "try       --past 19 or less")
+    assert run(*line, "--target", target, "--past", "19").code == 0

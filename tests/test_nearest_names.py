@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 
 import pytest
 
-from treadle.files.nearest_names import NearestNames, with_nearest_suffix
+from treadle.files.nearest_names import NearestNames, nearest_path, with_nearest_suffix
 
 LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gate", "down", "norm")]
 
@@ -49,3 +50,16 @@ def test_compared_values_are_bounded() -> None:
 )
 def test_a_misspelled_suffix_is_replaced(path: str, suffixes: list[str], path_with_suffix: str) -> None:
     assert with_nearest_suffix(path, suffixes) == path_with_suffix
+
+
+def test_the_nearest_path_exists_and_is_of_the_same_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("corpus.txt", "corpus.json", "memo.txt", "corp\x1bus.txt"):
+        (tmp_path / "texts" / name).touch()
+    assert nearest_path("texts/corpsu.txt") == nearest_path("txets/corpsu.txt") == "texts/corpus.txt"
+    assert nearest_path(tmp_path / "texts" / "corpsu.txt") == str(tmp_path / "texts" / "corpus.txt")
+    assert nearest_path("texts/corpus.txt") is None  # it exists
+    assert nearest_path("texts/mk.txt") is None  # only the suffix of memo.txt is similar
+    for path in ("texts/corpus.csv", "corpus.txt", "texts/corpus.txt/corpus.txt", "\0", "x" * 5000, ""):
+        assert nearest_path(path) is None

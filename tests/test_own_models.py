@@ -346,6 +346,25 @@ def test_a_command_that_works_is_quoted(tmp_path: Path, treadle_command: Treadle
     ]
 
 
+def test_the_target_of_an_artifact_is_replaced_by_the_cpu(trained: Treadle) -> None:
+    """The CPU is the default target of other models, and still a choice for an artifact that has another target."""
+    torch = pytest.importorskip("torch")
+    trained(f"compile {OWN} --weights out --backend torch --target cuda -o cuda.treadle")
+    if not torch.cuda.is_available():
+        said = trained("generate cuda.treadle x --tokens 2")
+        refused(said, "PyTorch finds no CUDA device")
+        assert hint_of(said) == "--target cpu"
+    assert trained("generate cuda.treadle x --tokens 2 --target cpu").code == 0
+    assert isinstance(t.load("cuda.treadle", target="cpu").generate("x", most=2), str)
+    threads = trained("generate cuda.treadle x --tokens 2 --target cpu --threads 1")
+    assert threads.code == 0
+
+
+def test_a_page_for_a_browser_is_refused_for_the_cpu(treadle_command: Treadle) -> None:
+    said = treadle_command(f"export {OWN} --to web -o page --target cpu")
+    refused(said, "a page needs --target webgpu", "--target cpu")
+
+
 # -- models that do not continue text -----------------------------------------------------------------------------
 
 OTHER_TASKS = (
@@ -404,6 +423,38 @@ def test_the_command_at_the_end_of_masked_training_works(model: str, treadle_com
     assert scores[0] == pytest.approx(scores[1], abs=1e-6), "no result depends on the other texts"
 
 
+SHIFTED = (
+    DECLARATION.partition("@t.model")[0]
+    + """
+@t.model
+def shifted(tokens: Tokens, *, vocab=300, dim=16):
+    x = t.embed(tokens, vocab, dim, name="tok")
+    before = t.pad(x, axis=1, before=1)[:, :-1]
+    return {"logits": t.unembed(t.linear(x + before, dim, name="mix"), tied="tok")}
+"""
+)
+
+
+def test_a_causal_model_without_a_step_trains_and_has_a_perplexity(treadle_command: Treadle) -> None:
+    """A token shift reads the previous position: no command says that the model is not causal."""
+    Path("models.py").write_text(SHIFTED, encoding="utf-8")
+    command = loading_command(treadle_command(f"train models.py:shifted corpus.txt -o out {TRAIN}"))
+    assert command == "perplexity models.py:shifted --weights out FILE"
+    found = treadle_command(command.replace("FILE", "corpus.txt"), "--backend numpy --json")
+    assert found.code == 0 and 1 < found.json["perplexity"] < 400
+    reason = "shifted has no axis that may be stepped: S is causal, but a step keeps no state"
+    said = treadle_command("generate models.py:shifted x --weights out")
+    refused(said, "does not continue text: it has no decoding step", reason, "slice: the axis is sliced", "models.py:")
+    assert "treadle run and perplexity compute all positions" in hint_of(said)
+    said = treadle_command("explain models.py:shifted step")
+    refused(said, reason)
+    run = treadle_command(
+        hint_of(said).partition(",")[0].removeprefix("treadle ").replace("MODEL", "models.py:shifted")
+    )
+    assert "--input tokens=..." in hint_of(run)
+    assert treadle_command("run models.py:shifted --input tokens=1,2,3 --weights out --backend numpy").code == 0
+
+
 def test_a_declaration_classifies(trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
     trainer = t.Trainer("models.py:my_classifier", tokenizer="out", backend="numpy")
@@ -447,10 +498,7 @@ def test_a_declaration_classifies(trained: Treadle) -> None:
     ],
 )
 def test_a_declaration_with_another_head(command: str, report: str, hint: str, trained: Treadle) -> None:
-    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
-    for name, folder in (("models.py:my_encoder", "enc"), ("models.py:my_classifier", "cls")):
-        saver_for(resolve(name), folder).save(t.compile(name).weights)
-    said = trained(command)
+    said = of_other_tasks(trained)(command)
     refused(said, report)
     assert hint in hint_of(said)
 
@@ -558,6 +606,48 @@ def test_models_that_read_no_images_are_refused_before_anything_else(
         loaded = t.load(name, weights="out") if options else t.load(name)
         with pytest.raises(UsageError, match=f"{name} reads no images"):
             loaded.describe("a.png")
+
+
+def of_other_tasks(trained: Treadle) -> Treadle:
+    """Return `trained` after other models were written, with the folders of their weights."""
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    for name, folder in (("encoder", "enc"), ("classifier", "cls"), ("tagger", "tags")):
+        saver_for(resolve(f"models.py:my_{name}"), folder).save(t.compile(f"models.py:my_{name}").weights)
+    for place in ("enc", "cls", "tags"):
+        shutil.copy("out/tokenizer.json", place)
+    config = json.loads(Path("tags", "config.json").read_text())
+    Path("tags", "config.json").write_text(json.dumps(config | {"id2label": {"0": "O", "1": "B-A", "2": "I-A"}}))
+    return trained
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "classify models.py:my_classifier {} --weights cls",
+        "embed models.py:my_encoder {} --weights enc",
+        "tag models.py:my_tagger {} --weights tags",
+    ],
+)
+def test_an_empty_text_is_refused_if_it_has_no_tokens(command: str, trained: Treadle) -> None:
+    """Also among other texts. Special tokens that a tokenizer adds are tokens."""
+    run = of_other_tasks(trained)
+    for texts, number in (("''", "1 of 1"), ("'the cat' ''", "2 of 2")):
+        said = run(command.format(texts), "--backend numpy")
+        refused(said, f"{number} has no tokens")
+        assert "of at least one token" in hint_of(said)
+    assert run(command.format("'the cat'"), "--backend numpy").code == 0
+    config = Path("out", "tokenizer.json")
+    added = json.loads(config.read_text())
+    piece = {"SpecialToken": {"id": END, "type_id": 0}}
+    added["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+    }
+    for place in ("enc", "cls", "tags"):
+        Path(place, "tokenizer.json").write_text(json.dumps(added))
+    assert run(command.format("''"), "--backend numpy").code == 0
 
 
 @pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])

@@ -118,7 +118,7 @@ def test_a_library_that_does_not_load_where_there_is_no_wheel(monkeypatch: pytes
 
     pytest.importorskip("tvm")
     monkeypatch.setattr(ctypes, "CDLL", load)
-    for here, hint in ((INTEL, "pip install --force-reinstall"), (Platform("Linux", "x86_64"), "backend numpy")):
+    for here, hint in ((INTEL, "pip install --force-reinstall"), (Platform("Linux", "x86_64"), 'backend="numpy"')):
         monkeypatch.setattr(tvm_runtime, "this_platform", lambda here=here: here)
         with pytest.raises(BackendError, match="TVM's runtime cannot be loaded") as caught:
             tvm_runtime._libraries.__wrapped__()

@@ -366,10 +366,13 @@ def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except NoStep as error:
+        why, hint = "it is not a causal language model", "treadle embed, classify, fill, ... run other kinds"
+        if error.is_causal:
+            why, hint = "it has no decoding step", "treadle run and perplexity compute all positions of a text at once"
         raise UsageError(
-            f"{printable(source.label)} does not continue text: it is not a causal language model",
+            f"{printable(source.label)} does not continue text: {why}",
             received=error.what,
-            hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
+            hint=f"a causal language model, such as smollm2; {hint}",
         ) from error
 
 
@@ -380,8 +383,11 @@ def _check_inputs(name: str, derived: DerivedStep) -> None:
         raise UsageError(
             "text generation needs a model whose only required input is the tokens [B, S]",
             received=f"{name} takes {', '.join((*derived.prologue, *derived.tokens))}",
-            hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
-            "optional inputs",
+            hint=Hint(
+                "treadle.compile(model).session(), which also runs encoder-decoder models and models with optional "
+                "inputs",
+                "treadle translate or summarize, for an encoder-decoder model; treadle run, for one call of any model",
+            ),
         )
 
 

@@ -30,7 +30,7 @@ from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.tasks.batching import batches_by_length
-from treadle.tasks.fitted_tokenizers import fit_tokenizer
+from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.opening import token_positions
 
 Vectors = npt.NDArray[np.float32]
@@ -67,7 +67,7 @@ class Pooling:
             pooled = hidden
         else:
             real = np.arange(hidden.shape[1]) < lengths[:, None]
-            pooled = np.where(real[:, :, None], hidden, 0).sum(1) / np.maximum(lengths, 1)[:, None]
+            pooled = np.where(real[:, :, None], hidden, 0).sum(1) / lengths[:, None]
         if self.normalize:
             pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
         return pooled.astype(np.float32, copy=False)
@@ -133,7 +133,9 @@ class SentenceEmbedder:
         return hidden.type.shape[-1].constant
 
     def embed(self, sentences: Sequence[str], *, batch_size: int = 32) -> Vectors:
-        """Return vectors f32[len(sentences), D] in the order of the sentences. Raises UsageError for an empty list."""
+        """Return vectors f32[len(sentences), D] in the order of the sentences. Raises UsageError for an empty list, and
+        for a sentence without tokens.
+        """
         return self.embed_reporting(sentences, batch_size=batch_size).vectors
 
     def embed_reporting(self, sentences: Sequence[str], *, batch_size: int = 32) -> Embedded:
@@ -148,9 +150,11 @@ class SentenceEmbedder:
         for at in range(0, len(sentences), _READ):
             read = by_letters[at : at + _READ]
             batch = self.tokenizer.batch([sentences[i] for i in read])
+            if empty := [i for i, length in zip(read, batch.lengths, strict=True) if not length]:
+                raise no_tokens(min(empty), len(sentences))
             for chosen in batches_by_length(batch.lengths.tolist(), batch_size):
                 lengths = batch.lengths[chosen]
-                tokens = np.ascontiguousarray(batch.ids[chosen, : max(1, int(lengths.max()))])
+                tokens = np.ascontiguousarray(batch.ids[chosen, : int(lengths.max())])
                 hidden = np.asarray(self.model(tokens=tokens, lengths=lengths)["hidden"])
                 vectors[[read[row] for row in chosen]] = self.pooling(hidden, lengths)
             for i, length, was_cut in zip(read, batch.lengths, batch.cut, strict=True):

@@ -23,7 +23,6 @@ from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.backend_choice import choose_backend
 from treadle.program.forms.artifact_form import ArtifactForm
-from treadle.program.option_table import declared_options
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.runtime.session import CHUNK, Full, Session
@@ -141,7 +140,7 @@ def stepped_program(program: Program) -> SteppedModel:
     if isinstance(source.form, ArtifactForm):
         chosen.refuse_for_artifact(source.label, also=("cache", "device_sampling", "tokenizer"))
         held = source.form.content
-        target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
+        target = chosen.where if "target" in chosen.explicit else Target(held.target)
         graph = held.optimized.graph
         return step_of(
             held.name,

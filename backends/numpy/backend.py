@@ -21,7 +21,7 @@ from treadle.backends.python.executable import EntryCall, Failure, PythonExecuta
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes, refuse_target
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
-from treadle.ir.errors import BackendError, Hint
+from treadle.ir.errors import Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, bf16
@@ -66,14 +66,8 @@ class NumpyBackend(StagedBackend):
         return f"NumPy has no {', '.join(sorted(lacking))}" if lacking else None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError for a target that is not a CPU, or a refused node."""
+        """Raise BackendError for a target that is not a CPU, for a number of threads, or a refused node."""
         refuse_target(self.name, target)
-        if target.threads is not None:
-            raise BackendError(
-                "the numpy backend does not choose the number of threads",
-                received=f"threads={target.threads}",
-                hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
-            )
         held = any(value.type.dtype is bf16 for value in graph.states.values())
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 

@@ -53,6 +53,10 @@ class Windows(Primitive):
         left, right = resized(names, axis, count)
         return f"{left} -> {right} ^{element}={self.size}"
 
+    def lookahead(self, types: Sequence[Type | None]) -> Sequence[int | None]:
+        size = self.size.constant
+        return [None if size is None or self.stride != 1 else (size - 1) * self.dilation]
+
     def check(self, types: Sequence[Type | None]) -> None:
         positive(stride=self.stride, dilation=self.dilation)
 

@@ -37,6 +37,11 @@ class Concat(Primitive):
         total = f"[{'+'.join(joined)}]" if len(joined) > 1 else sized(Size.of(joined[0]))
         return f"{', '.join(sides)} -> {' '.join([*before, total, *after])}"
 
+    def lookahead(self, types: Sequence[Type | None]) -> Sequence[int | None]:
+        sizes = [t.shape[place(self.axis, t.rank)] for t in types if t is not None]
+        before = [sum(sizes[:position], ZERO).constant for position in range(len(sizes))]
+        return [None if size is None else -size for size in before]
+
     def reference(self, *parts: Any) -> Any:
         return np.concatenate(parts, axis=self.axis)
 
@@ -89,6 +94,10 @@ class Slice(Primitive):
         start, stop = self.span(Size.symbol(names[axis]))
         left, right = resized(names, axis, (stop - start + self.stride - 1) // self.stride)
         return f"{left} -> {right}"
+
+    def lookahead(self, types: Sequence[Type | None]) -> Sequence[int | None]:
+        start = self.start.constant
+        return [start if self.stride == 1 and start is not None and start >= 0 else None]
 
     def span(self, size: Size) -> tuple[Size, Size]:
         """Return start and stop on an axis of this size."""
@@ -182,6 +191,10 @@ class Pad(Primitive):
     before: Size = ZERO
     after: Size = ZERO
     value: float = 0.0
+
+    def lookahead(self, types: Sequence[Type | None]) -> Sequence[int | None]:
+        before = self.before.constant
+        return [None if before is None else -before]
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:

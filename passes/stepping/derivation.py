@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from treadle.ir.analysis.causality import is_causal
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import Hint, PassError, UsageError
@@ -43,7 +44,12 @@ CACHE_DTYPES = (f32, bf16, f16)
 
 
 class NoStep(PassError):
-    """The error for a model without an axis that may be stepped."""
+    """The error for a model without an axis that may be stepped.
+
+    is_causal  True if an output is causal along an axis nevertheless
+    """
+
+    is_causal = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,21 @@ def _stepped_axis(graph: Graph) -> str:
     bound = "an option of the model that bounds {}: for rotary positions that are scaled by the length, {}N, up to the "
     bound += "number of positions before scaling"
     hint = Hint(*(bound.format(measured[0], each) for each in ("longest=", "--set longest="))) if measured else None
-    raise NoStep("\n".join([f"{graph.name} has no axis that may be stepped", *against]), hint=hint)
+    causal = [
+        symbol
+        for symbol in symbols
+        if symbol not in first
+        for output, value in graph.main.outputs.items()
+        if symbol in value.type.symbols and is_causal(graph, symbol, output)
+    ]
+    what = f"{graph.name} has no axis that may be stepped"
+    if causal:
+        what += f": {causal[0]} is causal, but a step keeps no state of earlier positions for these ops"
+        again = "which computes all positions again"
+        hint = hint or Hint(f"for each token, a call of t.compile(MODEL), {again}", f"treadle run MODEL, {again}")
+    error = NoStep("\n".join([what, *against]), hint=hint)
+    error.is_causal = bool(causal)
+    raise error
 
 
 def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:

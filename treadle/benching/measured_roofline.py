@@ -16,7 +16,7 @@ import numpy as np
 from treadle.backends.staged import needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.profiling import time_calls
-from treadle.benching.roofline import Roofline, no_kernels, roofline_of
+from treadle.benching.roofline import Roofline, check_past, no_kernels, roofline_of
 from treadle.compiled import Compiled
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
@@ -52,8 +52,7 @@ def measure_step_roofline(
     exe = stepped.executable
     if not isinstance(exe, KernelExecutable):
         raise no_kernels(model.backend)
-    if past < 1:
-        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint="past=128")
+    check_past(past, stepped.derived.context)
     session = stepped.session(rows=rows, capacity=past + 1)
     rng = np.random.default_rng(seed)
     texts = {session.open(): rng.integers(0, session.vocabulary or 2, past).tolist() for _ in range(rows)}

@@ -23,7 +23,7 @@ from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls
 from treadle.backends.tvm.profiling import TimedCall
-from treadle.benching.roofline import KernelRow, no_kernels, rows_of_calls
+from treadle.benching.roofline import KernelRow, check_past, no_kernels, rows_of_calls
 from treadle.explaining.layouts import lowered_for, optimized_for
 from treadle.ir.errors import UsageError
 from treadle.ir.hardware import Hardware
@@ -144,12 +144,7 @@ def predict_step_roofline(model: AnyModel, *, rows: int = 1, past: int = 128, **
         raise UsageError("a decoding step takes no memory budget", hint="leave memory out")
     name, optimized = optimized_for(model, chosen)
     derived = run(optimized, [DeriveStep()]).products[DerivedStep]
-    if derived.context is not None and past >= derived.context:
-        raise UsageError(
-            "a step has one token more than the rows have already",
-            received=f"past={past}, and the model takes {derived.context} positions",
-            hint=f"past={derived.context - 1} or less",
-        )
+    check_past(past, derived.context)
     backend = TvmBackend()
     lowered = backend.lower(derived.graph, chosen.where)
     asked = {"rows": rows, "past": past}

@@ -244,6 +244,19 @@ def no_kernels(backend: str) -> UsageError:
     )
 
 
+def check_past(past: int, context: int | None) -> None:
+    """Raise UsageError if rows with `past` tokens have no step in a model with `context` positions."""
+    if past < 1:
+        hint = Hint("past=128", "--past 128")
+        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint=hint)
+    if context is not None and past >= context:
+        raise UsageError(
+            "a step has one token more than the rows have already",
+            received=f"{past} tokens, and the model takes {context} positions",
+            hint=Hint(f"past={context - 1} or less", f"--past {context - 1} or less"),
+        )
+
+
 def rows_of_calls(plan: StoragePlan, kernels: Sequence[Kernel], calls: Sequence[TimedCall]) -> Iterator[KernelRow]:
     """Yield a row for each kernel of a run at its sizes, the longest first. Minimum times are not set yet.
 

@@ -17,7 +17,10 @@ from treadle.program.option_table import EXPLAINED
 
 
 @command(
-    "explain", takes=[f"explain {subject}" for subject in EXPLAINED], judges=lambda options: bool(options["expect"])
+    "explain",
+    takes=[f"explain {subject}" for subject in EXPLAINED],
+    defaults={"target": None},  # device has another default than the other subjects
+    judges=lambda options: bool(options["expect"]),
 )
 def explain_sites(
     model: ModelName,
@@ -74,10 +77,10 @@ def explain_sites(
 
     step: the derived decoding step, its states with their sizes, and what each op became.
 
-    device: the program for a device, which need not be here. With the torch backend, for a GPU: the form of each
-    attention, how quantized weights are read, and for each entry what prevents its capture as a CUDA graph. With the
-    tvm backend, also for opencl and webgpu: each kernel, its form and its resources, and for each entry launches,
-    copies, device memory and the limits that it exceeds.
+    device: the program for a device, by default --target cuda, which need not be here. With the torch backend, for a
+    GPU: the form of each attention, how quantized weights are read, and for each entry what prevents its capture as a
+    CUDA graph. With the tvm backend, also for opencl, webgpu and metal: each kernel, its form and its resources, and
+    for each entry launches, copies, device memory and the limits that it exceeds.
     """
     from treadle.explaining.device import explain_device
     from treadle.explaining.fusion import explain_fusion, parse_expected
@@ -102,6 +105,12 @@ def explain_sites(
         "step": explain_step,
         "device": explain_device,
     }
+    if subject is None and model in functions:
+        raise UsageError(
+            "explain needs a model",
+            received=f"explain {model}",
+            hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL",
+        )
     if subject is None:
         raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
     if subject not in functions:

@@ -33,7 +33,7 @@ _MODELS = ("onnx", "gguf", _FOLDER)
 _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 
 
-@command("export", takes=["export"])
+@command("export", takes=["export"], defaults={"target": None})  # a page has another default
 def export_model(
     model: ModelName,
     output: Annotated[
@@ -79,9 +79,16 @@ def export_model(
         check_suffix(output, _SUFFIXES[to], {"onnx": "an ONNX model"}.get(to, f"a file for {to}"), hint)
     if times is not None:
         check_suffix(times, [".json"], "a file of times")
-    if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
-        flags = {"--backend": "backend" in keywords, "--sizes": sizes is not None, "--times": times is not None}
-        what = f"--backend, --sizes and --times apply to other formats than {', '.join(_MODELS)}"
+    of_programs = {
+        "--backend": keywords.get("backend"),
+        "--target and --threads": keywords.get("target"),
+        "--sizes": sizes,
+        "--times": times,
+    }
+    if to in _MODELS and any(each is not None for each in of_programs.values()):
+        options = ", ".join(of_programs).replace(" and", ",")
+        what = f"{options} apply to other formats than {', '.join(_MODELS)}"
+        flags = {name: each is not None for name, each in of_programs.items()}
         raise UsageError(what, received=f"--to {to}", hint=_without(flags))
     if to == "onnx":
         _export_onnx(model, output, opset, external_above, keywords, as_json)

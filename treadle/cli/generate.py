@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from treadle.tasks.text_generation import TextGeneration
 
 
-@command("generate", takes=["generate"], settings=[DecodingSettings])
+@command("generate", takes=["generate"], defaults={"target": None}, settings=[DecodingSettings])
 def continue_texts(
     model: ModelName,
     prompts: Annotated[list[str], typer.Argument(metavar="TEXTS", help="Texts to continue.", show_default=False)],

@@ -53,6 +53,7 @@ def inspect_graph(
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifact_reading import is_artifact, open_artifact
+    from treadle.backends.refusals import KINDS, refuse_target
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
@@ -75,7 +76,9 @@ def inspect_graph(
     if source and unfold:
         raise UsageError("--unfold unfolds the graph, and --source prints the backend's code", hint="one of them")
     options = CompileOptions.of("inspect", {**keywords, **({"passes": ()} if raw else {})})
-    check_backend(options.backend)
+    backend = check_backend(options.backend)
+    if backend in KINDS:
+        refuse_target(backend, options.where)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
             options.refuse_for_artifact(model, also=("passes",))
@@ -101,7 +104,7 @@ def inspect_graph(
         shown, facts["follow"] = following_text(following), following_facts(following)
     elif source:
         with working(f"compiling {model}", shown=not as_json):
-            shown = facts["source"] = backend_source(graph, options.backend)
+            shown = facts["source"] = backend_source(graph, options.backend, options.where)
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"

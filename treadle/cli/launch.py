@@ -14,6 +14,7 @@ import typer
 
 from treadle.cli.application import app, command
 from treadle.cli.options import Mesh
+from treadle.files.nearest_names import nearest_path_hint
 from treadle.files.shown_names import printable
 from treadle.ir.errors import TreadleError, UsageError
 
@@ -61,7 +62,8 @@ def launch_command(
     received, able = printable(" ".join(words), 80), rank_commands()
     if words[0].endswith(".py"):
         if not Path(words[0]).is_file():
-            raise UsageError(f"there is no file {printable(words[0])}", hint="the path of a Python file")
+            hint = nearest_path_hint(words[0]) or "the path of a Python file"
+            raise UsageError(f"there is no file {printable(words[0])}", hint=hint)
         started = [sys.executable, *words]
     elif words[0] not in able:
         is_command = words[0] in COMMANDS

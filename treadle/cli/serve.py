@@ -14,7 +14,7 @@ from treadle.cli.options import OptionKeywords
 from treadle.serving.serving_settings import ServingSettings
 
 
-@command("serve", takes=["generate"], settings=[ServingSettings])
+@command("serve", takes=["generate"], defaults={"target": None}, settings=[ServingSettings])
 def serve_models(
     models: Annotated[
         list[str],

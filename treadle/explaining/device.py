@@ -62,12 +62,20 @@ def explain_device(model: AnyModel, **options: Any) -> DeviceReport | LaunchRepo
     device.
     """
     chosen = CompileOptions.of("explain device", {"target": "cuda", **options})
-    kind = chosen.where.kind
-    if kind in ("cpu", "isa"):
+    kind, backend = chosen.where.kind, chosen.backend
+    if chosen.where.threads is not None:
         raise UsageError(
-            f"{chosen.where} is not a device", hint="cuda, opencl, webgpu, h100 or the name of another GPU"
+            "threads do not apply to a program for a device",
+            received=f"threads={chosen.where.threads}",
+            hint=Hint('target="cuda"', "leave --threads out"),
         )
-    backend = chosen.backend
+    if kind in ("cpu", "isa"):
+        others = "h100 or another NVIDIA GPU"
+        if backend != "torch":
+            others = "opencl, webgpu, metal, h100 or another GPU"
+        raise UsageError(
+            f"{chosen.where} is not a device", hint=Hint(f'target="cuda", {others}', f"--target cuda, {others}")
+        )
     if backend == AUTO:
         backend = "torch" if kind in KINDS["torch"] else "tvm"
     if backend not in ("torch", "tvm"):

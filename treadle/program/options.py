@@ -51,10 +51,12 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     entry   the entry function's name, for errors
     config  the configuration by name, such as {"layers": 2}; for an ONNX file, sizes of axes, and values of inputs that
             determine shapes
+    explicit  the names of the options that the caller chose, also with their default values
     """
 
     entry: str = "compile"
     config: Mapping[str, Any] = field(default_factory=dict)
+    explicit: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, entry: str, keywords: Mapping[str, Any], **defaults: Any) -> Self:
@@ -72,16 +74,19 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
-        made = cls(**{**defaults, **chosen}, entry=entry, config=config)
+        made = cls(**{**defaults, **chosen}, entry=entry, config=config, explicit=frozenset(chosen))
         made.where  # noqa: B018  an unknown target is refused here
         return made
 
     def keywords(self) -> dict[str, Any]:
-        """Return the options that are set, and the configuration, as keyword arguments of an entry function."""
-        found = {
-            name: getattr(self, name) for name, each in declared_options().items() if each.is_set(getattr(self, name))
-        }
+        """Return the options that are set or chosen, and the configuration, as arguments of an entry function."""
+        chosen = {name: value for name in declared_options() if (value := getattr(self, name)) is not None}
+        found = {name: value for name, value in chosen.items() if name in self.explicit or self._is_set(name)}
         return {**found, "config": self.config} if self.config else found
+
+    def _is_set(self, name: str) -> bool:
+        """Return True if the value of an option differs from its default."""
+        return declared_options()[name].is_set(getattr(self, name))
 
     def record(self) -> dict[str, Any]:
         """Return the options that are set as JSON, for the record of an artifact; the configuration is under `config`.
@@ -89,7 +94,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """
         recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None, mmproj=None).keywords()
         return {
-            name: flag_values.as_json(value) for name, value in recorded.items() if name not in ("backend", "target")
+            name: flag_values.as_json(value)
+            for name, value in recorded.items()
+            if name == "config" or (self._is_set(name) and name not in ("backend", "target"))
         }
 
     def but(self, **changes: Any) -> Self:
@@ -167,7 +174,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """
         known = declared_options()
         given = [name for name in self.keywords() if name in known and "artifact" not in known[name].takers]
-        given = [name for name in given if name not in also]
+        given = [name for name in given if name not in also and self._is_set(name)]
         if given or self.config:
             flags = [f"--{flag.name}" if (flag := known[name].flag) else f"{name}=" for name in given]
             raise UsageError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 from pathlib import Path
 
 from treadle.fetch import fetched_model
+from treadle.files.nearest_names import argument_hint, nearest_path, nearest_path_hint
 from treadle.files.shown_names import shown_path
 from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
@@ -46,12 +48,19 @@ def find_place(name: str) -> Path:
             )
         return place
     if Path(name).suffix in MODEL_SUFFIXES:
-        raise UsageError(f"there is no file {name}")
+        raise UsageError(f"there is no file {name}", hint=nearest_path_hint(name))
     if is_hub_name(name):
-        return cached_hub_model(name)
+        try:
+            return cached_hub_model(name)
+        except UsageError as error:
+            error.hint = nearest_path_hint(name, _is_model) or error.hint
+            raise
     if name not in PINNED:
-        known = [*family_names(), *PINNED]
-        near, hub = difflib.get_close_matches(name, known, n=1), hub_name_in(name)
+        known, path = [*family_names(), *PINNED], nearest_path(name, _is_model)
+        paths = [] if path is None else [path]
+        near, hub = difflib.get_close_matches(name, [*known, *paths], n=1), hub_name_in(name)
+        if path is not None and path in near:
+            raise UsageError(f"there is no model {name!r}", hint=argument_hint(name, path))
         raise UsageError(
             f"there is no model {name!r}",
             hint=(f"{near[0]}? " if near else "")
@@ -68,6 +77,11 @@ def find_place(name: str) -> Path:
             f"{name} is in a format that Treadle cannot read", received=folder.name, within=str(folder.parent)
         )
     return folder
+
+
+def _is_model(path: str) -> bool:
+    """Return True for a path that may be a model: a folder, or a file with the ending of one."""
+    return Path(path).suffix in MODEL_SUFFIXES or os.path.isdir(path)
 
 
 def refuse_object(model: object) -> UsageError:

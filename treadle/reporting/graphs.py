@@ -67,13 +67,12 @@ def graph_header(facts: Facts, stage: str) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def backend_source(graph: Graph, backend: str) -> str:
-    """Return the source that a backend emits for a graph. The source does not depend on the weights, so zeros are
-    used.
+def backend_source(graph: Graph, backend: str, target: Target) -> str:
+    """Return the source that a backend emits for a graph and a target. The source does not depend on the weights, so
+    zeros are used.
     """
     weights = {
         name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
         for name, value in graph.parameters.items()
     }
-    target = Target("cpu")
     return choose_backend(backend, graph, target).backend.compile(graph, target, weights).source

@@ -59,7 +59,9 @@ class TextClassifier:
         return cls(opened, read_labels(opened.config, opened.model))
 
     def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:
-        """Return the labels of each text, or of each pair of texts. Raises UsageError if the list is empty."""
+        """Return the labels of each text, or of each pair of texts. Raises UsageError if the list is empty, and for a
+        text without tokens.
+        """
         if not texts:
             raise UsageError("there is no text to classify")
         encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]

@@ -1,4 +1,4 @@
-"""The tokenizer of a model for text, checked against the model's number of token ids.
+"""The tokenizer of a model for text, checked against the model's number of token ids, and the error for empty texts.
 
 tokenizer = fit_tokenizer(source.tokenizer(cut=False), source, compiled.graph.main)
 """
@@ -6,7 +6,7 @@ tokenizer = fit_tokenizer(source.tokenizer(cut=False), source, compiled.graph.ma
 from __future__ import annotations
 
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import Hint
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Function
 from treadle.program.source import ModelSource
 from treadle.runtime.language_models import count_token_ids
@@ -28,3 +28,8 @@ def fit_tokenizer(
     same = "of a model with the same vocabulary"
     hint = Hint(f'tokenizer="FOLDER", {same}', f"--tokenizer FOLDER, {same}")
     return tokenizer.for_model(count, source.label, hint=hint)
+
+
+def no_tokens(number: int, count: int) -> UsageError:
+    """Return the error for a text without tokens, which no model reads: `number` counts from 0, out of `count`."""
+    return UsageError(f"text {number + 1} of {count} has no tokens", hint="a text of at least one token")

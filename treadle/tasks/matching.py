@@ -20,7 +20,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
-from treadle.tasks.fitted_tokenizers import fit_tokenizer
+from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
 from treadle.tasks.opening import Head, checked_folder, token_positions
@@ -95,8 +95,8 @@ class ImageMatcher:
     def match(
         self, paths: Sequence[PathLike], texts: Sequence[str], *, progress: Progress | None = None
     ) -> list[Matched]:
-        """Return the scores of all texts for each image file. Raises UsageError if there is no image or no text, or if
-        a file is not an image.
+        """Return the scores of all texts for each image file. Raises UsageError if there is no image or no text, for
+        a text without tokens, or if a file is not an image.
         """
         if not paths or not texts:
             raise UsageError("matching needs an image and a text", received=f"{len(paths)} images, {len(texts)} texts")
@@ -116,6 +116,8 @@ class ImageMatcher:
     def _batch(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return the texts as input arrays of the model, by name."""
         batch = self.tokenizer.batch(texts)
+        if self.length is None and not batch.lengths.all():
+            raise no_tokens(int(batch.lengths.argmin()), len(texts))
         if self.length is None:
             return {"tokens": batch.ids, "lengths": batch.lengths}
         tokens = np.full((len(texts), self.length), self.padding, np.int64)

@@ -24,7 +24,7 @@ from treadle.models.registry import family_of
 from treadle.program.program import Program
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
-from treadle.tasks.fitted_tokenizers import fit_tokenizer
+from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 
 Floats = npt.NDArray[np.float32]
 
@@ -103,8 +103,13 @@ class OpenedModel:
         output [B, S, ...] is sliced to the text's length.
 
         asked   for each text the positions to compute, at least one, if the model was opened with such an output
+
+        Raises UsageError for a text without tokens.
         """
         takes = {port.name for port in self.model.inputs}
+        for number, text in enumerate(texts):
+            if not len(text):
+                raise no_tokens(number, len(texts))
         for chosen in batches_by_length([len(text) for text in texts], BATCH if "lengths" in takes else 1):
             lengths = np.array([len(texts[i]) for i in chosen], np.int64)
             tokens = np.zeros((len(chosen), int(lengths.max())), np.int64)

@@ -28,7 +28,7 @@ from treadle.compiling import compile_program
 from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.analysis.following import follow
+from treadle.ir.analysis.causality import is_causal
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -216,7 +216,7 @@ def _check_causal(graph: Graph, source: ModelSource) -> None:
     axis = None
     if kind is not None and len(takes) == 1 and kind.dtype is i64 and kind.rank == 2:
         axis = kind.shape[-1].as_symbol
-    if axis is None or "logits" not in gives or not follow(graph, axis).step():
+    if axis is None or "logits" not in gives or not is_causal(graph, axis, "logits"):
         ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
         raise UsageError(
             f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",

@@ -83,7 +83,7 @@ class TokenTagger:
     ) -> list[list[TaggedSpan]]:
         """Return the spans of each text, in the order of the text. Spans with a label in `ignore` are left out.
 
-        Raises UsageError if the list of texts is empty, and for an unknown grouping.
+        Raises UsageError if the list of texts is empty, for a text without tokens, and for an unknown grouping.
         """
         if grouping not in GROUPINGS:
             raise UsageError(f"there is no grouping {grouping!r}", hint="one of " + ", ".join(GROUPINGS))

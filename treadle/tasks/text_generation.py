@@ -72,7 +72,7 @@ class TextGeneration:
             writer.check_count(settings.most, "most", "--tokens")
         guess: Guess | None = PromptLookup(count=16) if settings.speculate else None
         if draft is not None:
-            how: dict[str, Any] = {"backend": chosen.backend, "target": chosen.target, "cache": chosen.cache}
+            how = {name: options[name] for name in ("backend", "target", "cache") if name in chosen.explicit}
             guess = TextWriter.open(draft, **how).draft_for(writer)
         shown = list(prompts)
         if settings.chat:

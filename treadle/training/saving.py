@@ -39,10 +39,13 @@ from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.frontends.vocabularies.folder_vocabulary import TOKENIZER_FILES
+from treadle.ir.analysis.causality import is_causal
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
+from treadle.passes.stages import Recognize, run
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import DeclarationReference
 from treadle.training.text_data import TextFiles
@@ -123,7 +126,12 @@ def _task(resolved: Resolved) -> str:
         return "classify"
     classes = logits.type.shape[-1].constant
     count = 0 if source.text_source is source else len(source.tokenizer().vocabulary())
-    return "tag" if classes is not None and classes < count else "generate"
+    if classes is not None and classes < count:
+        return "tag"
+    axis, graph = logits.type.shape[1].as_symbol, run(resolved.graph, [Recognize()]).graph
+    if axis is None or not is_causal(graph, axis, "logits"):
+        return "fill"
+    return "generate" if follow(graph, axis).step() else "perplexity"
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ class WeightsSaver:
     """A writer of the weights of a declaration or a graph, under parameter names.
 
     reference  the declaration, to which config.json refers; None for a graph, whose folder has weights alone
-    task       the command that uses the output `logits`: "generate", "tag" or "classify"; empty if there is none
+    task       the command that uses the output `logits`: "generate", "perplexity" for a causal model without a decoding
+               step, "fill", "tag" or "classify"; empty if there is none
     texts      the files of the model's tokenizer
     """
 
@@ -165,10 +174,12 @@ class WeightsSaver:
 
     def _command(self, model: str) -> str:
         """Return a command that uses the model: the task of its logits if its tokenizer is saved, else `inspect`."""
-        if not self.texts.files or not self.task:
-            return f"treadle inspect {model}"
-        if self.task == "generate" and self.texts.mask is not None:
+        if self.texts.mask is not None and self.task in ("generate", "perplexity", "fill"):
             return f'treadle fill {model} "A {self.texts.mask} text"'
+        if not self.texts.files or self.task in ("", "fill"):
+            return f"treadle inspect {model}"
+        if self.task == "perplexity":
+            return f"treadle perplexity {model} FILE"
         return f'treadle {self.task} {model} "A text"'
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:

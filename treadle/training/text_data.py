@@ -20,7 +20,7 @@ from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import train_tokenizer
-from treadle.ir.analysis.following import follow
+from treadle.ir.analysis.causality import is_causal
 from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -221,7 +221,7 @@ def _check_model(resolved: Resolved, objective: str) -> None:
             hint=_IN_PYTHON,
         )
     outputs = {name: value.type for name, value in graph.main.outputs.items()}
-    scored = "logits" if "logits" in outputs or len(outputs) != 1 else next(iter(outputs))
+    scored = _scored(graph)
     if scored not in outputs or scored == "hidden" or outputs[scored].shape[:-1] != tokens.shape:
         raise UsageError(
             f"{shown} cannot be trained on texts: it has no logits for each token",
@@ -247,11 +247,17 @@ def _has_masked_head(resolved: Resolved) -> bool:
         return False
 
 
+def _scored(graph: Graph) -> str:
+    """Return the name of the output with logits: `logits`, or the only output."""
+    outputs = graph.main.outputs
+    return "logits" if "logits" in outputs or len(outputs) != 1 else next(iter(outputs))
+
+
 def _is_causal(graph: Graph) -> bool:
-    """Return True if no token depends on later tokens."""
+    """Return True if no logits depend on later tokens."""
     tokens = next(value.type for value in graph.main.inputs if value.name == "tokens")
     axis = tokens.shape[-1].as_symbol
-    return axis is not None and bool(follow(run(graph, [Recognize()]).graph, axis).step())
+    return axis is not None and is_causal(run(graph, [Recognize()]).graph, axis, _scored(graph))
 
 
 def _tokenizer(source: ModelSource) -> TextTokenizer:

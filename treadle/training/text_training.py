@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treadle.files.nearest_names import nearest_path_hint
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
@@ -83,7 +84,9 @@ class TextTraining:
         if save_every is not None and state is None:
             raise UsageError("--save-every only applies together with --state", hint="--state FILE as well")
         if resume is not None and not os.path.isfile(resume):
-            raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
+            raise UsageError(
+                f"there is no file {resume}", hint=nearest_path_hint(resume) or "a file that --state wrote"
+            )
         if state is not None:
             _check_state(state, replace=replace)
         _check_computing(options)

@@ -37,7 +37,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import CONNECT, Runner
 from treadle.backends.tvm.kernels.stored_kernels import read_stored, usual_folder, version_folder, write_stored
 from treadle.files.whole_files import sweep
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter
@@ -112,7 +112,10 @@ class KernelCache:
             readable = "`source`" if isinstance(self.isa, Device) else "`source`, `assembly`"
             raise BackendError(
                 f"kernels for {self.isa} do not run on this machine",
-                hint=f"read them ({readable}), or compile for Target('cpu')",
+                hint=Hint(
+                    f'target="cpu"; or read them ({readable})',
+                    f"--target cpu; or `treadle inspect MODEL --source --target {self.isa}`, which prints the program",
+                ),
             )
 
     def path(self, kernel: Kernel) -> Path | None:

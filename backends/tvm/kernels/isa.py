@@ -14,7 +14,7 @@ from functools import cache
 
 from treadle.backends.tvm.kernels.cpu_features import cpu_flags, executes
 from treadle.backends.tvm.kernels.platforms import this_platform
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
 
 
@@ -159,7 +159,10 @@ def host_isa() -> Isa:
             return isa
     raise BackendError(
         f"the tvm backend has no kernels for {this_platform().machine}",
-        hint="backend numpy or torch, or a target to generate code for: " + ", ".join(ISAS),
+        hint=Hint(
+            f'backend="numpy" or "torch"; or target=, to generate code: {", ".join(ISAS)}',
+            f"--backend numpy or torch; or --target, to generate code: {', '.join(ISAS)}",
+        ),
     )
 
 

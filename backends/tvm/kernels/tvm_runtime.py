@@ -18,7 +18,7 @@ from pathlib import Path
 from treadle.backends.tvm.kernels.platforms import add_folders, this_platform
 from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numbers
 from treadle.files.installation import pip_install
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 
 SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
 """Number of times that an idle thread of TVM's pool yields its core before it sleeps. The default is 300,000, which
@@ -151,7 +151,9 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
             for package, name in (("tvm_ffi", "tvm_ffi"), ("tvm", "tvm_runtime"))
         )
     except OSError as error:
-        hint = "backend numpy or torch" if platform.lacks_wheel() else pip_install("tvm", options="--force-reinstall")
+        hint = pip_install("tvm", options="--force-reinstall")
+        if platform.lacks_wheel():
+            hint = Hint('backend="numpy" or "torch"', "--backend numpy or torch")
         received = "\n".join(filter(None, (str(error), platform.lacks_wheel())))
         raise BackendError("TVM's runtime cannot be loaded", received=received, hint=hint) from error
     return interface, runtime

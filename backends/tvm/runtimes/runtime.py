@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Protocol
 
@@ -23,7 +22,7 @@ from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
 from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceMemory
 from treadle.backends.tvm.runtimes.launch_table import Launch
 from treadle.backends.tvm.spaces import Space
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
 
 
@@ -89,7 +88,6 @@ def find_runtime(target: Target) -> Runtime:
     """Return the runtime of a target's device, which is opened once. Raises BackendError, with what to install, if
     there is none.
     """
-    target = replace(target, threads=None)  # all targets of one name are one device
     with _opening:
         if target not in _OPEN:
             opened = _RUNTIMES.get(target.kind)
@@ -97,7 +95,8 @@ def find_runtime(target: Target) -> Runtime:
                 module = import_module(f"treadle.backends.tvm.runtimes.{_MODULES[target.kind]}")
                 opened = _RUNTIMES[target.kind] = module.open_runtime
             if opened is None:
-                raise BackendError(f"no runtime runs kernels on {target}", hint="the torch backend, or target cpu")
+                hint = Hint('backend="torch", or target="cpu"', "--backend torch, or --target cpu")
+                raise BackendError(f"no runtime runs kernels on {target}", hint=hint)
             _OPEN[target] = opened(target)
         return _OPEN[target]
 

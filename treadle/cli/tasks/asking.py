@@ -67,7 +67,8 @@ def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, keywords, as_json)]
         asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         asked.__doc__, asked.__name__ = function.__doc__, function.__name__
-        return command(name, takes=[takes])(asked)
+        # an artifact, which only commands that generate take, has a target of its own
+        return command(name, takes=[takes], defaults={"target": None} if takes == "generate" else {})(asked)
 
     return made
 

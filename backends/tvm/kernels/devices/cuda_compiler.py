@@ -24,7 +24,7 @@ from pathlib import Path
 
 from treadle.backends.tvm.kernels.stored_kernels import read_stored, version_folder, write_stored
 from treadle.files.installation import pip_install
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 
 OPTIONS = ("--std=c++17", "--fmad=false")
 """Options of NVRTC. A product and a sum are one operation only where the text says so."""
@@ -89,7 +89,7 @@ def architecture_of(capability: tuple[int, int] | None) -> str:
         raise BackendError(
             f"NVRTC compiles no kernels for GPUs of compute capability {capability[0]}.{capability[1]}",
             received=f"NVRTC {_version(_NVRTC)}, for {_architectures()[0] / 10} and later",
-            hint="target cpu, or a newer GPU",
+            hint=Hint('target="cpu", or a newer GPU', "--target cpu, or a newer GPU"),
         )
     return f"sm_{fitting[-1]}"
 
