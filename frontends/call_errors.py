@@ -7,11 +7,12 @@ import inspect
 import linecache
 import re
 from collections.abc import Iterable
+from types import TracebackType
 
 from treadle.ir.errors import FrontendError
 from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import user_line
-from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+from treadle.ir.wording.call_spelling import option_guess, spelled_call
 from treadle.ir.wording.other_spellings import OTHER_WORDS
 
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
@@ -42,7 +43,8 @@ def nearest_op(name: str) -> str | None:
 
 
 def call_hint(error: BaseException) -> str | None:
-    """Return the hint for a TypeError of a DSL call or a tensor's method: the nearest option, and the signature.
+    """Return the hint for a TypeError of a DSL call or a tensor's method: the nearest option, and the signature. For a
+    function of PyTorch or NumPy, return the DSL's equivalent.
 
     None for any other error, and if the called function is the user's own function under a DSL name.
     """
@@ -54,25 +56,36 @@ def call_hint(error: BaseException) -> str | None:
     owner, name, problem, rest = match.groups()
     of_tensors = any(owner == base.__name__ for base in language.Tensor.__mro__)
     function = getattr(language.Tensor, name, None) if of_tensors else vars(language).get(name)
+    if function is None and re.search(rf"\b(torch|numpy|np)\.{name}\(", _line(error)):  # torch.ones(x.shape[1], 8)
+        return OTHER_WORDS.get(name)
     if not inspect.isfunction(function) or not (of_tensors or _called(name, error) in (None, function)):
         return None
     signature = inspect.signature(function)
     wanted = re.search(r"'(\w+)'", rest) if problem.startswith("got") else None
-    near = nearest_option(wanted[1], signature) if wanted else None
+    guess = option_guess(wanted[1], signature) if wanted else ""
     if of_tensors:
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-    return (f"did you mean {near}=? " if near else "") + f"{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"
+    return f"{guess}{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"
 
 
 def _called(name: str, error: BaseException) -> object:
     """Return the object that a bare name refers to on the line that raised an error. Return None if the name is
     undefined, or has a module before it there: `t.mlp(`.
     """
+    trace = _innermost(error)
+    if trace is None or re.search(rf"\.{name}\(", _line(error)):
+        return None
+    return trace.tb_frame.f_locals.get(name, trace.tb_frame.f_globals.get(name))
+
+
+def _line(error: BaseException) -> str:
+    """Return the source line that raised an error; empty if it is unknown."""
+    trace = _innermost(error)
+    return "" if trace is None else linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def _innermost(error: BaseException) -> TracebackType | None:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None or re.search(
-        rf"\.{name}\(", linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-    ):
-        return None
-    return trace.tb_frame.f_locals.get(name, trace.tb_frame.f_globals.get(name))
+    return trace

@@ -11,6 +11,8 @@ _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis:
 _LEFT_OUT = "x  # leave it out: results are new values, and have no layout in memory"
 _NO_DROPOUT = "x  # leave it out: a graph has no random numbers, also in training"
 _NO_GRADIENT = "t.stop_gradient(x)  # or t.Trainer(model, trained=[...]), which names the weights to train"
+_FILLED = "t.expand(t.constant({}, t.f32), shape=(x.shape[1], 4))  # with the sizes"
+_LIKE = "t.expand(t.constant({}, x.dtype), shape=x.shape)"
 _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
@@ -26,9 +28,16 @@ _WORDS = {
     "var std": "t.reduce_mean((x - t.reduce_mean(x, axes=(-1,), keep=True)) ** 2, axes=(-1,))  # apply t.sqrt for std",
     "split chunk narrow unbind": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
     "cat concatenate hstack vstack": "t.concat(x, x, axis=1)",
-    "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops broadcast axes of size 1",
+    "tile": "x.repeat(1, 1, 2)  # the repetitions of each axis",
+    "repeat repeat_interleave": "x.repeat_interleave(2, dim=1)  # each element; x.repeat(1, 2, 1) is PyTorch's repeat",
+    "broadcast_to": "x[:, :1].expand(-1, 3, -1)  # the sizes; -1 keeps an axis",
+    "expand_as": "x[:, :1].expand(x.shape)",
     "clip clamp": "t.minimum(t.maximum(x, 0.0), 1.0)",
-    "masked_fill tril triu": 't.where(x > 0, x, float("-inf"))  # for attention, mask=t.causal',
+    "masked_fill": 'x.masked_fill(x > 0, float("-inf"))  # for attention, mask=t.causal',
+    "tril": "x.tril()  # or x.tril(diagonal=1); for attention, mask=t.causal",
+    "triu": "x.triu()  # or x.triu(diagonal=1)",
+    "take_along_dim": "t.take_along_axis(x, positions, axis=-1)",
+    "index_select": "t.gather(x, t.iota(size=2), axis=1)",
     "log2": "t.log(x) / 0.6931471805599453",
     "leaky_relu": "t.maximum(x, 0.01 * x)",
     "square": "x * x",
@@ -41,8 +50,15 @@ _WORDS = {
     "ReLU": "t.relu(x)",
     "dot bmm mm": "x @ t.rearrange(x, pattern='b s d -> b d s')",
     "topk": "t.top_k(x, k=2)",
-    "arange range": "t.iota(size=8)  # t.positions(x) along the last axis of x",
-    "zeros ones full zeros_like ones_like full_like": "t.expand(t.constant(0.0), shape=x.shape)",
+    "arange range": "t.iota(size=x.shape[1])  # or another size; dtype=t.f32 for floats",
+    "zeros empty new_zeros": _FILLED.format("0.0"),
+    "ones new_ones": _FILLED.format("1.0"),
+    "full new_full": _FILLED.format("value"),
+    "zeros_like empty_like": _LIKE.format("0.0"),
+    "ones_like": _LIKE.format("1.0"),
+    "full_like": _LIKE.format("value"),
+    "eye": "(t.iota(size=8)[:, None] == t.iota(size=8)).cast(t.f32)",
+    "linspace": "t.constant([0.0, 0.5, 1.0])",
     "tensor array asarray as_tensor": "t.constant([1.0, 2.0])",
     "Linear Dense dense": 't.linear(x, 64, name="f")',
     "Embedding": 't.embed(t.positions(x), 100, 16, name="wte")',
@@ -51,7 +67,7 @@ _WORDS = {
     "conv1d Conv1d Conv": 't.convolution(signal, 8, (3,), name="conv")  # (3, 3) over two axes',
     "conv2d conv3d Conv2d": 't.convolution(images, 8, (3, 3), name="conv")',
     "MultiheadAttention mha multihead_attention": 't.self_attention(x, 4, name="attn")',
-    "scaled_dot_product_attention sdpa": "t.attention(q, k, v, mask=t.causal)",
+    "scaled_dot_product_attention sdpa": "t.attention(q, k, v)  # with mask=t.causal for is_causal=True",
     "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
     "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
     "dropout Dropout": _NO_DROPOUT,
@@ -98,10 +114,14 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
     "softmax": "t.softmax(x, axis=-1)",
     "log_softmax": "t.log_softmax(x, axis=-1)",
     "argmax": "t.argmax(x, axis=-1)",
+    "gather": "t.take_along_axis(x, positions, axis=-1)",
     "cumsum": "t.cumsum(x, axis=-1)",
     "einsum": 't.einsum(x, x, equation="b s d, b t d -> b s t")',
 }
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
+
+OTHER_MEANINGS = {"gather": f"PyTorch's gather is {OTHER_FUNCTIONS['gather']}, and this is NumPy's take: "}
+"""The beginning of a hint for an op that computes something else than a function of the same name elsewhere."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -115,11 +135,50 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dilation": ("dilations",),
     "kernel_size": ("kernel",),
     "epsilon": ("eps",),
-    "is_causal": ("causal",),
+    "ignore_index": ("ignored",),
+    "out_channels": ("channels",),
+    "num_embeddings": ("count",),
+    "embedding_dim": ("dim",),
+    "hidden_features": ("hidden",),
+    "is_causal": ("causal", "mask=t.causal"),
+    "causal": ("mask=t.causal",),
     "attn_mask": ("mask",),
     "num_heads": ("heads",),
     "activation": ("act",),
     "out_features": ("out",),
     "dtype": ("to",),
 }
-"""For each option name in other libraries, the possible names in Treadle."""
+"""For each option name in other libraries, the possible names in Treadle, or an argument in place of `True`."""
+
+_WITH_OPTIONS = {
+    "gelu approximate='tanh'": "t.gelu_tanh(x)",
+    "gelu approximate='none'": "t.gelu(x)",
+    "gather dim": "t.take_along_axis(x, positions, axis={})  # or x.gather({}, positions)",
+    "gather index": "t.take_along_axis(x, positions, axis=-1)  # or x.gather(-1, positions)",
+    "softplus beta": "t.softplus({} * x) / {}",
+    "round decimals": "t.round(x * 10**{}) / 10**{}",
+    "add alpha": "x + {} * y",
+    "sub alpha": "x - {} * y",
+    "div rounding_mode='floor'": "x // y",
+    "div rounding_mode=None": "x / y",
+}
+_LEFT_OUT_OPTIONS = {
+    "inplace out": "results are new values",
+    "p training dropout dropout_p": "a graph has no random numbers, also in training",
+    "requires_grad": "t.Trainer(model, trained=[...]) names the weights to train",
+    "device": 'target="cuda" of t.compile chooses the device',
+    "memory_format": "values have no layout in memory",
+    "enable_gqa": "fewer heads of k and v are repeated for the heads of q",
+    "in_features normalized_shape embed_dim": "the size is that of the last axis of x",
+    "in_channels": "their number is the size of axis 1 of x",
+    "need_weights": "the probabilities are not returned",
+}
+
+LEFT_OUT_OPTIONS = {word: reason for words, reason in _LEFT_OUT_OPTIONS.items() for word in words.split()}
+"""Options of other libraries that have no effect here, with the reason."""
+
+
+def without_option(function: str, option: str, value: object) -> str | None:
+    """Return the call that computes what a function of another library computes with an option that Treadle lacks."""
+    spelled = _WITH_OPTIONS.get(f"{function} {option}={value!r}") or _WITH_OPTIONS.get(f"{function} {option}")
+    return None if spelled is None else spelled.replace("{}", repr(value))
