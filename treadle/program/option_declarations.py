@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -105,8 +106,13 @@ class Option:
         raise UsageError(
             f"{self.name}= must be {' or '.join(dict.fromkeys(_KINDS[kind].text for kind in kinds))}",
             received=printable(repr(value))[:80],
-            hint=self._parsed(value) or self.about.partition(". ")[0],
+            hint=self._parsed(value) or self._example() or self.about.partition(". ")[0],
         )
+
+    def _example(self) -> str | None:
+        """Return the option with the value that `about` has as an example, or None if it has none."""
+        example = re.search(r"such as (\(.*?\)|\{.*?\}|\".*?\")", self.about)
+        return None if example is None else f"{self.name}={example[1]}"
 
     def _parsed(self, value: object) -> str | None:
         """Return the option with the value that its flag reads from a text: `sizes={'B': 1}` for "B=1"."""
