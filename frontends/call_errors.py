@@ -6,14 +6,17 @@ import difflib
 import inspect
 import linecache
 import re
+import sys
 from collections.abc import Iterable
 from types import TracebackType
+
+import numpy as np
 
 from treadle.ir.errors import FrontendError
 from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import user_line
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
-from treadle.ir.wording.other_spellings import OTHER_WORDS
+from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_WORDS
 
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 
@@ -26,15 +29,32 @@ class UnknownNameError(FrontendError, AttributeError):
 
 def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that the DSL lacks. The hint gives the DSL's word for another library's name, or
-    similar names.
+    similar names. For a name that PyTorch or NumPy has, only the same name in another spelling is similar.
     """
-    near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
+    known = [*known]
+    if _is_elsewhere(name):
+        near = [n for n in known if _without_form(n) == _without_form(name)]
+    else:
+        near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
     guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its names"
     return UnknownNameError(
         f"the DSL has no {name!r}",
         source=str(user_line() or "") or None,
         hint=OTHER_WORDS.get(name, guess),
     )
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Return True if NumPy has the name, or PyTorch, if it is imported: then it is not misspelt."""
+    places: list[object] = [np]
+    if (torch := sys.modules.get("torch")) is not None:
+        places += [torch, torch.Tensor, torch.nn, torch.nn.functional]
+    return any(name in dir(place) for place in places)
+
+
+def _without_form(name: str) -> str:
+    """Return a name without case, underscores and ranks, in which spellings of one function differ: MaxPool2d."""
+    return re.sub(r"[123]d$|loss$|_", "", name.lower())
 
 
 def nearest_op(name: str) -> str | None:
@@ -63,6 +83,7 @@ def call_hint(error: BaseException) -> str | None:
     signature = inspect.signature(function)
     wanted = re.search(r"'(\w+)'", rest) if problem.startswith("got") else None
     guess = option_guess(wanted[1], signature) if wanted else ""
+    guess = guess if of_tensors else OTHER_MEANINGS.get(name, "") + guess
     if of_tensors:
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     return f"{guess}{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"

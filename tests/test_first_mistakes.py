@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from tests.error_texts import raises_freely
 from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
@@ -177,7 +178,7 @@ def test_keywords_stand_behind_a_star() -> None:
     assert layer.value.hint == "t.linear(x, out, *, bias=True, name)"
     with pytest.raises(FrontendError) as stack:
         traced(lambda x: list(t.stack("h")))  # type: ignore[call-arg]
-    assert stack.value.hint == "t.stack(name, count, *, shared=False)"
+    assert (stack.value.hint or "").endswith("and this repeats a block: t.stack(name, count, *, shared=False)")
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: x * math.exp(x) + 1, "a tensor of a model is not a Python number", "t.exp(x)"),
         (lambda x: sqrt(x), "a tensor of a model is not a Python number", "t.sqrt(x)"),
         (lambda x: math.log2(x), "a tensor of a model is not a Python number", "t.log(x) / 0.69"),
-        (lambda x: math.erfc(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
+        (lambda x: math.gamma(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: range(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: [1, 2][x], "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: round(x), "a tensor of a model is not a Python number", "t.round(x)"),
@@ -544,6 +545,8 @@ def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: 
         (lambda x: t.parameter("w", 8, requires_grad=True), "leave requires_grad= out, t.Trainer(model, trained="),
         (lambda x: t.embed(t.positions(x), num_embeddings=8, dim=8, name="f"), "did you mean count=? t.embed("),
         (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
+        (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
+        (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
         (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, positions, axis=-1)"),
     ],
 )
@@ -565,6 +568,17 @@ def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
         if "name" in word.split("_"):
             continue
         assert not any(option_guess(word, s).startswith("did you mean name=") for s in signatures), word
+
+
+def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() -> None:
+    """A name that PyTorch has is not misspelt: cumprod is not cumsum, and rrelu is not relu."""
+    torch = pytest.importorskip("torch")
+    names = {n for place in (torch.Tensor, torch.nn, torch.nn.functional) for n in dir(place) if n[0] != "_"}
+    for name in names - {*OTHER_WORDS, *dir(t)}:
+        with raises_freely(FrontendError) as caught:
+            getattr(t, name)
+        for near in re.findall(r"t\.(\w+)", str(caught.value.hint)):
+            assert near.replace("_", "").lower() in name.replace("_", "").lower(), (name, near)
 
 
 @pytest.mark.parametrize(
@@ -592,6 +606,50 @@ def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
         lambda torch, x: torch.var(x, -1),
         lambda torch, x: torch.flatten(x, 1),
         lambda torch, x: torch.squeeze(x, 0),
+        *[
+            lambda torch, x, name=name: getattr(torch.nn.functional, name)(x)
+            for name in [
+                "elu",
+                "selu",
+                "celu",
+                "relu6",
+                "leaky_relu",
+                "hardtanh",
+                "hardsigmoid",
+                "hardswish",
+                "mish",
+                "glu",
+                "logsigmoid",
+                "softsign",
+            ]
+        ],
+        *[
+            lambda torch, x, name=name: getattr(torch, name)(x)
+            for name in [
+                "log10",
+                "exp2",
+                "tan",
+                "sinh",
+                "cosh",
+                "erfc",
+                "trunc",
+                "frac",
+                "isnan",
+                "square",
+                "log2",
+                "ceil",
+            ]
+        ],
+        lambda torch, x: torch.nn.functional.elu(x, alpha=2.0),
+        lambda torch, x: torch.nn.functional.celu(x, alpha=2.0),
+        lambda torch, x: torch.nn.functional.leaky_relu(x, 0.3),
+        lambda torch, x: torch.nn.functional.softmin(x, dim=-1),
+        lambda torch, x: torch.logsumexp(x, -1),
+        lambda torch, x: torch.argmin(x, -1),
+        lambda torch, x: torch.sort(x).values,
+        lambda torch, x: torch.argsort(x),
+        lambda torch, x: torch.stack([x, x]),
+        lambda torch, x: torch.remainder(x, x),
         lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),
         lambda torch, x: torch.take_along_dim(x, x.argmax(-1, keepdim=True), -1),
     ],

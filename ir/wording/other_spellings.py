@@ -39,7 +39,35 @@ _WORDS = {
     "take_along_dim": "t.take_along_axis(x, positions, axis=-1)",
     "index_select": "t.gather(x, t.iota(size=2), axis=1)",
     "log2": "t.log(x) / 0.6931471805599453",
-    "leaky_relu": "t.maximum(x, 0.01 * x)",
+    "log10": "t.log(x) / 2.302585092994046",
+    "exp2": "t.exp(0.6931471805599453 * x)",
+    "logsumexp": "t.log(t.exp(x - x.amax(-1, keepdim=True)).sum(-1)) + x.amax(-1)",
+    "tan": "t.sin(x) / t.cos(x)",
+    "sinh": "(t.exp(x) - t.exp(-x)) / 2.0",
+    "cosh": "(t.exp(x) + t.exp(-x)) / 2.0",
+    "erfc": "1.0 - t.erf(x)",
+    "trunc fix": "t.sign(x) * t.floor(t.abs(x))",
+    "frac": "x - t.sign(x) * t.floor(t.abs(x))",
+    "isnan": "x != x",
+    "argmin": "x.argmin(-1)",
+    "sort": "-(-x).topk(8).values  # 8: the size of the axis",
+    "argsort": "(-x).topk(8).indices  # 8: the size of the axis",
+    "subtract": "x - y",
+    "divide true_divide": "x / y",
+    "remainder": "x % y",
+    "leaky_relu LeakyReLU": "t.maximum(x, 0.01 * x)",
+    "elu ELU celu CELU": "t.relu(x) + t.expm1(t.minimum(x, 0.0))",
+    "selu SELU": "1.0507009873554805 * (t.relu(x) + 1.6732632423543772 * t.expm1(t.minimum(x, 0.0)))",
+    "relu6 ReLU6": "t.minimum(t.relu(x), 6.0)",
+    "hardtanh Hardtanh": "x.clamp(-1.0, 1.0)",
+    "hardsigmoid Hardsigmoid": "(x / 6.0 + 0.5).clamp(0.0, 1.0)",
+    "hardswish Hardswish": "x * (x / 6.0 + 0.5).clamp(0.0, 1.0)",
+    "mish Mish": "x * t.tanh(t.softplus(x))",
+    "glu GLU": "x.chunk(2, -1)[0] * t.sigmoid(x.chunk(2, -1)[1])",
+    "logsigmoid log_sigmoid LogSigmoid": "-t.softplus(-x)",
+    "softsign Softsign": "x / (1.0 + t.abs(x))",
+    "softmin Softmin": "t.softmax(-x, axis=-1)",
+    "avg_pool1d AvgPool1d avg_pool2d AvgPool2d": "t.average_pool(signal, kernel=(3,))  # (3, 3) over two axes",
     "square": "x * x",
     "absolute": "t.abs(x)",
     "negative": "-x",
@@ -115,13 +143,17 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
     "log_softmax": "t.log_softmax(x, axis=-1)",
     "argmax": "t.argmax(x, axis=-1)",
     "gather": "t.take_along_axis(x, positions, axis=-1)",
+    "stack": "t.concat(x[None], y[None], axis=0)",
     "cumsum": "t.cumsum(x, axis=-1)",
     "einsum": 't.einsum(x, x, equation="b s d, b t d -> b s t")',
 }
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
 
-OTHER_MEANINGS = {"gather": f"PyTorch's gather is {OTHER_FUNCTIONS['gather']}, and this is NumPy's take: "}
-"""The beginning of a hint for an op that computes something else than a function of the same name elsewhere."""
+OTHER_MEANINGS = {
+    name: f"PyTorch's {name} is {OTHER_FUNCTIONS[name]}, and this {does}: "
+    for name, does in {"gather": "is NumPy's take", "stack": "repeats a block"}.items()
+}
+"""The beginning of a hint for a function that does something else than PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -155,6 +187,9 @@ _WITH_OPTIONS = {
     "gelu approximate='none'": "t.gelu(x)",
     "gather dim": "t.take_along_axis(x, positions, axis={})  # or x.gather({}, positions)",
     "gather index": "t.take_along_axis(x, positions, axis=-1)  # or x.gather(-1, positions)",
+    "elu alpha": "t.relu(x) + {} * t.expm1(t.minimum(x, 0.0))",
+    "celu alpha": "t.relu(x) + {} * t.expm1(t.minimum(x, 0.0) / {})",
+    "leaky_relu negative_slope": "t.where(x > 0, x, {} * x)",
     "softplus beta": "t.softplus({} * x) / {}",
     "round decimals": "t.round(x * 10**{}) / 10**{}",
     "add alpha": "x + {} * y",
