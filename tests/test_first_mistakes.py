@@ -22,9 +22,10 @@ from tests.error_texts import raises_freely
 from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
+from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import raising_line
 from treadle.ir.types import Dim
-from treadle.ir.wording.call_spelling import option_guess
+from treadle.ir.wording.call_spelling import option_guess, spelled_call
 from treadle.ir.wording.other_spellings import (
     LEFT_OUT_OPTIONS,
     OTHER_FUNCTIONS,
@@ -568,6 +569,25 @@ def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
         if "name" in word.split("_"):
             continue
         assert not any(option_guess(word, s).startswith("did you mean name=") for s in signatures), word
+
+
+@pytest.mark.parametrize("name", sorted(n for n, op in OPS.items() if op.is_word))
+def test_the_hint_for_an_op_as_a_method_is_a_call_that_works_or_a_signature(name: str) -> None:
+    """An op with further operands or attributes is not called with x alone."""
+
+    def body(x: t.Tensor) -> None:
+        try:
+            getattr(x, name)
+        except TreadleError as error:
+            hints.append(error.hint or "")
+
+    hints: list[str] = []
+    traced(body)
+    for hint in hints:
+        if hint.startswith("t.ops."):
+            assert hint == f"t.ops.{spelled_call(name, inspect.signature(getattr(t.ops, name)))}"
+        else:
+            follow(hint.partition("  #")[0])
 
 
 def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() -> None:

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from treadle.ir.errors import GraphError
 from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Op
 from treadle.ir.source_lines import user_call
+from treadle.ir.wording.call_spelling import spelled_call
+from treadle.ir.wording.op_signatures import op_signature
 from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_WORDS, without_option
 
 if TYPE_CHECKING:
@@ -27,7 +31,16 @@ class NoSuchMethod(GraphError, AttributeError):
 def replacement(name: str, operands: int) -> str | None:
     """Return the call that replaces a function of another library, or None if there is none."""
     spelled = OTHER_WORDS.get(name) or OTHER_FUNCTIONS.get(name)
-    return spelled or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS and OPS[name].is_word else None)
+    return spelled or (_op_call(OPS[name], operands) if name in OPS and OPS[name].is_word else None)
+
+
+def _op_call(op: type[Op], operands: int) -> str:
+    """Return a call of an op with x, y and z as operands, or its signature if it needs more than that."""
+    required, most = op.arity
+    needs_more = any(field.default is dataclasses.MISSING for field in dataclasses.fields(op))  # type: ignore[arg-type]
+    if needs_more or most is None or not len(required) <= operands <= most:
+        return f"t.ops.{spelled_call(op.name, op_signature(op))}"  # t.attention is a layer, with another signature
+    return f"t.{op.name}({', '.join('xyz'[:operands])})"
 
 
 def _as_method(tensor: Any, name: str, operands: Any, options: dict[str, Any]) -> str | None:
@@ -123,7 +136,7 @@ class PythonProtocols:
 
     def _no_such_method(self, name: str) -> NoSuchMethod:
         """Return the error for a method that tensors lack, which names the replacement."""
-        spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
+        spelled = OTHER_METHODS.get(name) or replacement(name, 1)
         if name.endswith("_") and hasattr(self, name[:-1]):
             spelled = f"x = x.{name[:-1]}(...)  # values do not change"
         return NoSuchMethod(
