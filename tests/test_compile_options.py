@@ -159,6 +159,14 @@ def test_threads_belong_to_the_target(name: str) -> None:
     assert CompileOptions.of("compile", {"target": eval(str(hint).partition("=")[2])}).where.threads == 2
 
 
+@pytest.mark.parametrize("name", [3, None, t.f32])
+def test_the_name_of_a_target_is_text(name: Any) -> None:
+    with pytest.raises(UsageError, match="the name of a target is text") as caught:
+        Target(name)
+    for code in re.findall(r"t\.Target\([^)]*\)", caught.value.hint or ""):
+        assert isinstance(eval(code), Target)
+
+
 def test_every_command_and_every_option_is_in_these_tests() -> None:
     assert set(COMMANDS) - set(ENTRIES) == {"launch", "models", "fetch", "doctor", "targets"}
     assert set(SAMPLES) == {each.name for each in declared_options().values() if each.flag is not None}

@@ -545,6 +545,8 @@ def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: 
         (lambda x: t.linear(x, in_features=8, out_features=8, name="f"), "leave in_features= out, the size is that"),
         (lambda x: t.parameter("w", 8, requires_grad=True), "leave requires_grad= out, t.Trainer(model, trained="),
         (lambda x: t.embed(t.positions(x), num_embeddings=8, dim=8, name="f"), "did you mean count=? t.embed("),
+        (lambda x: t.layer_norm(x, (8,), name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
+        (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
         (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
         (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
         (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
