@@ -688,6 +688,27 @@ def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: 
     np.testing.assert_allclose(y, function(torch, torch.from_numpy(a)).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        *[
+            getattr(np, name)
+            for name in ["tril", "triu", "ones_like", "zeros_like", "sort", "argsort", "log10", "exp2", "trunc", "sinh", "cosh", "tan", "isnan", "square", "absolute", "negative", "rint", "ceil", "ravel", "log2"]
+        ],
+        lambda x: np.tile(x, (1, 1, 2)),
+        lambda x: np.repeat(x, 2, axis=1),
+        lambda x: np.argmin(x, axis=-1),
+        lambda x: np.expand_dims(x, 1),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_hint_for_a_function_of_numpy_computes_what_it_computes(function: Any) -> None:
+    hint = (refusal(function, shape="1 4 8").hint or "").partition("  #")[0]
+    a = np.random.default_rng(0).uniform(0.1, 2, (1, 4, 8)).astype(np.float32)
+    (y,) = compile(traced(lambda x: eval(hint, {"t": t, "x": x}), shape="1 4 8"), backend="numpy")(x=a).values()
+    np.testing.assert_allclose(y, function(a), rtol=1e-5, atol=1e-6)
+
+
 def test_a_causal_mask_is_what_is_causal_means() -> None:
     torch = pytest.importorskip("torch")
     a = np.random.default_rng(0).standard_normal((1, 2, 4, 8)).astype(np.float32)
