@@ -671,6 +671,12 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
         lambda torch, x: torch.sort(x).values,
         lambda torch, x: torch.argsort(x),
         lambda torch, x: torch.stack([x, x]),
+        lambda torch, x: torch.stack([x, x], dim=-1),
+        lambda torch, x: torch.cat([x, x], dim=-1),
+        lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
+        lambda torch, x: torch.nn.functional.mse_loss(x, x),
+        lambda torch, x: torch.nn.functional.l1_loss(x, x),
+        lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), 8),
         lambda torch, x: torch.remainder(x, x),
         lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),
         lambda torch, x: torch.take_along_dim(x, x.argmax(-1, keepdim=True), -1),
@@ -693,7 +699,22 @@ def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: 
     [
         *[
             getattr(np, name)
-            for name in ["tril", "triu", "ones_like", "zeros_like", "sort", "argsort", "log10", "exp2", "trunc", "sinh", "cosh", "tan", "isnan", "square", "absolute", "negative", "rint", "ceil", "ravel", "log2"]
+            for name in (
+                *(
+                    "tril",
+                    "triu",
+                    "ones_like",
+                    "zeros_like",
+                    "sort",
+                    "argsort",
+                    "ravel",
+                    "isnan",
+                    "ceil",
+                    "trunc",
+                    "rint",
+                ),
+                *("log10", "log2", "exp2", "sinh", "cosh", "tan", "square", "absolute", "negative"),
+            )
         ],
         lambda x: np.tile(x, (1, 1, 2)),
         lambda x: np.repeat(x, 2, axis=1),
@@ -785,6 +806,29 @@ def test_masks_and_biases_take_arrays(dtype: str) -> None:
         )
 
     assert traced(arrays, dtype, "1 4 8") == traced(constants, dtype, "1 4 8")
+
+
+@pytest.mark.parametrize("make", [lambda x: np.tri(4, dtype=bool), lambda x: t.constant(np.tri(4, dtype=bool))])
+def test_an_array_as_a_mask_or_a_bias_comes_with_the_function_that_takes_it(make: Callable[[Any], Any]) -> None:
+    def attention(x: t.Tensor, **terms: Any) -> t.Tensor:
+        return t.self_attention(x, 2, **terms)
+
+    error = refusal(lambda x: attention(x, mask=make(x)), shape="1 4 8")
+    mask, bias = re.findall(r"t\.\w+\([^)]*\)", error.hint or "")
+    names = {"t": t, "x": np.tri(4, dtype=bool)}
+    traced(lambda x: attention(x, mask=eval(mask, names)), shape="1 4 8")
+    traced(lambda x: attention(x, bias=eval(bias, names | {"x": np.tri(4)})), shape="1 4 8")
+    assert refusal(lambda x: attention(x, mask=True)).hint == "mask=t.causal"
+    assert refusal(lambda x: attention(x, mask=t.alibi([1.0, 2.0]))).hint == "attention takes both: mask=..., bias=..."
+
+
+def test_a_weight_of_pytorch_is_no_constant() -> None:
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.nn.Parameter(torch.ones(8)), torch.ones(8, dtype=torch.bfloat16)):
+        error = refusal(lambda x: x * tensor)  # noqa: B023
+        assert error.what == f"cannot build a constant from a {type(tensor).__name__}"
+        weight, constant = re.findall(r"t\.parameter\([^)]*\)|w\.detach\(\)[^ ]*", error.hint or "")
+        traced(lambda x: x * eval(weight) + eval(constant, {"w": tensor}))  # noqa: B023
 
 
 def test_a_bias_must_be_a_tensor_or_an_array() -> None:
