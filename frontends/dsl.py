@@ -15,6 +15,7 @@ does not parse its source. The only control flow of a graph is the calls of repe
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -126,51 +127,65 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dtype: DType = f32) -> Tensor:
+def parameter(
+    name: str,
+    *shape: SizeLike | Dim | Sequence[SizeLike | Dim],
+    init: Init | str = "normal",
+    dtype: DType = f32,
+) -> Tensor:
     """Declare the parameter `name` with a shape and a dtype under the current scope.
 
-    init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
-    init, for a name that is already declared, and for a shape that is not known while tracing.
+    The shape is a size for each axis, or one sequence of sizes: `32, 3` or `(32, 3)`. init is `"zeros"`, `"ones"`,
+    `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another init, for a name that is not
+    text or is already declared, for another dtype, and for a shape that is not known while tracing.
     """
-    return declare(trace(), name, shape, init, dtype, user_line(beyond=1))
+    sizes: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
+    return declare(trace(), name, sizes, init, dtype, user_line(beyond=1))
 
 
 def declare(
     tracing: Trace,
-    name: str,
-    shape: Sequence[SizeLike | Dim],
-    init: Init | str,
-    dtype: DType,
+    name: object,
+    shape: Sequence[Any],
+    init: object,
+    dtype: object,
     line: SourceLine | None,
 ) -> Tensor:
     """Declare a parameter as `parameter` does, for a caller that has the trace and the user's line."""
+
+    def refusal(what: str, received: str | None = None, hint: str | None = None) -> FrontendError:
+        return FrontendError(what, received=received, source=describe_source(line, tracing.scope), hint=hint)
+
+    if not isinstance(name, str):
+        raise refusal("the name of a parameter is text", f"{name!r:.80}", 't.parameter("w", 32, 3)')
     full = f"{tracing.scope}.{name}" if tracing.scope else name
     if full in tracing.declared:
-        raise FrontendError(
-            f"parameter {full} is declared twice",
-            received=f"first at {tracing.declared[full]}, now at {line}",
-            source=describe_source(line, tracing.scope),
-            hint=_apart(tracing, full, name, line),
-        )
+        received = f"first at {tracing.declared[full]}, now at {line}"
+        raise refusal(f"parameter {full} is declared twice", received, _apart(tracing, full, name, line))
     tracing.declared[full] = line
     start = _INITS.get(init) if isinstance(init, str) else init
-    if start is None:
-        raise FrontendError(
-            f"parameter {full}: unknown initial value {init!r}",
-            source=describe_source(line, tracing.scope),
-            hint="one of " + ", ".join(_INITS) + ", or an Init",
-        )
-    # Other values are compared by their text, because equality ignores a label, and a value that is not a size may have
-    # no hash.
-    wanted = _type_of_a_weight(dtype.name, *[d if type(d) is int or type(d) is Size else str(d) for d in shape])
+    if not isinstance(start, Init):
+        words = ", ".join(_INITS) + ', or an Init such as t.Init("normal", 0.02)'
+        numeric = isinstance(init, int | float) and not isinstance(init, bool)
+        number = f't.Init("normal", {init}), a standard deviation, or t.Init("constant", {init})'
+        what = f"parameter {full}: unknown initial value {init!r:.80}"
+        raise refusal(what, hint=number if numeric else f"one of {words}")
+    if not isinstance(dtype, DType):
+        what = f"parameter {full}: dtype must be a dtype of Treadle"
+        raise refusal(what, f"{dtype!r:.80}", "dtype=t.f32, t.f16, t.bf16 or t.f64")
+    sizes: list[SizeLike] = []
+    for each in shape:
+        size = each if type(each) is int or type(each) is Size else _size_of_a_weight(each)
+        if size is None:
+            example = 't.parameter("w", 32, 3) or t.parameter("w", (32, 3)); without sizes, it is a scalar'
+            raise refusal(f"the shape of parameter {full} must consist of sizes", f"{each!r:.80}", example)
+        sizes.append(size)
+    wanted = _type_of_a_weight(dtype.name, *sizes)
     if wanted is None:
-        text = _weight_text(dtype.name, shape)
-        raise FrontendError(
-            f"the shape of parameter {full} must consist of numbers, 0 or more",
-            received=text,
-            source=describe_source(line, tracing.scope),
-            hint="a number as the size: a weight has one size for all calls" if parse_type(text).symbols else None,
-        )
+        text = _weight_text(dtype.name, sizes)
+        example = "a number as the size: a weight has one size for all calls"
+        what = f"the shape of parameter {full} must consist of numbers, 0 or more"
+        raise refusal(what, text, example if parse_type(text).symbols else None)
     return tracing.parameter(full, wanted, start)
 
 
@@ -193,6 +208,20 @@ def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str
             f'name=f"{layer}_{{i}}"; {again}'
         )
     return f'name="{layer}_2" for one of the two, or with t.scope("second"): around it; {again}'
+
+
+def _size_of_a_weight(size: object) -> SizeLike | None:
+    """Return a size of a shape as an integer or as text, or None for another value. Sizes are compared by their text,
+    because equality ignores a label.
+    """
+    if isinstance(size, Size | Dim | str):
+        return str(size)
+    if isinstance(size, bool | Expr):
+        return None
+    try:
+        return operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @lru_cache(maxsize=4096)  # layers repeat the same shapes

@@ -41,7 +41,7 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
     """Return the layer with a check that raises FrontendError for an argument that does not match its annotation."""
     parameters = inspect.signature(function).parameters
     checks = {name: _CHECKS[p.annotation] for name, p in parameters.items() if p.annotation in _CHECKS}
-    names = list(parameters)
+    names = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     fitting = {
         name: _FITTING.get(check, frozenset()) | ({type(None)} if parameters[name].default is None else set())
         for name, check in checks.items()

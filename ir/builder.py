@@ -12,7 +12,7 @@ Every op is a method of the builder with the op's name, positional operands and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -31,8 +31,9 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.types import DType, Type, i64, parse_type
-from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+from treadle.ir.wording.call_spelling import option_guess, spelled_call
 from treadle.ir.wording.op_signatures import op_signature
+from treadle.ir.wording.other_spellings import OTHER_MEANINGS, without_option
 
 
 class Builder(OpMethods):
@@ -290,13 +291,14 @@ def _attribute_fault(cls: type[Op], names: Collection[str]) -> str | None:
     return None if missing is None else f"{cls.name}: attribute {missing} is missing"
 
 
-def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
-    """Return a hint with the op's signature, after a call with wrong attributes."""
+def _call_hint(cls: type[Op], given: Mapping[str, Any]) -> str:
+    """Return a hint after a call with wrong attributes: the call to write instead, or the op's signature."""
     signature = op_signature(cls)
     unknown = _unknown_attribute(cls, given)
-    near = nearest_option(unknown, signature) if unknown else None
-    guess = f"did you mean {near}=? " if near else ""
-    if unknown is not None and len(unknown) == 1 and not near and "pattern" in signature.parameters:
+    if unknown is not None and (instead := without_option(cls.name, unknown, given[unknown])) is not None:
+        return instead
+    guess = OTHER_MEANINGS.get(cls.name, "") + (option_guess(unknown, signature) if unknown else "")
+    if unknown is not None and len(unknown) == 1 and not guess and "pattern" in signature.parameters:
         guess = f'a size is in the pattern, as "({unknown}=2 d)": '
     return guess + spelled_call(cls.name, signature)
 

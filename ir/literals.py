@@ -39,6 +39,12 @@ class Literal:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
             raise GraphError("cannot build a constant from lists of different lengths", received=str(error)) from None
+        except (RuntimeError, TypeError) as error:  # a tensor of PyTorch with a gradient, on a GPU, or in bf16
+            raise GraphError(
+                f"cannot build a constant from a {type(value).__name__}",
+                received=str(error)[:80],
+                hint='t.parameter("w", 8) declares a weight; w.detach().cpu().float() is a constant',
+            ) from None
         if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
             numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
             array = np.array(numbers).reshape(array.shape)

@@ -22,15 +22,19 @@ class Target:
 
     threads   the number of threads on a CPU; None: one for each core that the process may use
 
-    Raises UsageError for a name that is not in `treadle.ir.hardware.HARDWARE`, for threads that are not an integer from
-    1 to `MOST_THREADS`, and for threads of a GPU.
+    Raises UsageError for a name that is not text or not in `treadle.ir.hardware.HARDWARE`, for threads that are not an
+    integer from 1 to `MOST_THREADS`, and for threads of a GPU.
     """
 
     name: str
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        base, colon, index = self.name.partition(":")
+        name: object = self.name
+        if not isinstance(name, str):
+            hint = 't.Target("cpu", threads=4), t.Target("cuda")'
+            raise UsageError("the name of a target is text", received=f"{name!r:.80}", hint=hint)
+        base, colon, index = name.partition(":")
         selects = base == "cuda" and index.isdecimal()
         find_hardware(base if not colon or selects else self.name, "target")
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):

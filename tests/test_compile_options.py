@@ -28,7 +28,7 @@ from treadle.explaining.quantization import explain_quantization
 from treadle.explaining.sharding import explain_sharding
 from treadle.explaining.step import explain_step
 from treadle.explaining.storage import explain_storage
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.target import Target
 from treadle.program.option_declarations import Option
 from treadle.program.option_table import EXPLAINED, declared_options, taken_by
@@ -107,6 +107,65 @@ def flagged(*entries: str) -> list[Option]:
 def own_parameters(command: str) -> set[str]:
     """Return the parameters that a command declares itself."""
     return {*inspect.signature(inspect.unwrap(GROUP.commands[command].callback)).parameters}
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_of_another_type_is_refused_with_the_option(name: str) -> None:
+    entry = sorted(declared_options()[name].takers)[0]
+    CompileOptions.of(entry, {name: VALUES[name]})
+    with pytest.raises(UsageError, match=f"^{name}= must be ") as caught:
+        CompileOptions.of(entry, {name: 1.5})
+    assert caught.value.received == "1.5"
+    option, equals, example = (caught.value.hint or "").partition("=")
+    if equals and option == name:
+        CompileOptions.of(entry, {name: eval(example)})
+    else:
+        assert declared_options()[name].about.startswith(str(caught.value.hint))
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [
+        ({"sizes": "B=1,S=2"}, "sizes={'B': 1, 'S': 2}"),
+        ({"seed": "7"}, "seed=7"),
+        ({"limits": "tensors=7"}, "limits={'tensors': 7}"),
+        ({"seed": "a"}, "an integer, 0 or more"),
+        ({"seed": True}, "an integer, 0 or more"),
+        ({"certify": "yes"}, "test every rewrite on random values before it is accepted"),
+        ({"config": 3}, 'config={"layers": 2}'),
+    ],
+)
+def test_a_text_that_the_flag_would_read_is_shown_as_python_writes_it(options: dict[str, Any], tried: str) -> None:
+    with pytest.raises(UsageError, match=r"^\w+= must be ") as caught:
+        t.compile("gpt2", **options)
+    assert (caught.value.hint or "").startswith(tried)
+    name, _, code = tried.partition("=")
+    if name in VALUES:
+        CompileOptions.of("compile", {name: eval(code)})
+
+
+def test_numbers_of_numpy_are_integers() -> None:
+    assert CompileOptions.of("compile", {"seed": np.int64(7)}).seed == 7
+
+
+@pytest.mark.parametrize("name", ["threads", "num_threads"])
+def test_threads_belong_to_the_target(name: str) -> None:
+    with pytest.raises(FrontendError, match=f"no option {name}") as caught:
+        t.compile("gpt2", **{name: 2})
+    hint = caught.value.hint
+    assert (str(hint), getattr(hint, "command", None)) == ('target=t.Target("cpu", threads=2)', "--threads 2")
+    assert CompileOptions.of("compile", {"target": eval(str(hint).partition("=")[2])}).where.threads == 2
+
+
+@pytest.mark.parametrize("name", [3, None, t.f32])
+def test_the_name_of_a_target_is_text(name: Any) -> None:
+    with pytest.raises(UsageError, match="the name of a target is text") as caught:
+        Target(name)
+    for code in re.findall(r"t\.Target\([^)]*\)", caught.value.hint or ""):
+        assert isinstance(eval(code), Target)
 
 
 def test_every_command_and_every_option_is_in_these_tests() -> None:

@@ -26,7 +26,7 @@ def example(x: t.f32["B 4"], y: t.f32["B 4"] | None, z: t.f32["B 4"] | None):
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an unknown pass": (lambda: compile(example, passes="default"), "unknown pass 'default'"),
-    "no passes": (lambda: compile(example, passes=3), "passes= must be a list of passes"),  # type: ignore[arg-type]
+    "no passes": (lambda: compile(example, passes=3), "passes= must be a list or text"),  # type: ignore[arg-type]
     "a pass's class": (lambda: compile(example, passes=[Canonicalize]), "passes= must be a list of passes"),  # type: ignore[list-item]
     "negative seed": (lambda: compile(example, seed=-1), "a seed is 0 or more, not -1"),
     "letters": (lambda: compile(example, inputs="yz"), "inputs= is a list of names"),

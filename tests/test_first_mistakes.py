@@ -6,6 +6,7 @@ Every hint that is code is run and compared with the same tensors.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -17,11 +18,22 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from tests.error_texts import raises_freely
 from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
+from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import raising_line
-from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
+from treadle.ir.types import Dim
+from treadle.ir.wording.call_spelling import option_guess, spelled_call
+from treadle.ir.wording.other_spellings import (
+    LEFT_OUT_OPTIONS,
+    OTHER_FUNCTIONS,
+    OTHER_METHODS,
+    OTHER_OPTIONS,
+    OTHER_WORDS,
+    without_option,
+)
 
 Body = Callable[..., Any]
 
@@ -54,7 +66,8 @@ def follow(code: str) -> None:
         tokens = t.positions(t.reduce_sum(x, axes=(-1,)))
         q = k = v = t.rearrange(x, pattern="b s d -> b 1 s d")
         signal, images = (t.expand(t.constant(0.0), shape=shape) for shape in [(1, 3, 4), (1, 3, 4, 4)])
-        names = {"t": t, "x": x, "y": x, "q": q, "k": k, "v": v, "tokens": tokens}
+        names = {"t": t, "x": x, "y": x, "q": q, "k": k, "v": v, "tokens": tokens, "positions": t.positions(x)}
+        names["value"] = 2.5
         eval(code, names | {"condition": x > 0, "a": x, "b": x, "signal": signal, "images": images})
 
     traced(body)
@@ -166,7 +179,7 @@ def test_keywords_stand_behind_a_star() -> None:
     assert layer.value.hint == "t.linear(x, out, *, bias=True, name)"
     with pytest.raises(FrontendError) as stack:
         traced(lambda x: list(t.stack("h")))  # type: ignore[call-arg]
-    assert stack.value.hint == "t.stack(name, count, *, shared=False)"
+    assert (stack.value.hint or "").endswith("and this repeats a block: t.stack(name, count, *, shared=False)")
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -220,7 +233,6 @@ def test_sizes_are_numbers_beside_tensors_and_numbers(body: Body, expected: Call
         lambda x: 1 / x.shape[1],
         lambda x: math.sqrt(x.shape[1]),
         lambda x: np.sqrt(x.shape[1]),
-        lambda x: np.zeros(x.shape),
         lambda x: np.ones(3) * x.shape[1],
     ],
 )
@@ -229,6 +241,45 @@ def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
     assert isinstance(error, SizeError)
     tensor, _ = (error.hint or "").split(" is a tensor of this value; ")
     follow(f"x / {tensor}")
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda torch, x: np.arange(x.shape[1]), "t.iota(size=x.shape[1])"),
+        (lambda torch, x: np.zeros(x.shape), "t.expand(t.constant(0.0"),
+        (lambda torch, x: np.ones((x.shape[1], 4)), "t.expand(t.constant(1.0"),
+        (lambda torch, x: torch.arange(x.shape[1]), "t.iota(size=x.shape[1])"),
+        (lambda torch, x: torch.arange(0, x.shape[1]), "t.iota(size=x.shape[1])"),
+        (lambda torch, x: torch.ones(x.shape[1], 4), "t.expand(t.constant(1.0"),
+        (lambda torch, x: torch.ones(x.shape[1], x.shape[1]), "t.expand(t.constant(1.0"),
+        (lambda torch, x: torch.ones((x.shape[1], 4)), "t.expand(t.constant(1.0"),
+        (lambda torch, x: torch.zeros(x.shape), "t.expand(t.constant(0.0"),
+        (lambda torch, x: torch.full((x.shape[1], 4), 2.5), "t.expand(t.constant(value"),
+    ],
+)
+def test_an_array_of_a_size_that_differs_is_built_by_an_op(body: Any, tried: str) -> None:
+    """The hint is the tensor that the function would return."""
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TreadleError) as caught:
+        traced(lambda x: body(torch, x))
+    assert (caught.value.source or "").startswith("tests/test_first_mistakes.py:")
+    hint = (caught.value.hint or "").partition("  #")[0]
+    assert hint.startswith(tried)
+    names = {"t": t, "value": 2.5}
+    (y,) = compile(traced(lambda x: eval(hint, names | {"x": x})), backend="numpy")(x=np.ones((2, 3, 8), "f4")).values()
+    np.testing.assert_array_equal(np.unique(y), np.unique(np.asarray(body(torch, np.ones((2, 3, 8))))))
+
+
+def test_functions_of_pytorch_take_sizes_that_are_numbers() -> None:
+    torch = pytest.importorskip("torch")
+    a = np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 3, 8)
+
+    def body(x: Any) -> Any:
+        return x + torch.arange(x.shape[-1]) * torch.full((x.shape[-1],), 2.0) + torch.ones((1, x.shape[-1]))
+
+    (y,) = compile(traced(body), backend="numpy")(x=a).values()
+    np.testing.assert_allclose(y, a + np.arange(8) * 2.0 + 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +322,7 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: x * math.exp(x) + 1, "a tensor of a model is not a Python number", "t.exp(x)"),
         (lambda x: sqrt(x), "a tensor of a model is not a Python number", "t.sqrt(x)"),
         (lambda x: math.log2(x), "a tensor of a model is not a Python number", "t.log(x) / 0.69"),
-        (lambda x: math.erfc(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
+        (lambda x: math.gamma(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: range(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: [1, 2][x], "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: round(x), "a tensor of a model is not a Python number", "t.round(x)"),
@@ -300,7 +351,7 @@ def test_python_protocols_on_tensors(body: Body, said: str, tried: str | None) -
     ("call", "function", "tried"),
     [
         (lambda torch, x: torch.relu(x), "relu", "t.relu(x)"),
-        (lambda torch, x: torch.nn.functional.softmax(x, dim=-1), "softmax", "t.softmax(x, axis=-1)"),
+        (lambda torch, x: torch.nn.functional.softmax(x, dim=-1), "softmax", "x.softmax(dim=-1)"),
         (lambda torch, x: torch.nn.functional.gelu(x), "gelu", "t.gelu(x)"),
         (lambda torch, x: torch.cat([x, x], dim=1), "cat", "t.concat(x, x, axis=1)"),
         (lambda torch, x: torch.matmul(x, x), "matmul", "t.matmul(x, y)"),
@@ -419,7 +470,13 @@ def test_a_size_is_an_integer_to_a_layer() -> None:
 
 # -- words of other libraries --------------------------------------------------------------------------------------
 
-SPELLED = sorted({*OTHER_METHODS.values(), *OTHER_FUNCTIONS.values()})
+WITH_OPTIONS = {
+    "gelu approximate='tanh'": ("tanh", "t.gelu_tanh(x)"),
+    "gelu approximate='none'": ("none", "t.gelu(x)"),
+    "gather dim": (-1, "t.take_along_axis(x, positions, axis=-1)  # or x.gather(-1, positions)"),
+    "softplus beta": (2, "t.softplus(2 * x) / 2"),
+}
+SPELLED = sorted({*OTHER_METHODS.values(), *OTHER_FUNCTIONS.values(), *(hint for _, hint in WITH_OPTIONS.values())})
 
 
 @pytest.mark.parametrize("spelled", [s for s in SPELLED if not s.startswith(("@", "t.compile"))])
@@ -457,12 +514,274 @@ def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
 
 def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
     """Every suggested option is an option of some function."""
-    import inspect
-
     words = [getattr(t, name) for name in dir(t) if name != "ops"]
     words += [getattr(t.Tensor, name) for name in dir(t.Tensor)]
     ours = {p for word in words if inspect.isfunction(word) for p in inspect.signature(word).parameters}
-    assert {here for meanings in OTHER_OPTIONS.values() for here in meanings} <= ours
+    assert {here.partition("=")[0] for meanings in OTHER_OPTIONS.values() for here in meanings} <= ours
+
+
+@pytest.mark.parametrize("key", WITH_OPTIONS)
+def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: str) -> None:
+    function, _, option = key.partition(" ")
+    value, spelled = WITH_OPTIONS[key]
+    assert without_option(function, option.partition("=")[0], value) == spelled
+    assert without_option("relu", option.partition("=")[0], value) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda x: t.gelu(x, approximate="tanh"), "t.gelu_tanh(x)"),
+        (lambda x: x.gelu(approximate="tanh"), "t.gelu_tanh(x)"),
+        (lambda x: t.gelu(x, approximate="none"), "t.gelu(x)"),
+        (lambda x: t.relu(x, inplace=True), "leave inplace= out, results are new values: relu(x, *"),
+        (lambda x: x.relu(inplace=True), "leave inplace= out, results are new values: relu(x, *"),
+        (lambda x: t.attention(x, x, x, is_causal=True), "mask=t.causal in place of is_causal=True: t.attention(q"),
+        (lambda x: t.attention(x, x, x, causal=True), "mask=t.causal in place of causal=True: t.attention(q"),
+        (lambda x: t.cross_attention(x, x, 2, is_causal=True), "mask=t.causal in place of is_causal=True: t.cross"),
+        (lambda x: t.self_attention(x, 2, is_causal=True), "did you mean causal=? t.self_attention("),
+        (lambda x: t.attention(x, x, x, dropout_p=0.1), "leave dropout_p= out, a graph has no random numbers"),
+        (lambda x: t.attention(x, x, x, enable_gqa=True), "leave enable_gqa= out, fewer heads of k and v are"),
+        (lambda x: t.linear(x, in_features=8, out_features=8, name="f"), "leave in_features= out, the size is that"),
+        (lambda x: t.parameter("w", 8, requires_grad=True), "leave requires_grad= out, t.Trainer(model, trained="),
+        (lambda x: t.embed(t.positions(x), num_embeddings=8, dim=8, name="f"), "did you mean count=? t.embed("),
+        (lambda x: t.layer_norm(x, (8,), name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
+        (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
+        (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
+        (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
+        (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
+        (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, positions, axis=-1)"),
+    ],
+)
+def test_an_option_that_is_unknown_here(body: Body, tried: str) -> None:
+    with pytest.raises(TreadleError) as caught:
+        traced(body)
+    assert (caught.value.hint or "").startswith(tried)
+
+
+def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
+    """A call with `name=` in place of another option would compile, without the option."""
+    functional = pytest.importorskip("torch").nn.functional
+    functions = [getattr(t, name) for name in dir(t)] + [getattr(t.Tensor, name) for name in dir(t.Tensor)]
+    signatures = [inspect.signature(f) for f in functions if inspect.isfunction(f)]
+    theirs = [inspect.signature(f) for f in vars(functional).values() if inspect.isfunction(f)]
+    words = {*OTHER_OPTIONS, *LEFT_OUT_OPTIONS} | {word for signature in theirs for word in signature.parameters}
+    assert len(words) > 100
+    for word in words:
+        if "name" in word.split("_"):
+            continue
+        assert not any(option_guess(word, s).startswith("did you mean name=") for s in signatures), word
+
+
+@pytest.mark.parametrize("name", sorted(n for n, op in OPS.items() if op.is_word))
+def test_the_hint_for_an_op_as_a_method_is_a_call_that_works_or_a_signature(name: str) -> None:
+    """An op with further operands or attributes is not called with x alone."""
+
+    def body(x: t.Tensor) -> None:
+        try:
+            getattr(x, name)
+        except TreadleError as error:
+            hints.append(error.hint or "")
+
+    hints: list[str] = []
+    traced(body)
+    for hint in hints:
+        if hint.startswith("t.ops."):
+            assert hint == f"t.ops.{spelled_call(name, inspect.signature(getattr(t.ops, name)))}"
+        else:
+            follow(hint.partition("  #")[0])
+
+
+def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() -> None:
+    """A name that PyTorch has is not misspelt: cumprod is not cumsum, and rrelu is not relu."""
+    torch = pytest.importorskip("torch")
+    names = {n for place in (torch.Tensor, torch.nn, torch.nn.functional) for n in dir(place) if n[0] != "_"}
+    for name in names - {*OTHER_WORDS, *dir(t)}:
+        with raises_freely(FrontendError) as caught:
+            getattr(t, name)
+        for near in re.findall(r"t\.(\w+)", str(caught.value.hint)):
+            assert near.replace("_", "").lower() in name.replace("_", "").lower(), (name, near)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda torch, x: torch.nn.functional.gelu(x, approximate="tanh"),
+        lambda torch, x: torch.nn.GELU(approximate="tanh")(x),
+        lambda torch, x: torch.nn.GELU()(x),
+        lambda torch, x: torch.nn.functional.softplus(x, beta=2),
+        lambda torch, x: torch.nn.functional.relu(x, inplace=False),
+        lambda torch, x: torch.nn.functional.softmax(x, dim=1),
+        lambda torch, x: torch.add(x, x, alpha=3),
+        lambda torch, x: torch.div(x, x, rounding_mode="floor"),
+        lambda torch, x: torch.round(x, decimals=1),
+        lambda torch, x: torch.ones_like(x),
+        lambda torch, x: torch.zeros_like(x),
+        lambda torch, x: torch.full_like(x, 2.5),
+        lambda torch, x: torch.tril(x),
+        lambda torch, x: torch.triu(x, diagonal=1),
+        lambda torch, x: torch.tile(x, (1, 1, 2)),
+        lambda torch, x: torch.repeat_interleave(x, 2, dim=1),
+        lambda torch, x: torch.transpose(x, 0, 1),
+        lambda torch, x: torch.mean(x, dim=(0, 2), keepdim=True),
+        lambda torch, x: torch.sum(x),
+        lambda torch, x: torch.var(x, -1),
+        lambda torch, x: torch.flatten(x, 1),
+        lambda torch, x: torch.squeeze(x, 0),
+        *[
+            lambda torch, x, name=name: getattr(torch.nn.functional, name)(x)
+            for name in [
+                "elu",
+                "selu",
+                "celu",
+                "relu6",
+                "leaky_relu",
+                "hardtanh",
+                "hardsigmoid",
+                "hardswish",
+                "mish",
+                "glu",
+                "logsigmoid",
+                "softsign",
+            ]
+        ],
+        *[
+            lambda torch, x, name=name: getattr(torch, name)(x)
+            for name in [
+                "log10",
+                "exp2",
+                "tan",
+                "sinh",
+                "cosh",
+                "erfc",
+                "trunc",
+                "frac",
+                "isnan",
+                "square",
+                "log2",
+                "ceil",
+            ]
+        ],
+        lambda torch, x: torch.nn.functional.elu(x, alpha=2.0),
+        lambda torch, x: torch.nn.functional.celu(x, alpha=2.0),
+        lambda torch, x: torch.nn.functional.leaky_relu(x, 0.3),
+        lambda torch, x: torch.nn.functional.softmin(x, dim=-1),
+        lambda torch, x: torch.logsumexp(x, -1),
+        lambda torch, x: torch.argmin(x, -1),
+        lambda torch, x: torch.sort(x).values,
+        lambda torch, x: torch.argsort(x),
+        lambda torch, x: torch.stack([x, x]),
+        lambda torch, x: torch.stack([x, x], dim=-1),
+        lambda torch, x: torch.cat([x, x], dim=-1),
+        lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
+        lambda torch, x: torch.nn.functional.mse_loss(x, x),
+        lambda torch, x: torch.nn.functional.l1_loss(x, x),
+        lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), 8),
+        lambda torch, x: torch.remainder(x, x),
+        lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),
+        lambda torch, x: torch.take_along_dim(x, x.argmax(-1, keepdim=True), -1),
+    ],
+)
+def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: Any) -> None:
+    torch = pytest.importorskip("torch")
+    hint = (refusal(lambda x: function(torch, x), shape="1 4 8").hint or "").partition("  #")[0]
+    a = np.random.default_rng(0).standard_normal((1, 4, 8)).astype(np.float32)
+
+    def followed(x: t.Tensor) -> Any:
+        return eval(hint, {"t": t, "x": x, "y": x, "positions": x.argmax(-1, keepdim=True), "value": 2.5})
+
+    (y,) = compile(traced(followed, shape="1 4 8"), backend="numpy")(x=a).values()
+    np.testing.assert_allclose(y, function(torch, torch.from_numpy(a)).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *[
+            getattr(np, name)
+            for name in (
+                *(
+                    "tril",
+                    "triu",
+                    "ones_like",
+                    "zeros_like",
+                    "sort",
+                    "argsort",
+                    "ravel",
+                    "isnan",
+                    "ceil",
+                    "trunc",
+                    "rint",
+                ),
+                *("log10", "log2", "exp2", "sinh", "cosh", "tan", "square", "absolute", "negative"),
+            )
+        ],
+        lambda x: np.tile(x, (1, 1, 2)),
+        lambda x: np.repeat(x, 2, axis=1),
+        lambda x: np.argmin(x, axis=-1),
+        lambda x: np.expand_dims(x, 1),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_hint_for_a_function_of_numpy_computes_what_it_computes(function: Any) -> None:
+    hint = (refusal(function, shape="1 4 8").hint or "").partition("  #")[0]
+    a = np.random.default_rng(0).uniform(0.1, 2, (1, 4, 8)).astype(np.float32)
+    (y,) = compile(traced(lambda x: eval(hint, {"t": t, "x": x}), shape="1 4 8"), backend="numpy")(x=a).values()
+    np.testing.assert_allclose(y, function(a), rtol=1e-5, atol=1e-6)
+
+
+def test_a_causal_mask_is_what_is_causal_means() -> None:
+    torch = pytest.importorskip("torch")
+    a = np.random.default_rng(0).standard_normal((1, 2, 4, 8)).astype(np.float32)
+    (y,) = compile(traced(lambda x: t.attention(x, x, x, mask=t.causal), shape="1 2 4 8"), backend="numpy")(
+        x=a
+    ).values()
+    x = torch.from_numpy(a)
+    expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+# -- parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32, 3), ((32, 3),), ([32, 3],), (np.int64(32), np.int64(3)), (Dim.of(32, "d"), 3)])
+def test_a_shape_is_sizes_or_one_sequence_of_sizes(shape: tuple[Any, ...]) -> None:
+    graph = traced(lambda x: t.parameter("w", *shape))
+    assert graph.parameters["w"].type.static_shape == (32, 3)
+    assert str(traced(lambda x: t.parameter("w", x.shape[-1:])).parameters["w"].type) == "f32[8]"
+
+
+@pytest.mark.parametrize("size", [3.0, None, True, (4, 4), [4], object(), np.ones(2)])
+def test_a_shape_of_anything_else_is_refused(size: Any) -> None:
+    for shape in ((2, size), ((2, size),)):
+        error = refusal(lambda x: t.parameter("w", *shape))  # noqa: B023
+        assert error.what == "the shape of parameter w must consist of sizes"
+        assert error.received == repr(size)
+    assert refusal(lambda x: t.parameter("w", x)).what == error.what
+
+
+@pytest.mark.parametrize("init", [0.02, 1, np.zeros, np.ones(8), None, True, ["normal"], "xavier"])
+def test_an_initial_value_is_a_word_or_an_init(init: Any) -> None:
+    error = refusal(lambda x: t.parameter("w", 8, init=init))
+    assert error.what == f"parameter w: unknown initial value {init!r}"
+    for code in re.findall(r"t\.Init\([^)]*\)", error.hint or ""):
+        traced(lambda x: t.parameter("w", 8, init=eval(code)))  # noqa: B023
+    assert "t.Init(" in (error.hint or "")
+
+
+def test_the_kind_and_the_scale_of_an_init_are_checked_where_it_is_written() -> None:
+    assert refusal(lambda x: t.Init("normall", 0.02)).what == "unknown initial value 'normall'"
+    assert refusal(lambda x: t.Init(0.02)).what == "unknown initial value 0.02"  # type: ignore[arg-type]
+    for scale in ("a", True, [1.0]):
+        assert refusal(lambda x: t.Init("normal", scale)).received == repr(scale)  # type: ignore[arg-type]  # noqa: B023
+
+
+def test_other_arguments_of_a_parameter_are_checked() -> None:
+    torch = pytest.importorskip("torch")
+    assert refusal(lambda x: t.parameter(8, 8)).what == "the name of a parameter is text"  # type: ignore[arg-type]
+    for dtype in ("f32", np.float32, torch.float32):
+        error = refusal(lambda x: t.parameter("w", 8, dtype=dtype))  # noqa: B023
+        assert (error.what, error.received) == ("parameter w: dtype must be a dtype of Treadle", repr(dtype))
 
 
 # -- masks and biases of arrays ------------------------------------------------------------------------------------
@@ -487,6 +806,29 @@ def test_masks_and_biases_take_arrays(dtype: str) -> None:
         )
 
     assert traced(arrays, dtype, "1 4 8") == traced(constants, dtype, "1 4 8")
+
+
+@pytest.mark.parametrize("make", [lambda x: np.tri(4, dtype=bool), lambda x: t.constant(np.tri(4, dtype=bool))])
+def test_an_array_as_a_mask_or_a_bias_comes_with_the_function_that_takes_it(make: Callable[[Any], Any]) -> None:
+    def attention(x: t.Tensor, **terms: Any) -> t.Tensor:
+        return t.self_attention(x, 2, **terms)
+
+    error = refusal(lambda x: attention(x, mask=make(x)), shape="1 4 8")
+    mask, bias = re.findall(r"t\.\w+\([^)]*\)", error.hint or "")
+    names = {"t": t, "x": np.tri(4, dtype=bool)}
+    traced(lambda x: attention(x, mask=eval(mask, names)), shape="1 4 8")
+    traced(lambda x: attention(x, bias=eval(bias, names | {"x": np.tri(4)})), shape="1 4 8")
+    assert refusal(lambda x: attention(x, mask=True)).hint == "mask=t.causal"
+    assert refusal(lambda x: attention(x, mask=t.alibi([1.0, 2.0]))).hint == "attention takes both: mask=..., bias=..."
+
+
+def test_a_weight_of_pytorch_is_no_constant() -> None:
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.nn.Parameter(torch.ones(8)), torch.ones(8, dtype=torch.bfloat16)):
+        error = refusal(lambda x: x * tensor)  # noqa: B023
+        assert error.what == f"cannot build a constant from a {type(tensor).__name__}"
+        weight, constant = re.findall(r"t\.parameter\([^)]*\)|w\.detach\(\)[^ ]*", error.hint or "")
+        traced(lambda x: x * eval(weight) + eval(constant, {"w": tensor}))  # noqa: B023
 
 
 def test_a_bias_must_be_a_tensor_or_an_array() -> None:

@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "terms": (lambda _: _holders(SimpleNamespace(devices=fake), "y", TERMS), RankError, "an output is left"),  # type: ignore[arg-type]
     "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
     "limits by class": (
-        lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model must be a mapping by name"
+        lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits= must be a mapping"
     ),
     "no Unicode": (
         lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written"

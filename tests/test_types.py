@@ -281,6 +281,8 @@ def test_initial_values() -> None:
 
 def test_initial_values_that_cannot_be_drawn() -> None:
     with pytest.raises(GraphError, match="unknown initial value 'xavier'"):
-        Init("xavier").draw((2,), f32, np.random.default_rng(0))
+        Init("xavier")
+    with pytest.raises(GraphError, match="the scale of the initial value normal must be a number"):
+        Init("normal", "0.02")  # type: ignore[arg-type]
     with pytest.raises(GraphError, match="cannot be drawn in bf16"):
         Init("ones").draw((2,), bf16, np.random.default_rng(0))

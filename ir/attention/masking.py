@@ -97,11 +97,18 @@ class Biases(_Applied):
         return Biases(self.entries + other.entries)
 
 
+_AXES = {2: ("s t", "s t"), 4: ("b h s t", "b h s t")}
+"""The axes that a mask and a bias of a rank have in PyTorch."""
+
+
 def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
     if hint is None and isinstance(other, _Applied):
-        hint = "attention takes both: masks=..., biases=..."
-    elif hint is None and isinstance(other, Expr):
-        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias, with the axes of x'
+        hint = "attention takes both: mask=..., bias=..."
+    elif hint is None and hasattr(other, "ndim"):  # a tensor of the model, of NumPy or of PyTorch
+        mask, bias = _AXES.get(other.ndim, ("b s t", "h s t"))
+        hint = f't.boolean_mask(x, "{mask}") as a mask, t.tensor_bias(x, "{bias}") as a bias, with the axes of x'
+    elif hint is None and other is True:
+        hint = "mask=t.causal"
     elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
         hint = {"causal": "mask=t.causal", "alibi": "bias=t.alibi(slopes)", "padding": "mask=t.padding(lengths)"}[
             other.lower()

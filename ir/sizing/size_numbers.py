@@ -9,12 +9,14 @@ x.shape[1] > 0            True, since it holds for any S; so does x.shape[1] < 2
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
 from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.source_lines import user_call
+from treadle.ir.wording.other_spellings import OTHER_WORDS
 
 if TYPE_CHECKING:
     from treadle.ir.sizing.sizes import Size
@@ -26,6 +28,15 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     **{"equal": operator.eq, "not_equal": operator.ne},
 }
 """The Python operators that NumPy's functions correspond to, for expressions with a NumPy number on the left."""
+
+
+def _numbers(operands: Iterable[Any]) -> list[Any]:
+    """Return operands of a call with the numbers of their sizes, also of those in a list or a tuple."""
+    return [
+        operator.index(x) if isinstance(x, SizeNumbers) else type(x)(_numbers(x)) if type(x) in (list, tuple) else x
+        for x in operands
+    ]
+
 
 _LONGEST = 2**63 - 1
 """The longest possible axis of an array, and the largest integer in a tensor."""
@@ -42,9 +53,12 @@ class SizeNumbers:
     def __index__(self) -> int:
         if self.constant is None:
             value = f't.size(value="{self}", dtype=t.f32) is a tensor of this value'
+            loop = "to loop over the axis, give it a number as its size, or use t.cumsum (docs/dsl.md)"
+            library, _, function = (user_call() or "").rpartition(".")  # numpy.arange, torch.ones
+            tensor = OTHER_WORDS.get(function) if library in ("np", "numpy", "torch") else None
             raise SizeError(
                 f"the size {self} is not a number while a model is traced, since it differs from call to call",
-                hint=f"{value}; to loop over the axis, give it a number as its size, or use t.cumsum (docs/dsl.md)",
+                hint=tensor or f"{value}; {loop}",
             )
         return self.constant
 
@@ -129,6 +143,13 @@ class SizeNumbers:
 
     def __format__(self, spec: str) -> str:
         return format(str(self) if self.constant is None else self.constant, spec)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, operands: Any = (), options: Any = None) -> Any:
+        """Apply a PyTorch function to the numbers of sizes. Raises SizeError if a size is not a number."""
+        return function(
+            *_numbers(operands), **dict(zip(options or {}, _numbers((options or {}).values()), strict=True))
+        )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Apply a NumPy function to the size's number. If the other operand is a NumPy number, apply the corresponding

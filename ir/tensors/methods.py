@@ -302,6 +302,21 @@ class TensorMethods(CastMethods):
         wide = self.unsqueeze(axis + 1).expand(*before, repeats, *after)
         return wide.reshape(*before[:-1], before[-1] * repeats, *after)
 
+    def repeat(self, *repeats: int | Size | Sequence[int | Size]) -> Expr:
+        """Return the tensor repeated along each axis, as NumPy's tile does; more repeats than axes add leading axes."""
+        counts = [Size.of(count) for count in _flat(repeats)]
+        new = len(counts) - self.rank
+        if new < 0:
+            raise self._refusal(
+                f"repeat needs a number for each of the {self.rank} axes, received {tuple(_flat(repeats))}",
+                f"x.repeat({', '.join(['1'] * (self.rank - 1))}, 2)",
+            )
+        x, shape = self._expr, (*[ONE] * new, *self.shape)
+        for axis in range(len(shape)):
+            x = x.unsqueeze(2 * axis) if axis >= new else x[(*[slice(None)] * 2 * axis, None, None)]
+        wide = [size for pair in zip(counts, shape, strict=True) for size in pair]
+        return x.expand(*wide).reshape(*[count * size for count, size in zip(counts, shape, strict=True)])
+
     def contiguous(self) -> Expr:
         """Return the tensor. The compiler decides where and how values are stored."""
         return self._expr
@@ -414,6 +429,23 @@ class TensorMethods(CastMethods):
 
     # -- elements ----------------------------------------------------------------------------------------------
 
+    def gather(self, dim: int, index: Expr) -> Expr:
+        """Return the elements at positions along an axis: y[i, j] = x[i, index[i, j]] for the last axis of a matrix.
+
+        index has the sizes of the tensor except along the axis. The op `t.gather` is NumPy's take instead.
+        """
+        return self.builder.take_along_axis(self._expr, index, axis=self._axis(dim))
+
+    def tril(self, diagonal: int = 0) -> Expr:
+        """Return the lower triangles of the last two axes; elements above the diagonal, moved by `diagonal`, are 0."""
+        row, column = self._rows_and_columns(diagonal)
+        return self.builder.where(column <= row, self._expr, self.builder.constant(0, self.dtype))
+
+    def triu(self, diagonal: int = 0) -> Expr:
+        """Return the upper triangles of the last two axes; elements below the diagonal, moved by `diagonal`, are 0."""
+        row, column = self._rows_and_columns(diagonal)
+        return self.builder.where(column >= row, self._expr, self.builder.constant(0, self.dtype))
+
     def masked_fill(self, mask: ExprLike, value: ExprLike) -> Expr:
         """Return the tensor with `value` where the mask is true."""
         return self.builder.where(mask, value, self._expr)
@@ -435,6 +467,13 @@ class TensorMethods(CastMethods):
     def _expr(self) -> Expr:
         """This tensor, typed as the only class that has this base."""
         return self  # type: ignore[return-value]
+
+    def _rows_and_columns(self, diagonal: int) -> tuple[Expr, Expr]:
+        """Return for the last two axes the column of each row's element on the diagonal [rows, 1], and the columns."""
+        if self.rank < 2:
+            raise self._refusal(f"a triangle has two axes, and the tensor has {self.rank}", None)
+        row = self.builder.iota(size=self.shape[-2]).unsqueeze(1)
+        return row + diagonal if diagonal else row, self.builder.iota(size=self.shape[-1])
 
     def _along(self, axis: int, index: Index) -> Expr:
         """Return the tensor indexed along one axis."""

@@ -156,13 +156,17 @@ class _Parser(StatementReader):
         s.expect(":")
         type, init = self.declared_type(), None
         if kind == "parameter" and s.accept("="):
+            start = s.ahead()
             word, scale = s.name("an initial value"), None
             if s.accept("("):
                 scale = s.accept_number()
                 if scale is None:
                     raise s.error(f"expected a number, found {s.found()}")
                 s.expect(")")
-            init = Init(word, scale)
+            try:
+                init = Init(word, scale)
+            except GraphError as error:
+                raise s.error(error.what, start, hint=error.hint) from None
         return type, init
 
     def named_type(self, kind: str, name: str, type: Type, init: Init | None, at: int) -> None:

@@ -6,7 +6,9 @@ import difflib
 import inspect
 from inspect import Parameter, Signature
 
-from treadle.ir.wording.other_spellings import OTHER_OPTIONS
+from treadle.ir.wording.other_spellings import LEFT_OUT_OPTIONS, OTHER_OPTIONS
+
+_SIMILAR = 0.75  # difflib's ratio: above it are misspellings, below it other words, such as inplace and name
 
 
 def spelled_call(name: str, signature: Signature) -> str:
@@ -22,13 +24,35 @@ def spelled_call(name: str, signature: Signature) -> str:
 
 
 def nearest_option(wanted: str, signature: Signature) -> str | None:
-    """Return the keyword parameter that has this name in other libraries, or the most similar name."""
-    by_name = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    options = [p.name for p in signature.parameters.values() if p.kind in by_name]
+    """Return the keyword parameter that has this name in other libraries, or is a misspelling or a part of the name.
+
+    None for other names: a wrong option that compiles is worse than no suggestion.
+    """
+    options = _options(signature)
     here = [name for name in OTHER_OPTIONS.get(wanted, ()) if name in options]
     if here:
         return here[0]
-    return next(iter(difflib.get_close_matches(wanted, options, n=1, cutoff=0.4)), None)
+    if wanted in OTHER_OPTIONS or wanted in LEFT_OUT_OPTIONS:  # a known word, not a misspelt one
+        return None
+    near = difflib.get_close_matches(wanted, options, n=1, cutoff=_SIMILAR)
+    return next(iter(near or [name for name in options if len(name) > 2 and name in wanted.split("_")]), None)
+
+
+def option_guess(option: str, signature: Signature) -> str:
+    """Return the beginning of a hint for an unknown option: `did you mean axis=? `, or empty if there is none."""
+    near, names = nearest_option(option, signature), _options(signature)
+    if near is not None:
+        return f"did you mean {near}=? "
+    arguments = [a for a in OTHER_OPTIONS.get(option, ()) if a.partition("=")[0] in names]
+    if arguments:
+        return f"{arguments[0]} in place of {option}=True: "
+    return f"leave {option}= out, {LEFT_OUT_OPTIONS[option]}: " if option in LEFT_OUT_OPTIONS else ""
+
+
+def _options(signature: Signature) -> list[str]:
+    """Return the parameters that can be passed by keyword."""
+    by_name = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in signature.parameters.values() if p.kind in by_name]
 
 
 def _spelled(parameter: Parameter) -> str:

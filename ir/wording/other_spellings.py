@@ -11,26 +11,67 @@ _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis:
 _LEFT_OUT = "x  # leave it out: results are new values, and have no layout in memory"
 _NO_DROPOUT = "x  # leave it out: a graph has no random numbers, also in training"
 _NO_GRADIENT = "t.stop_gradient(x)  # or t.Trainer(model, trained=[...]), which names the weights to train"
+_FILLED = "t.expand(t.constant({}, t.f32), shape=(x.shape[1], 4))  # with the sizes"
+_LIKE = "t.expand(t.constant({}, x.dtype), shape=x.shape)"
 _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
     "transpose permute swapaxes moveaxis movedim": _PERMUTED,
-    "view flatten ravel unflatten": _SPLIT,
+    "view": "x.view(x.shape[0], x.shape[1], 2, 4)",
+    "flatten ravel": "x.flatten()  # x.flatten(1) keeps the first axis",
+    "unflatten": "x.unflatten(-1, (2, -1))",
     "reshape_as view_as": "x.reshape(x.shape)",
-    "unsqueeze squeeze expand_dims": 't.rearrange(x, pattern="b s d -> b 1 s d")  # and "b 1 s d -> b s d"',
+    "unsqueeze expand_dims": "x.unsqueeze(1)",
+    "squeeze": "x[:, None].squeeze(1)",
     "mean average": "t.reduce_mean(x, axes=(-1,))",
     "sum": "t.reduce_sum(x, axes=(-1,))",
     "max amax": "t.reduce_max(x, axes=(-1,))",
     "min amin": "t.reduce_min(x, axes=(-1,))",
     "norm": "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))",
-    "var std": "t.reduce_mean((x - t.reduce_mean(x, axes=(-1,), keep=True)) ** 2, axes=(-1,))  # apply t.sqrt for std",
+    "var": "x.var(-1)  # as PyTorch's; x.var(-1, correction=0) is NumPy's",
+    "std": "x.std(-1)  # as PyTorch's; x.std(-1, correction=0) is NumPy's",
     "split chunk narrow unbind": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
-    "cat concatenate hstack vstack": "t.concat(x, x, axis=1)",
-    "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops broadcast axes of size 1",
+    "cat concatenate hstack vstack": "t.concat(x, x, axis=1)  # along axis 1",
+    "tile": "x.repeat(1, 1, 2)  # the repetitions of each axis",
+    "repeat repeat_interleave": "x.repeat_interleave(2, dim=1)  # each element; x.repeat(1, 2, 1) is PyTorch's repeat",
+    "broadcast_to": "x[:, :1].expand(-1, 3, -1)  # the sizes; -1 keeps an axis",
+    "expand_as": "x[:, :1].expand(x.shape)",
     "clip clamp": "t.minimum(t.maximum(x, 0.0), 1.0)",
-    "masked_fill tril triu": 't.where(x > 0, x, float("-inf"))  # for attention, mask=t.causal',
+    "masked_fill": 'x.masked_fill(x > 0, float("-inf"))  # for attention, mask=t.causal',
+    "tril": "x.tril()  # or x.tril(diagonal=1); for attention, mask=t.causal",
+    "triu": "x.triu()  # or x.triu(diagonal=1)",
+    "take_along_dim": "t.take_along_axis(x, positions, axis=-1)",
+    "index_select": "t.gather(x, t.iota(size=2), axis=1)",
     "log2": "t.log(x) / 0.6931471805599453",
-    "leaky_relu": "t.maximum(x, 0.01 * x)",
+    "log10": "t.log(x) / 2.302585092994046",
+    "exp2": "t.exp(0.6931471805599453 * x)",
+    "logsumexp": "t.log(t.exp(x - x.amax(-1, keepdim=True)).sum(-1)) + x.amax(-1)",
+    "tan": "t.sin(x) / t.cos(x)",
+    "sinh": "(t.exp(x) - t.exp(-x)) / 2.0",
+    "cosh": "(t.exp(x) + t.exp(-x)) / 2.0",
+    "erfc": "1.0 - t.erf(x)",
+    "trunc fix": "t.sign(x) * t.floor(t.abs(x))",
+    "frac": "x - t.sign(x) * t.floor(t.abs(x))",
+    "isnan": "x != x",
+    "argmin": "x.argmin(-1)",
+    "sort": "-(-x).topk(8).values  # 8: the size of the axis",
+    "argsort": "(-x).topk(8).indices  # 8: the size of the axis",
+    "subtract": "x - y",
+    "divide true_divide": "x / y",
+    "remainder": "x % y",
+    "leaky_relu LeakyReLU": "t.maximum(x, 0.01 * x)",
+    "elu ELU celu CELU": "t.relu(x) + t.expm1(t.minimum(x, 0.0))",
+    "selu SELU": "1.0507009873554805 * (t.relu(x) + 1.6732632423543772 * t.expm1(t.minimum(x, 0.0)))",
+    "relu6 ReLU6": "t.minimum(t.relu(x), 6.0)",
+    "hardtanh Hardtanh": "x.clamp(-1.0, 1.0)",
+    "hardsigmoid Hardsigmoid": "(x / 6.0 + 0.5).clamp(0.0, 1.0)",
+    "hardswish Hardswish": "x * (x / 6.0 + 0.5).clamp(0.0, 1.0)",
+    "mish Mish": "x * t.tanh(t.softplus(x))",
+    "glu GLU": "x.chunk(2, -1)[0] * t.sigmoid(x.chunk(2, -1)[1])",
+    "logsigmoid log_sigmoid LogSigmoid": "-t.softplus(-x)",
+    "softsign Softsign": "x / (1.0 + t.abs(x))",
+    "softmin Softmin": "t.softmax(-x, axis=-1)",
+    "avg_pool1d AvgPool1d avg_pool2d AvgPool2d": "t.average_pool(signal, kernel=(3,))  # (3, 3) over two axes",
     "square": "x * x",
     "absolute": "t.abs(x)",
     "negative": "-x",
@@ -39,19 +80,31 @@ _WORDS = {
     "swish SiLU": "t.silu(x)",
     "GELU": "t.gelu(x)",
     "ReLU": "t.relu(x)",
+    "outer": "x[:, None] * y",
+    "one_hot": "(positions[..., None] == t.iota(size=8)).long()  # of 8 classes",
+    "mse_loss MSELoss": "((x - y) ** 2).mean()",
+    "l1_loss L1Loss": "t.abs(x - y).mean()",
+    "normalize": "x / t.maximum(t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True)), 1e-12)",
     "dot bmm mm": "x @ t.rearrange(x, pattern='b s d -> b d s')",
     "topk": "t.top_k(x, k=2)",
-    "arange range": "t.iota(size=8)  # t.positions(x) along the last axis of x",
-    "zeros ones full zeros_like ones_like full_like": "t.expand(t.constant(0.0), shape=x.shape)",
+    "arange range": "t.iota(size=x.shape[1])  # or another size; dtype=t.f32 for floats",
+    "zeros empty new_zeros": _FILLED.format("0.0"),
+    "ones new_ones": _FILLED.format("1.0"),
+    "full new_full": _FILLED.format("value"),
+    "zeros_like empty_like": _LIKE.format("0.0"),
+    "ones_like": _LIKE.format("1.0"),
+    "full_like": _LIKE.format("value"),
+    "eye": "(t.iota(size=8)[:, None] == t.iota(size=8)).cast(t.f32)",
+    "linspace": "t.constant([0.0, 0.5, 1.0])",
     "tensor array asarray as_tensor": "t.constant([1.0, 2.0])",
     "Linear Dense dense": 't.linear(x, 64, name="f")',
-    "Embedding": 't.embed(t.positions(x), 100, 16, name="wte")',
+    "Embedding": 't.embed(tokens, 100, 16, name="wte")',
     "LayerNorm layernorm": 't.layer_norm(x, name="ln")',
     "RMSNorm rmsnorm": 't.rms_norm(x, name="ln")',
     "conv1d Conv1d Conv": 't.convolution(signal, 8, (3,), name="conv")  # (3, 3) over two axes',
     "conv2d conv3d Conv2d": 't.convolution(images, 8, (3, 3), name="conv")',
     "MultiheadAttention mha multihead_attention": 't.self_attention(x, 4, name="attn")',
-    "scaled_dot_product_attention sdpa": "t.attention(q, k, v, mask=t.causal)",
+    "scaled_dot_product_attention sdpa": "t.attention(q, k, v)  # with mask=t.causal for is_causal=True",
     "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
     "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
     "dropout Dropout": _NO_DROPOUT,
@@ -98,10 +151,18 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
     "softmax": "t.softmax(x, axis=-1)",
     "log_softmax": "t.log_softmax(x, axis=-1)",
     "argmax": "t.argmax(x, axis=-1)",
+    "gather": "t.take_along_axis(x, positions, axis=-1)",
+    "stack": "t.concat(x[None], y[None], axis=0)",
     "cumsum": "t.cumsum(x, axis=-1)",
     "einsum": 't.einsum(x, x, equation="b s d, b t d -> b s t")',
 }
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
+
+OTHER_MEANINGS = {
+    name: f"PyTorch's {name} is {OTHER_FUNCTIONS[name]}, and this {does}: "
+    for name, does in {"gather": "is NumPy's take", "stack": "repeats a block"}.items()
+}
+"""The beginning of a hint for a function that does something else than PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -115,11 +176,55 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dilation": ("dilations",),
     "kernel_size": ("kernel",),
     "epsilon": ("eps",),
-    "is_causal": ("causal",),
+    "ignore_index": ("ignored",),
+    "out_channels": ("channels",),
+    "num_embeddings": ("count",),
+    "embedding_dim": ("dim",),
+    "hidden_features": ("hidden",),
+    "is_causal": ("causal", "mask=t.causal"),
+    "causal": ("mask=t.causal",),
     "attn_mask": ("mask",),
     "num_heads": ("heads",),
     "activation": ("act",),
     "out_features": ("out",),
     "dtype": ("to",),
 }
-"""For each option name in other libraries, the possible names in Treadle."""
+"""For each option name in other libraries, the possible names in Treadle, or an argument in place of `True`."""
+
+_WITH_OPTIONS = {
+    "gelu approximate='tanh'": "t.gelu_tanh(x)",
+    "gelu approximate='none'": "t.gelu(x)",
+    "cat dim": "t.concat(x, x, axis={})",
+    "stack dim": "t.concat(x.unsqueeze({}), y.unsqueeze({}), axis={})",
+    "gather dim": "t.take_along_axis(x, positions, axis={})  # or x.gather({}, positions)",
+    "gather index": "t.take_along_axis(x, positions, axis=-1)  # or x.gather(-1, positions)",
+    "elu alpha": "t.relu(x) + {} * t.expm1(t.minimum(x, 0.0))",
+    "celu alpha": "t.relu(x) + {} * t.expm1(t.minimum(x, 0.0) / {})",
+    "leaky_relu negative_slope": "t.where(x > 0, x, {} * x)",
+    "softplus beta": "t.softplus({} * x) / {}",
+    "round decimals": "t.round(x * 10**{}) / 10**{}",
+    "add alpha": "x + {} * y",
+    "sub alpha": "x - {} * y",
+    "div rounding_mode='floor'": "x // y",
+    "div rounding_mode=None": "x / y",
+}
+_LEFT_OUT_OPTIONS = {
+    "inplace out": "results are new values",
+    "p training dropout dropout_p": "a graph has no random numbers, also in training",
+    "requires_grad": "t.Trainer(model, trained=[...]) names the weights to train",
+    "device": 'target="cuda" of t.compile chooses the device',
+    "memory_format": "values have no layout in memory",
+    "enable_gqa": "fewer heads of k and v are repeated for the heads of q",
+    "in_features normalized_shape embed_dim": "the size is that of the last axis of x",
+    "in_channels": "their number is the size of axis 1 of x",
+    "need_weights": "the probabilities are not returned",
+}
+
+LEFT_OUT_OPTIONS = {word: reason for words, reason in _LEFT_OUT_OPTIONS.items() for word in words.split()}
+"""Options of other libraries that have no effect here, with the reason."""
+
+
+def without_option(function: str, option: str, value: object) -> str | None:
+    """Return the call that computes what a function of another library computes with an option that Treadle lacks."""
+    spelled = _WITH_OPTIONS.get(f"{function} {option}={value!r}") or _WITH_OPTIONS.get(f"{function} {option}")
+    return None if spelled is None else spelled.replace("{}", repr(value))

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from treadle.ir.errors import GraphError
 from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Op
 from treadle.ir.source_lines import user_call
-from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_WORDS
+from treadle.ir.wording.call_spelling import spelled_call
+from treadle.ir.wording.op_signatures import op_signature
+from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_WORDS, without_option
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder
@@ -26,7 +31,31 @@ class NoSuchMethod(GraphError, AttributeError):
 def replacement(name: str, operands: int) -> str | None:
     """Return the call that replaces a function of another library, or None if there is none."""
     spelled = OTHER_WORDS.get(name) or OTHER_FUNCTIONS.get(name)
-    return spelled or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS and OPS[name].is_word else None)
+    return spelled or (_op_call(OPS[name], operands) if name in OPS and OPS[name].is_word else None)
+
+
+def _op_call(op: type[Op], operands: int) -> str:
+    """Return a call of an op with x, y and z as operands, or its signature if it needs more than that."""
+    required, most = op.arity
+    needs_more = any(field.default is dataclasses.MISSING for field in dataclasses.fields(op))  # type: ignore[arg-type]
+    if needs_more or most is None or not len(required) <= operands <= most:
+        return f"t.ops.{spelled_call(op.name, op_signature(op))}"  # t.attention is a layer, with another signature
+    return f"t.{op.name}({', '.join('xyz'[:operands])})"
+
+
+def _as_method(tensor: Any, name: str, operands: Any, options: dict[str, Any]) -> str | None:
+    """Return a call of PyTorch's function as a call of the method of that name, or None if it cannot be one."""
+    method = next((vars(base)[name] for base in type(tensor).__mro__ if name in vars(base)), None)
+    set_options = {option: value for option, value in options.items() if value is not None}
+    numbers = [*_each((operands[1:], set_options))]
+    if not operands or operands[0] is not tensor or not all(isinstance(x, int | float) for x in numbers):
+        return None
+    try:
+        inspect.signature(method).bind(tensor, *operands[1:], **set_options)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    arguments = [*map(repr, operands[1:]), *[f"{option}={value!r}" for option, value in set_options.items()]]
+    return f"x.{name}({', '.join(arguments)})"
 
 
 def _each(values: Any) -> Iterator[Any]:
@@ -93,9 +122,13 @@ class PythonProtocols:
         op = _OPERATORS.get(name.strip("_")) or _PYTORCHS_OPERATORS.get(name)
         if op is not None and len(operands) == 2 and not options and not isinstance(operands[0], PythonProtocols):
             return ours[0].builder.apply(op, *operands, name="x")
+        keywords = {option: value for option, value in (options or {}).items() if not option.startswith("_")}
+        instead = next(filter(None, (without_option(name, option, value) for option, value in keywords.items())), None)
         raise ours[0]._refusal(
             f"PyTorch's {name} takes PyTorch's tensors, not tensors of a model",
-            replacement(name, len(ours) if len(ours) == len(operands) else 1),
+            instead
+            or _as_method(ours[0], name, operands, keywords)
+            or replacement(name, len(ours) if len(ours) == len(operands) else 1),
         )
 
     def _not_numpys(self, name: str, operands: int) -> GraphError:
@@ -103,7 +136,7 @@ class PythonProtocols:
 
     def _no_such_method(self, name: str) -> NoSuchMethod:
         """Return the error for a method that tensors lack, which names the replacement."""
-        spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
+        spelled = OTHER_METHODS.get(name) or replacement(name, 1)
         if name.endswith("_") and hasattr(self, name[:-1]):
             spelled = f"x = x.{name[:-1]}(...)  # values do not change"
         return NoSuchMethod(

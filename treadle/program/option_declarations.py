@@ -10,10 +10,42 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Integral
+from os import PathLike
 from typing import Any
+
+from treadle.files.shown_names import printable
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.target import Target
+from treadle.ir.types import DType
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The values of a type in an option's annotation: their classes, and a noun for errors."""
+
+    text: str
+    classes: tuple[type, ...]
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, self.classes) and (bool in self.classes or not isinstance(value, bool))
+
+
+_KINDS = {
+    "str": _Kind("text", (str, DType)),
+    "int": _Kind("an integer", (Integral,)),
+    "bool": _Kind("True or False", (bool,)),
+    "Path": _Kind("a path", (PathLike,)),
+    "Target": _Kind("a Target", (Target,)),
+    "Mapping": _Kind("a mapping", (Mapping,)),
+    "Sequence": _Kind("a list", (Sequence, Set)),
+    "Iterable": _Kind("a list", (Iterable,)),
+}
+"""The kinds of values by the name in an annotation. A text passes as a sequence, and the option's reader refuses it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,32 @@ class Option:
         if value is None or value is self.default:
             return False
         return not (isinstance(value, str | int | float | Sequence | set) and value == self.default)
+
+    def check(self, value: object) -> None:
+        """Raise UsageError for a value of another type than the option's. None is a value of every option."""
+        kinds = [kind.partition("[")[0] for kind in self.type.split(" | ") if kind != "None"]
+        if value is None or any(_KINDS[kind].accepts(value) for kind in kinds):
+            return
+        raise UsageError(
+            f"{self.name}= must be {' or '.join(dict.fromkeys(_KINDS[kind].text for kind in kinds))}",
+            received=printable(repr(value))[:80],
+            hint=self._parsed(value) or self._example() or self.about.partition(". ")[0],
+        )
+
+    def _example(self) -> str | None:
+        """Return the option with the value that `about` has as an example, or None if it has none."""
+        example = re.search(r"such as (\(.*?\)|\{.*?\}|\".*?\")", self.about)
+        return None if example is None else f"{self.name}={example[1]}"
+
+    def _parsed(self, value: object) -> str | None:
+        """Return the option with the value that its flag reads from a text: `sizes={'B': 1}` for "B=1"."""
+        if not isinstance(value, str) or self.flag is None:
+            return None
+        try:
+            parsed = int(value) if self.type == "int" else self.flag.parse([value] if self.flag.many else value)
+        except (ValueError, TreadleError):
+            return None
+        return None if isinstance(parsed, str) else f"{self.name}={printable(repr(parsed))}"
 
 
 def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, *, takers: Collection[str] = ()) -> Any:

@@ -65,12 +65,19 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         keywords  `config` is the model's configuration as a mapping, for names that are also options
         defaults  defaults of this function, if they differ from the options' own
 
-        Raises UsageError for an option that the function does not take, and for an unknown target.
+        Raises UsageError for an option that the function does not take, for a value of another type than the option's,
+        and for an unknown target.
         """
         known = declared_options()
         for name in keywords:
             if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
+            if name in known:
+                known[name].check(keywords[name])
+        if not isinstance(keywords.get("config") or {}, Mapping):
+            raise UsageError(
+                "config= must be a mapping", received=printable(repr(keywords["config"])), hint='config={"layers": 2}'
+            )
         chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
@@ -202,7 +209,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        if error.option is not None and (near := self._nearest(error.option)):
+        if error.option in _THREADS and any(each.name == "target" for each in taken_by(self.entry)):
+            count = printable(repr(self.config[error.option])) if error.option in self.config else 2
+            error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
+        elif error.option is not None and (near := self._nearest(error.option)):
             command = str(getattr(error.hint, "command", error.hint) or "")
             error.hint = Hint(f"did you mean {near[0]}=, an option of {entry_text(self.entry)}?", command)
 
@@ -213,6 +223,9 @@ def _dtype_names(value: Any) -> Any:
         return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
     return str(value) if isinstance(value, DType) else value
 
+
+_THREADS = ("threads", "num_threads", "n_threads", "nthreads", "num_cpus")
+"""The number of threads, which belongs to the target, by its names in other libraries."""
 
 _OTHER_LIBRARIES = {
     "lr": "learning_rate",

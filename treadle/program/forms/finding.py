@@ -35,10 +35,6 @@ def find_form(model: Unopened, weights: str | Path | None, limits: Limits) -> Mo
 
     Raises UsageError if there is no such model, and for weights or limits that do not apply to it.
     """
-    given: object = limits
-    if given is not None and not isinstance(given, Mapping):
-        what, hint = "limits of a model must be a mapping by name", '{"tensors": 1_000_000}'
-        raise UsageError(what, received=type(given).__name__, hint=hint)
     text = str(model) if isinstance(model, str | Path) else ""
     path, colon, function = text.rpartition(":")
     in_python = bool(colon) and path.endswith(".py")
