@@ -32,7 +32,7 @@ class Target:
     def __post_init__(self) -> None:
         name: object = self.name
         if not isinstance(name, str):
-            hint = 't.Target("cpu", threads=4), t.Target("cuda")'
+            hint = Hint('t.Target("cpu", threads=4), t.Target("cuda")', "--target cpu, or --target cuda")
             raise UsageError("the name of a target is text", received=f"{name!r:.80}", hint=hint)
         base, colon, index = name.partition(":")
         selects = base == "cuda" and index.isdecimal()

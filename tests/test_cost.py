@@ -150,6 +150,7 @@ def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
         return cost(lambda b, table, i: b.embedding(table, i), f"f32[{rows}, 768]", f"i64[{count}]").bytes
 
     assert looked_up(30522, 128) == 128 * 768 * 4 * 2 + 128 * 8
+    assert cost(lambda b, table, i: b.gather(table, i), "i64[4]", "i64[3]").bytes == 8 * (3 + 3 + 3), "of integers"
     assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "at most the whole"
 
 

@@ -136,6 +136,8 @@ FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for
     "frontends/safetensors_file.py",  # a script that converts the file
     "frontends/torch_export/",
     "ir/attention/masking.py",
+    "ir/initial_values.py",
+    "ir/literals.py",
     "ir/ops/",
     "ir/transforms/chosen_outputs.py",
     "models/family.py",  # with the command for the file

@@ -146,10 +146,13 @@ def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int]
 
 def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], results: list[Type], sizes: Sizes) -> int:
     application = op.apply(operands)
+    indexed = {name for name, factor in application.factors.items() if factor.role is Role.INDEXED}
     of_operands = [None if dims is None else _factors(dims) for dims in application.operands]
-    of_results = set[str]().union(*map(_factors, application.results))
-    indices = [names for t, names in zip(operands, of_operands, strict=True) if t is not None and t.dtype.is_int]
-    of_indices = set[str]().union(*(names or () for names in indices))
+    looked_up = indexed - set[str]().union(*map(_factors, application.results))
+    of_indices = set[str]()
+    for t, names in zip(operands, of_operands, strict=True):
+        if t is not None and t.dtype.is_int and names is not None and not names & indexed:
+            of_indices |= names
 
     def elements(names: Iterable[str]) -> int:
         return product(application.dims[name].size for name in names).evaluate(sizes)
@@ -158,9 +161,9 @@ def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], resul
     for t, held, names in zip(operands, stored, of_operands, strict=True):
         if t is None or held is None or names is None:
             continue
-        count, plain = held.bytes_at(sizes), {n for n in names if application.factors[n].role is not Role.INDEXED}
-        if names - plain - of_results:  # of an axis that is looked up, the elements at the indices
-            count = min(count, count * elements(plain | of_indices) // max(1, elements(names)))
+        count = held.bytes_at(sizes)
+        if names & looked_up:  # of an axis that is looked up, the elements at the indices
+            count = min(count, count * elements((names - indexed) | of_indices) // max(1, elements(names)))
         read += count
     written = sum(t.bytes_at(sizes) for t in results)
     return read + written
