@@ -6,7 +6,6 @@ Every hint that is code is run and compared with the same tensors.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import pickle
 import re
@@ -18,22 +17,11 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from tests.error_texts import raises_freely
 from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import raising_line
 from treadle.ir.types import Dim
-from treadle.ir.wording.call_spelling import option_guess, spelled_call
-from treadle.ir.wording.other_spellings import (
-    LEFT_OUT_OPTIONS,
-    OTHER_FUNCTIONS,
-    OTHER_METHODS,
-    OTHER_OPTIONS,
-    OTHER_WORDS,
-    without_option,
-)
 
 Body = Callable[..., Any]
 
@@ -50,12 +38,12 @@ def traced(body: Body, dtype: str = "f32", shape: str = "B S 8") -> Graph:
 
 
 def refusal(body: Body, **options: str) -> TreadleError:
-    """Return the error of tracing the model; it names a line of this file."""
+    """Return the error of tracing the model; it names a line of the test."""
     with pytest.raises(TreadleError) as caught:
         traced(body, **options)
     assert "cannot be traced" not in caught.value.what, "an error of Python's own"
     assert caught.value.source is not None
-    assert caught.value.source.startswith("tests/test_first_mistakes.py:")
+    assert caught.value.source.startswith(("tests/test_first_mistakes.py:", "tests/test_other_libraries.py:"))
     return caught.value
 
 
@@ -263,7 +251,7 @@ def test_an_array_of_a_size_that_differs_is_built_by_an_op(body: Any, tried: str
     torch = pytest.importorskip("torch")
     with pytest.raises(TreadleError) as caught:
         traced(lambda x: body(torch, x))
-    assert (caught.value.source or "").startswith("tests/test_first_mistakes.py:")
+    assert (caught.value.source or "").startswith(("tests/test_first_mistakes.py:", "tests/test_other_libraries.py:"))
     hint = (caught.value.hint or "").partition("  #")[0]
     assert hint.startswith(tried)
     names = {"t": t, "value": 2.5}
@@ -410,7 +398,9 @@ def test_lines_of_numpy_are_not_the_users() -> None:
 
     with pytest.raises(ValueError, match="axis 4") as caught:
         fails()
-    assert str(raising_line(caught.value)).startswith("tests/test_first_mistakes.py:")
+    assert str(raising_line(caught.value)).startswith(
+        ("tests/test_first_mistakes.py:", "tests/test_other_libraries.py:")
+    )
 
 
 # -- arguments of layers -------------------------------------------------------------------------------------------
@@ -466,279 +456,6 @@ def test_a_wrong_argument_is_told_by_its_name(body: Body, said: str, tried: str 
 def test_a_size_is_an_integer_to_a_layer() -> None:
     graph = traced(lambda x: t.mlp(t.self_attention(x, x.shape[-1]), 4 * x.shape[-1]))
     assert str(graph.parameters["mlp.up.weight"].type) == "f32[ffn=32, 8]"
-
-
-# -- words of other libraries --------------------------------------------------------------------------------------
-
-WITH_OPTIONS = {
-    "gelu approximate='tanh'": ("tanh", "t.gelu_tanh(x)"),
-    "gelu approximate='none'": ("none", "t.gelu(x)"),
-    "gather dim": (-1, "t.take_along_axis(x, positions, axis=-1)  # or x.gather(-1, positions)"),
-    "softplus beta": (2, "t.softplus(2 * x) / 2"),
-}
-SPELLED = sorted({*OTHER_METHODS.values(), *OTHER_FUNCTIONS.values(), *(hint for _, hint in WITH_OPTIONS.values())})
-
-
-@pytest.mark.parametrize("spelled", [s for s in SPELLED if not s.startswith(("@", "t.compile"))])
-def test_hints_for_other_libraries_names_work(spelled: str) -> None:
-    follow(spelled.partition("  #")[0])
-
-
-@pytest.mark.parametrize("word", OTHER_WORDS)
-def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
-    assert not hasattr(t, word)
-    with pytest.raises(FrontendError) as caught:
-        getattr(t, word)
-    assert caught.value.hint == OTHER_WORDS[word]
-
-
-@pytest.mark.parametrize(
-    ("body", "tried"),
-    [
-        (lambda x: x.astype("f2"), "x.cast(t.f32)"),
-        (lambda x: x.eq(0), "x == x"),
-        (lambda x: x.cuda(), "t.compile(model)(...)"),
-        (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
-        (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
-        (lambda x: t.Softmax(x), "did you mean t.softmax"),
-        (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
-        (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),
-        (lambda x: t.reduce_mean(x, axes=(-1,), keepdims=True), "did you mean keep=?"),
-        (lambda x: t.max_pool(x, kernel_size=3), "did you mean kernel=?"),
-    ],
-)
-def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
-    assert (refusal(body).hint or "").startswith(tried)
-
-
-def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
-    """Every suggested option is an option of some function."""
-    words = [getattr(t, name) for name in dir(t) if name != "ops"]
-    words += [getattr(t.Tensor, name) for name in dir(t.Tensor)]
-    ours = {p for word in words if inspect.isfunction(word) for p in inspect.signature(word).parameters}
-    assert {here.partition("=")[0] for meanings in OTHER_OPTIONS.values() for here in meanings} <= ours
-
-
-@pytest.mark.parametrize("key", WITH_OPTIONS)
-def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: str) -> None:
-    function, _, option = key.partition(" ")
-    value, spelled = WITH_OPTIONS[key]
-    assert without_option(function, option.partition("=")[0], value) == spelled
-    assert without_option("relu", option.partition("=")[0], value) is None
-
-
-@pytest.mark.parametrize(
-    ("body", "tried"),
-    [
-        (lambda x: t.gelu(x, approximate="tanh"), "t.gelu_tanh(x)"),
-        (lambda x: x.gelu(approximate="tanh"), "t.gelu_tanh(x)"),
-        (lambda x: t.gelu(x, approximate="none"), "t.gelu(x)"),
-        (lambda x: t.relu(x, inplace=True), "leave inplace= out, results are new values: relu(x, *"),
-        (lambda x: x.relu(inplace=True), "leave inplace= out, results are new values: relu(x, *"),
-        (lambda x: t.attention(x, x, x, is_causal=True), "mask=t.causal in place of is_causal=True: t.attention(q"),
-        (lambda x: t.attention(x, x, x, causal=True), "mask=t.causal in place of causal=True: t.attention(q"),
-        (lambda x: t.cross_attention(x, x, 2, is_causal=True), "mask=t.causal in place of is_causal=True: t.cross"),
-        (lambda x: t.self_attention(x, 2, is_causal=True), "did you mean causal=? t.self_attention("),
-        (lambda x: t.attention(x, x, x, dropout_p=0.1), "leave dropout_p= out, a graph has no random numbers"),
-        (lambda x: t.attention(x, x, x, enable_gqa=True), "leave enable_gqa= out, fewer heads of k and v are"),
-        (lambda x: t.linear(x, in_features=8, out_features=8, name="f"), "leave in_features= out, the size is that"),
-        (lambda x: t.parameter("w", 8, requires_grad=True), "leave requires_grad= out, t.Trainer(model, trained="),
-        (lambda x: t.embed(t.positions(x), num_embeddings=8, dim=8, name="f"), "did you mean count=? t.embed("),
-        (lambda x: t.layer_norm(x, (8,), name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
-        (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
-        (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
-        (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
-        (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
-        (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, positions, axis=-1)"),
-    ],
-)
-def test_an_option_that_is_unknown_here(body: Body, tried: str) -> None:
-    with pytest.raises(TreadleError) as caught:
-        traced(body)
-    assert (caught.value.hint or "").startswith(tried)
-
-
-def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
-    """A call with `name=` in place of another option would compile, without the option."""
-    functional = pytest.importorskip("torch").nn.functional
-    functions = [getattr(t, name) for name in dir(t)] + [getattr(t.Tensor, name) for name in dir(t.Tensor)]
-    signatures = [inspect.signature(f) for f in functions if inspect.isfunction(f)]
-    theirs = [inspect.signature(f) for f in vars(functional).values() if inspect.isfunction(f)]
-    words = {*OTHER_OPTIONS, *LEFT_OUT_OPTIONS} | {word for signature in theirs for word in signature.parameters}
-    assert len(words) > 100
-    for word in words:
-        if "name" in word.split("_"):
-            continue
-        assert not any(option_guess(word, s).startswith("did you mean name=") for s in signatures), word
-
-
-@pytest.mark.parametrize("name", sorted(n for n, op in OPS.items() if op.is_word))
-def test_the_hint_for_an_op_as_a_method_is_a_call_that_works_or_a_signature(name: str) -> None:
-    """An op with further operands or attributes is not called with x alone."""
-
-    def body(x: t.Tensor) -> None:
-        try:
-            getattr(x, name)
-        except TreadleError as error:
-            hints.append(error.hint or "")
-
-    hints: list[str] = []
-    traced(body)
-    for hint in hints:
-        if hint.startswith("t.ops."):
-            assert hint == f"t.ops.{spelled_call(name, inspect.signature(getattr(t.ops, name)))}"
-        else:
-            follow(hint.partition("  #")[0])
-
-
-def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() -> None:
-    """A name that PyTorch has is not misspelt: cumprod is not cumsum, and rrelu is not relu."""
-    torch = pytest.importorskip("torch")
-    names = {n for place in (torch.Tensor, torch.nn, torch.nn.functional) for n in dir(place) if n[0] != "_"}
-    for name in names - {*OTHER_WORDS, *dir(t)}:
-        with raises_freely(FrontendError) as caught:
-            getattr(t, name)
-        for near in re.findall(r"t\.(\w+)", str(caught.value.hint)):
-            assert near.replace("_", "").lower() in name.replace("_", "").lower(), (name, near)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda torch, x: torch.nn.functional.gelu(x, approximate="tanh"),
-        lambda torch, x: torch.nn.GELU(approximate="tanh")(x),
-        lambda torch, x: torch.nn.GELU()(x),
-        lambda torch, x: torch.nn.functional.softplus(x, beta=2),
-        lambda torch, x: torch.nn.functional.relu(x, inplace=False),
-        lambda torch, x: torch.nn.functional.softmax(x, dim=1),
-        lambda torch, x: torch.add(x, x, alpha=3),
-        lambda torch, x: torch.div(x, x, rounding_mode="floor"),
-        lambda torch, x: torch.round(x, decimals=1),
-        lambda torch, x: torch.ones_like(x),
-        lambda torch, x: torch.zeros_like(x),
-        lambda torch, x: torch.full_like(x, 2.5),
-        lambda torch, x: torch.tril(x),
-        lambda torch, x: torch.triu(x, diagonal=1),
-        lambda torch, x: torch.tile(x, (1, 1, 2)),
-        lambda torch, x: torch.repeat_interleave(x, 2, dim=1),
-        lambda torch, x: torch.transpose(x, 0, 1),
-        lambda torch, x: torch.mean(x, dim=(0, 2), keepdim=True),
-        lambda torch, x: torch.sum(x),
-        lambda torch, x: torch.var(x, -1),
-        lambda torch, x: torch.flatten(x, 1),
-        lambda torch, x: torch.squeeze(x, 0),
-        *[
-            lambda torch, x, name=name: getattr(torch.nn.functional, name)(x)
-            for name in [
-                "elu",
-                "selu",
-                "celu",
-                "relu6",
-                "leaky_relu",
-                "hardtanh",
-                "hardsigmoid",
-                "hardswish",
-                "mish",
-                "glu",
-                "logsigmoid",
-                "softsign",
-            ]
-        ],
-        *[
-            lambda torch, x, name=name: getattr(torch, name)(x)
-            for name in [
-                "log10",
-                "exp2",
-                "tan",
-                "sinh",
-                "cosh",
-                "erfc",
-                "trunc",
-                "frac",
-                "isnan",
-                "square",
-                "log2",
-                "ceil",
-            ]
-        ],
-        lambda torch, x: torch.nn.functional.elu(x, alpha=2.0),
-        lambda torch, x: torch.nn.functional.celu(x, alpha=2.0),
-        lambda torch, x: torch.nn.functional.leaky_relu(x, 0.3),
-        lambda torch, x: torch.nn.functional.softmin(x, dim=-1),
-        lambda torch, x: torch.logsumexp(x, -1),
-        lambda torch, x: torch.argmin(x, -1),
-        lambda torch, x: torch.sort(x).values,
-        lambda torch, x: torch.argsort(x),
-        lambda torch, x: torch.stack([x, x]),
-        lambda torch, x: torch.stack([x, x], dim=-1),
-        lambda torch, x: torch.cat([x, x], dim=-1),
-        lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
-        lambda torch, x: torch.nn.functional.mse_loss(x, x),
-        lambda torch, x: torch.nn.functional.l1_loss(x, x),
-        lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), 8),
-        lambda torch, x: torch.remainder(x, x),
-        lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),
-        lambda torch, x: torch.take_along_dim(x, x.argmax(-1, keepdim=True), -1),
-    ],
-)
-def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: Any) -> None:
-    torch = pytest.importorskip("torch")
-    hint = (refusal(lambda x: function(torch, x), shape="1 4 8").hint or "").partition("  #")[0]
-    a = np.random.default_rng(0).standard_normal((1, 4, 8)).astype(np.float32)
-
-    def followed(x: t.Tensor) -> Any:
-        return eval(hint, {"t": t, "x": x, "y": x, "positions": x.argmax(-1, keepdim=True), "value": 2.5})
-
-    (y,) = compile(traced(followed, shape="1 4 8"), backend="numpy")(x=a).values()
-    np.testing.assert_allclose(y, function(torch, torch.from_numpy(a)).numpy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        *[
-            getattr(np, name)
-            for name in (
-                *(
-                    "tril",
-                    "triu",
-                    "ones_like",
-                    "zeros_like",
-                    "sort",
-                    "argsort",
-                    "ravel",
-                    "isnan",
-                    "ceil",
-                    "trunc",
-                    "rint",
-                ),
-                *("log10", "log2", "exp2", "sinh", "cosh", "tan", "square", "absolute", "negative"),
-            )
-        ],
-        lambda x: np.tile(x, (1, 1, 2)),
-        lambda x: np.repeat(x, 2, axis=1),
-        lambda x: np.argmin(x, axis=-1),
-        lambda x: np.expand_dims(x, 1),
-    ],
-    ids=lambda function: function.__name__,
-)
-def test_the_hint_for_a_function_of_numpy_computes_what_it_computes(function: Any) -> None:
-    hint = (refusal(function, shape="1 4 8").hint or "").partition("  #")[0]
-    a = np.random.default_rng(0).uniform(0.1, 2, (1, 4, 8)).astype(np.float32)
-    (y,) = compile(traced(lambda x: eval(hint, {"t": t, "x": x}), shape="1 4 8"), backend="numpy")(x=a).values()
-    np.testing.assert_allclose(y, function(a), rtol=1e-5, atol=1e-6)
-
-
-def test_a_causal_mask_is_what_is_causal_means() -> None:
-    torch = pytest.importorskip("torch")
-    a = np.random.default_rng(0).standard_normal((1, 2, 4, 8)).astype(np.float32)
-    (y,) = compile(traced(lambda x: t.attention(x, x, x, mask=t.causal), shape="1 2 4 8"), backend="numpy")(
-        x=a
-    ).values()
-    x = torch.from_numpy(a)
-    expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
 # -- parameters ----------------------------------------------------------------------------------------------------
