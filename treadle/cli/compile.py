@@ -30,6 +30,7 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifact_reading import SUFFIX, is_artifact
+    from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import with_nearest_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
@@ -38,7 +39,7 @@ def compile_model(
     from treadle.reporting.tables import console
 
     if output is not None and not is_artifact(output):
-        hint = with_nearest_suffix(str(output), [SUFFIX])
+        hint = writing_hint(output, model) or with_nearest_suffix(str(output), [SUFFIX])
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=hint)
     started = time.perf_counter()
     certify = keywords.get("certify", False)
