@@ -174,11 +174,12 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
             "the model that it was compiled from, such as FILE.py:FUNCTION --weights FOLDER",
         )
         raise UsageError(f"to {head.does} needs the model itself, not an artifact", received=source.label, hint=hint)
-    if not source.place.is_dir():
+    is_graph = source.kind == "graph"
+    if is_graph or not source.place.is_dir():
         raise UsageError(
             f"to {head.does} needs a folder with config.json",
-            received=source.place.name,
-            hint=f"a class {_named(head)}",
+            received=f"{printable(source.label)}, a graph" if is_graph else source.place.name,
+            hint=f"a class {_named(head)}" + "; t.compile(model) takes arrays" * is_graph,
         )
     config = source.config
     named = config.get("architectures")
