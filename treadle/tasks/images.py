@@ -127,7 +127,6 @@ class ImageSettings:
                 "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
             ) from None
 
-
     def misfit(self, what: str, received: str, fitting: Mapping[str, Any]) -> CheckpointError:
         """Return the error for settings that do not fit the model.
 
