@@ -23,9 +23,10 @@ from treadle.models.reading.recorded_config import RecordedConfig
 Config = Mapping[str, Any]
 
 OTHER_WAYS = """\
-or an ONNX file of the model: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
-treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it
-or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
+or its PyTorch module: treadle.compile(treadle.from_torch(module, example)); for a module of transformers, first
+module.config.use_cache = False, and if it has experts, module.set_experts_implementation("batched_mm")
+or an ONNX file of that module: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
+treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it"""
 """The end of a hint: other ways to import a model that no family of the zoo supports."""
 
 NO_PROJECTOR = "none"

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -609,7 +610,7 @@ def test_limits_are_given_by_name(tmp_path: Path) -> None:
         load_artifact(path, limits={"nods": 1})
 
 
-@pytest.mark.parametrize("name", ["m.bin", "m", "m.tredle"])
+@pytest.mark.parametrize("name", ["m.model", "m", "m.tredle"])
 def test_a_name_under_which_no_artifact_is_read_is_refused(name: str, tmp_path: Path) -> None:
     x = Builder(Graph("g"))
     x.outputs(y=x.input("x", "f32[2]") * 2.0)
@@ -619,3 +620,58 @@ def test_a_name_under_which_no_artifact_is_read_is_refused(name: str, tmp_path: 
     assert not list(tmp_path.iterdir())
     made.save(str(caught.value.hint))
     assert load_artifact(str(caught.value.hint)).name == "g"
+
+
+# -- names with the suffix of another format --------------------------------------------------------------------------
+
+OTHER_FORMATS = [*[".onnx", ".gguf", ".safetensors", ".html", ".htm", ".dot", ".json", ".pt", ".pth", ".bin", ".ONNX"]]
+
+
+@pytest.mark.parametrize("suffix", OTHER_FORMATS)
+def test_an_artifact_is_not_written_under_the_suffix_of_another_format(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = treadle.compile(gpt2, backend="numpy", **SMALL)
+    with pytest.raises(UsageError, match=rf"the name of an artifact cannot end in {suffix.lower()}") as refused:
+        made.save(f"x{suffix}")
+    assert refused.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_that_writes_another_format_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exe = treadle.compile(gpt2, backend="numpy", seed=4, **SMALL)
+    for suffix in OTHER_FORMATS:
+        if suffix.lower() == ".onnx":
+            pytest.importorskip("onnx")
+        with pytest.raises(UsageError) as refused:
+            exe.save(f"x{suffix}")
+        exec(re.split(r"; `|: no", refused.value.hint or "")[0], {"exe": exe})
+    ids = np.array([[1, 2, 3]])
+    (logits,) = exe(ids).values()
+    again = treadle.compile(gpt2, backend="numpy", weights="x.safetensors", **SMALL)
+    assert np.array_equal(again(ids)["logits"], logits)
+    assert np.array_equal(load_artifact("x.treadle", backend="numpy")(ids)["logits"], logits)
+    np.testing.assert_allclose(treadle.compile("x.onnx", backend="numpy")(ids)["logits"], logits, atol=1e-5)
+    assert Path("x.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(UsageError, match=r"the name of a report cannot end in \.treadle"):
+        exe.report().save("page.treadle")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".gguf", ".html", ".dot", ".json", ".pt", ".safetensors"])
+def test_the_command_that_writes_another_format_works(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    asked = CliRunner().invoke(app, ["compile", "gpt2", "-o", f"x{suffix}", *small])
+    assert asked.exit_code == 2
+    hint = asked.output.partition("  try ")[2].split("\n\n")[0].split()
+    if suffix == ".gguf":  # the tokenizer and the configuration of a folder are needed
+        assert hint[:6] == ["treadle", "export", "gpt2", "--to", "gguf", "-o"]
+        return
+    words = hint[1:] if hint[0] == "treadle" else ["compile", "gpt2", "-o", hint[0].rstrip(":,")]
+    done = CliRunner().invoke(app, [*words, *small])
+    assert done.exit_code == 0, done.output
+    assert len(list(tmp_path.glob("x.*"))) == 1

@@ -23,6 +23,8 @@ from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.image_patches import PatchReader
+from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import ImageReader
 
 SIZES = {
@@ -278,3 +280,43 @@ def test_a_preprocessor_that_does_not_fit(reading: dict[str, Any], tmp_path: Pat
     labelled(tmp_path, "ViT", **reading)
     with pytest.raises(CheckpointError, match=r"the settings for reading images|images must be converted to 32 x 32"):
         t.load(tmp_path).label(images[0])
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Siglip", "Dinov2"])
+def test_a_folder_without_a_preprocessor_says_so_and_names_the_options(
+    kind: str, tmp_path: Path, images: list[str]
+) -> None:
+    labelled(tmp_path, kind)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.unlink()
+    if kind == "Dinov2":  # its images may have the size of the defaults
+        assert t.load(tmp_path, backend="numpy").label(images[0])
+        return
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json") as refused:
+        t.load(tmp_path, backend="numpy").label(images[0])
+    assert "224" in (refused.value.received or "") and "32 x 32" in (refused.value.received or "")
+    assert str(refused.value.within) == str(tmp_path)
+    options, _, rest = (refused.value.hint or "").partition(" in preprocessor_config.json")
+    assert rest
+    settings.write_text(options)
+    assert t.load(tmp_path, backend="numpy").label(images[0])
+
+
+@pytest.mark.parametrize(
+    ("opens", "fits"),
+    [
+        (lambda place: ImageReader.open(place, "clip", sides=(40, 32)), lambda made: made.sides == (40, 32)),
+        (lambda place: TileReader.open(place, "idefics3", side=32), lambda made: made.side == 32),
+        (
+            lambda place: PatchReader.open(place, "qwen2_vl", merge=1, width=3 * 2 * 8 * 8),
+            lambda made: (made.merge, made.patch) == (1, 8),
+        ),
+    ],
+    ids=["crop", "tiles", "patches"],
+)
+def test_every_reader_names_the_options_that_fit(opens: Any, fits: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json") as refused:
+        opens(ModelFolder.find(tmp_path))
+    options = (refused.value.hint or "").partition(" in preprocessor_config.json")[0]
+    (tmp_path / "preprocessor_config.json").write_text(options)
+    assert fits(opens(ModelFolder.find(tmp_path)))

@@ -436,3 +436,11 @@ def test_a_folder_in_which_no_user_may_write_is_refused_before_training(source: 
     """Root has all permissions there, and still cannot create a file."""
     with pytest.raises(UsageError, match="the folder cannot be written"):
         saver_for(resolve(source), "/proc/model")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx", ".gguf", ".treadle", ".pt"])
+def test_a_folder_has_no_name_of_a_file(suffix: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"in a folder, but the name has a file's suffix, \{suffix}") as refused:
+        saver_for(resolve(source), tmp_path / f"tuned{suffix}")
+    assert refused.value.hint == str(tmp_path / "tuned")
+    saver_for(resolve(source), refused.value.hint)

@@ -304,3 +304,14 @@ def test_a_plan_of_another_graph_is_refused(made: ShardedModel, tmp_path: Path) 
     write_artifact(tmp_path / "x.treadle", "x", "numpy", "cpu", other.optimized, other.weights, 0, plan=made.plan)
     with pytest.raises(PassError, match="is malformed"):
         load_sharded(tmp_path / "x.treadle")
+
+
+def test_a_sharded_model_is_not_written_under_the_suffix_of_another_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = sharded("gpt2", "tp=2", recipe="megatron", **SMALL)
+    with pytest.raises(UsageError, match=r"cannot end in \.onnx") as refused:
+        made.save("x.onnx")
+    assert refused.value.hint == "x.treadle"
+    made.save(refused.value.hint)

@@ -250,6 +250,7 @@ X, WHOLE, TRUE, PLACES = (
     torch.ones(3, 4) > 0,
     torch.tensor([0, 2]),
 )
+STATISTICS = torch.zeros(4), torch.ones(4)
 FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "linspace": (lambda x: torch.linspace(0, 9, 4, dtype=torch.int64) + x, (X,), "integers and infinite bounds"),
     "powers": (lambda x: torch.pow(2, x), (WHOLE,), "powers of integers are not supported"),
@@ -318,7 +319,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         (X,),
         "together with another index is not supported",
     ),
-    "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "training mode is not supported"),
+    "training": (lambda x: F.batch_norm(x, *STATISTICS, training=True), (X,), "training mode is not supported"),
     "batch_norm": (nn.BatchNorm1d(4), (X,), "training mode is not supported"),
     "instance_norm": (nn.InstanceNorm1d(3, track_running_stats=True), (X[None],), "training mode is not supported"),
     "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),

@@ -4,6 +4,8 @@ transformers reads the saved models.
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ pytest.importorskip("treadle.training.trainer")
 
 from tests.command_line import Treadle, commands_in
 from tests.task_models import save, texts, without_specials, wordpiece
+from treadle.resolving import resolve
+from treadle.training.saving import saver_for
 
 pytestmark = pytest.mark.usefixtures("quickly_planned")
 
@@ -29,7 +33,7 @@ def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
     capsys.readouterr()
     run = commands_in(tmp_path, capsys, monkeypatch)
-    return lambda *words: run(*" ".join(words).split())
+    return lambda *words: run(*shlex.split(" ".join(words)))
 
 
 HOW = "--length 16 --batch 4 --learning-rate 0.01 --holdout 0.1 --json"
@@ -83,3 +87,49 @@ def test_weights_that_are_not_trained_stay_as_they_are(treadle_command: Treadle)
     before, after = (load_file(Path(name, "model.safetensors")) for name in ("gpt2", "out"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and all(".mlp." in name for name in changed)
+
+
+def named_at_the_end(said: Any) -> list[str]:
+    """Return the words of the command that the last lines of a training run name."""
+    assert said.code == 0, said.out + said.err
+    line = said.out.partition("load it by treadle ")[2].splitlines()[0]
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "command"),
+    [("gpt2", "", "generate"), ("bert", "--objective masked-token", "fill"), ("bare", "--tokenizer gpt2", "generate")],
+)
+def test_the_command_at_the_end_fits_the_model_and_works(
+    model: str, options: str, command: str, treadle_command: Treadle
+) -> None:
+    shutil.copytree("gpt2", "bare")
+    Path("bare", "tokenizer.json").unlink()
+    how = "--length 16 --batch 4 --steps 1 --backend numpy"
+    words = named_at_the_end(treadle_command(f"train {model} texts.txt -o out {how} {options}"))
+    assert words[0] == command
+    done = treadle_command(shlex.join(words), "--backend numpy")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "command"), [("BertForSequenceClassification", "classify"), ("BertModel", "inspect")]
+)
+def test_the_command_for_a_folder_saved_in_python_fits_its_class(
+    architecture: str, command: str, treadle_command: Treadle
+) -> None:
+    save(Path("from"), architecture, wordpiece())
+    resolved = resolve("from")
+    loading = saver_for(resolved, "to").save(resolved.weights or {}).loading
+    words = getattr(loading, "command", "").removeprefix("treadle ")
+    assert words.startswith(f"{command} to")
+    done = treadle_command(words)
+    assert done.code == 0, done.err
+
+
+def test_a_folder_without_a_tokenizer_is_inspected(tmp_path: Path) -> None:
+    save(tmp_path / "from", "GPT2LMHeadModel", without_specials())
+    (tmp_path / "from" / "tokenizer.json").unlink()
+    resolved = resolve(tmp_path / "from")
+    loading = saver_for(resolved, tmp_path / "to").save(resolved.weights or {}).loading
+    assert getattr(loading, "command", "").startswith("treadle inspect ")

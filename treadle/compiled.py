@@ -12,6 +12,7 @@ import numpy as np
 from treadle.artifact_texts import continues_text
 from treadle.artifact_writing import write_artifact
 from treadle.backends.protocol import Executable, Outputs, Port
+from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights, stored_weights
@@ -23,6 +24,7 @@ from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
+from treadle.program.places import ARTIFACT_SUFFIX
 from treadle.runtime.session import CHUNK, Full, Session
 from treadle.stepped import SteppedModel, step_of
 
@@ -238,6 +240,7 @@ class Compiled:
         is replaced atomically. Raises UsageError if the name does not end in .treadle, if the file cannot be written,
         or if the model has a memory budget: a budget applies to one backend, and a file stores none.
         """
+        refuse_other_format(path, "an artifact", ARTIFACT_SUFFIX)
         if self.memory is not None:
             raise UsageError(
                 "a file cannot hold a memory budget",

@@ -105,7 +105,7 @@ def load(
     *,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     mmproj: str | Path | None = None,
     weights: Mapping[str, Array] | str | Path | None = None,
     passes: Sequence[Pass] | str | None = None,
@@ -120,7 +120,7 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
     `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
-    answer, ...
+    answer, ... A graph with `weights`, and a module from `from_torch` with `tokenizer`, continue text.
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
@@ -175,7 +175,7 @@ class Trainer(_Trainer):
         gradient_accumulation_steps: int = 1,
         inputs: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Path | None = None,
         weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,

@@ -23,7 +23,7 @@ from treadle.tasks.loaded import LoadedModel
 def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
     `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
-    answer, ...
+    answer, ... A graph with `weights`, and a module from `from_torch` with `tokenizer`, continue text.
 
     OPTIONS
     config    configuration of the model, which overrides the checkpoint's
@@ -46,8 +46,10 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
     if path is None or not is_fetched(path):  # a fetched model is looked up at its first task
-        place = program.source.place
-        if place.is_file() and place.suffix == ONNX_SUFFIX:
+        source = program.source
+        if not source.has_weights or (source.path is None and source.text_source is source):
+            raise source.without_weights()
+        if source.path is not None and source.path.is_file() and source.path.suffix == ONNX_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"
             raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
     return LoadedModel(program)

@@ -110,6 +110,12 @@ class SentenceEmbedder:
                 received=printable(source.place.name),
                 hint="a folder with config.json, such as the fetched model minilm; or a declaration with weights",
             )
+        if source.kind == "graph":
+            raise UsageError(
+                "embed needs a folder with config.json, or a declaration",
+                received=f"{printable(source.label)}, a graph",
+                hint="a declaration, for which @t.model decorates a function; t.compile(model) takes arrays",
+            )
         pooling = read_pooling(source.folder)
         wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
         try:

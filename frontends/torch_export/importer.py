@@ -20,6 +20,7 @@ import treadle.frontends.torch_export.tables  # noqa: F401  (registers the opera
 from treadle.frontends.recipes.stored_triangles import triangle_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
+from treadle.frontends.torch_export.module_hints import experts_hint, mutation_hint
 from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported
 from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
 from treadle.frontends.torch_export.tracing import (
@@ -94,7 +95,7 @@ def from_torch(
     opened = open_dimensions(arguments, dynamic)
     program = exported(module, example, opened)
     try:
-        return _imported(type(module).__name__, program, opened)
+        return _imported(module, program, opened)
     except TreadleError as error:
         if error.hint is None and any(
             arguments[name].shape[axis] == 1 for name, axes in opened.items() for axis in axes if name in arguments
@@ -115,7 +116,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
-def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]) -> TorchModel:
+def _imported(
+    module: torch.nn.Module, program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
+) -> TorchModel:
     symbols, sizes = name_symbols(program, opened)
     if not _is_plain(program):
         env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
@@ -123,7 +126,7 @@ def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[
         symbols, sizes = name_symbols(program, opened)
         symbols.traced = traced if symbols.env is env else None
     with collection_paused():
-        return TorchImporter(name, program, symbols, sizes).run()
+        return TorchImporter(module, program, symbols, sizes).run()
 
 
 def _name(node: Any) -> str | None:
@@ -177,9 +180,14 @@ class TorchImporter:
     """The state of one import."""
 
     def __init__(
-        self, name: str, program: torch.export.ExportedProgram, symbols: Symbols, sizes: Mapping[str, Size]
+        self,
+        module: torch.nn.Module,
+        program: torch.export.ExportedProgram,
+        symbols: Symbols,
+        sizes: Mapping[str, Size],
     ) -> None:
-        self.name, self.program, self.symbols, self.sizes = name, program, symbols, sizes
+        self.module, self.program, self.symbols, self.sizes = module, program, symbols, sizes
+        self.name = name = type(module).__name__
         self.graph = Graph(name if name.isidentifier() and name.isascii() else "module")
         self.b = Builder(self.graph)
         self.bounds: dict[str, Bounds] = bounds_of(symbols)
@@ -198,7 +206,11 @@ class TorchImporter:
         inputs = self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                self._node(node)
+                try:
+                    self._node(node)
+                except TreadleError as error:
+                    error.hint = experts_hint(self.module, scope_of(node)) or error.hint
+                    raise
             elif node.op not in ("placeholder", "output"):
                 raise unsupported(node, f"a node of {node.op} is not supported")
         self.b.scope = ""
@@ -368,7 +380,7 @@ class TorchImporter:
                 raise FrontendError(
                     "the module changes an argument or a tensor that it holds",
                     received=f"{spec.target or spec.arg.name} ({kind.lower().replace('_', ' ')})",
-                    hint="module.eval(), if these are running statistics",
+                    hint=mutation_hint(self.module),
                 )
             name, at = names[at], at + 1
             made = self._plain(value)

@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from treadle.frontends.torch_export.lines import source_of
+from treadle.frontends.torch_export.lines import scope_of, source_of
+from treadle.frontends.torch_export.module_hints import training_hint
 from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
 from treadle.ir.sizing.size_bounds import Bounds
@@ -201,6 +202,13 @@ class TorchSite:
     def refuse(self, why: str, hint: str | None = None) -> NoReturn:
         """Raise FrontendError for an unsupported case."""
         raise unsupported(self.node, why, hint)
+
+    def refuse_training(self, why: str, argument: str) -> NoReturn:
+        """Raise FrontendError for an operator that runs as in training.
+
+        argument  the argument of the call that makes it heed the module's mode
+        """
+        self.refuse(why, training_hint(self.importer.module, scope_of(self.node), argument))
 
 
 def unsupported(node: Any, why: str, hint: str | None = None, received: str | None = None) -> FrontendError:

@@ -31,16 +31,18 @@ def _detached(site: TorchSite) -> Made:
 
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
 def _dropout(site: TorchSite) -> Made:
-    if site.flag("train") and site.real("p") != 0:
-        site.refuse("dropout in training mode is not supported", "module.eval()")
-    return site.x("input")
+    return _not_dropped(site, "training=self.training")
 
 
 @operator("native_dropout.default")
 def _native_dropout(site: TorchSite) -> Made:
+    return [_not_dropped(site, "train=self.training"), None]
+
+
+def _not_dropped(site: TorchSite, argument: str) -> Expr:
     if site.flag("train") and site.real("p") != 0:
-        site.refuse("dropout in training mode is not supported", "module.eval()")
-    return [site.x("input"), None]
+        site.refuse_training("dropout in training mode is not supported", argument)
+    return site.x("input")
 
 
 @operator("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")

@@ -110,7 +110,7 @@ def _attention(site: TorchSite) -> Made:
     """
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
     if site.real("dropout_p") != 0:
-        site.refuse("dropout is not supported", "module.eval()")
+        site.refuse_training("dropout is not supported", "dropout_p=p if self.training else 0.0")
     rank = max(q.rank, k.rank, v.rank)
     if rank > 4 or min(q.rank, k.rank, v.rank) < 2:
         site.refuse(

@@ -173,10 +173,13 @@ def _rms_norm(site: TorchSite) -> Made:
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
 @operator("_native_batch_norm_legit_functional.default")
 def _batch_norm(site: TorchSite) -> Made:
-    """Batch norm at inference, which uses the running statistics."""
-    if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
-        site.refuse("training mode is not supported", "module.eval()")
-    y = _normalized(site)
+    """Batch norm at inference, which uses the running statistics. Without them, it uses those of the batch."""
+    if site.maybe("running_mean") is None and site.maybe("running_var") is None:
+        y = _normalized_over_batch(site)
+    elif site.flag("training"):
+        site.refuse_training("training mode is not supported", "training=self.training")
+    else:
+        y = _normalized(site)
     return [y, None, None] if len(site.vals) > 1 else y
 
 
@@ -201,6 +204,17 @@ def _normalized(site: TorchSite) -> Expr:
     return _scaled(site, (site.x("input") - mean) * site.b.rsqrt(variance + site.real("eps")))
 
 
+def _normalized_over_batch(site: TorchSite) -> Expr:
+    """Normalize each channel of the input [b, c, ...] over the batch and the axes after c."""
+    b, x = site.b, site.x("input")
+    rest = [f"r{i}" for i in range(x.rank - 2)]
+    first, second = " ".join(["b", "c", *rest]), " ".join(["c", "b", *rest])
+    channels = b.rearrange(x, pattern=f"{first} -> {second}")
+    rows, _ = reshaped(b, channels, [x.shape[1], product([x.shape[0], *x.shape[2:]])])
+    y, _ = reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps")), channels.shape)
+    return _scaled(site, b.rearrange(y, pattern=f"{second} -> {first}"))
+
+
 @operator("instance_norm.default")
 def _instance_norm(site: TorchSite) -> Made:
     """[b, c, ...]: each channel of each row is normalized over the axes after it, or with the running statistics."""
@@ -208,7 +222,7 @@ def _instance_norm(site: TorchSite) -> Made:
     if not site.flag("use_input_stats"):
         return _normalized(site)
     if site.maybe("running_mean") is not None:
-        site.refuse("training mode is not supported", "module.eval()")
+        site.refuse_training("training mode is not supported", "use_input_stats=self.training")
     rows, _ = reshaped(b, x, [*x.shape[:2], product(x.shape[2:])])
     return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps")), x.shape)[0])
 

@@ -19,6 +19,7 @@ import numpy as np
 from treadle.files.shown_names import printable
 from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
 from treadle.frontends.torch_export.model import expect_dense, named_tensors
+from treadle.frontends.torch_export.module_hints import experts_hint, output_hint, scope_within
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.sizing.sizes import Size
@@ -191,7 +192,13 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
         except Exception as error:
             for name, x in _held(module):  # tensors that torch.export cannot trace, without naming them
                 expect_dense(name, x)
-            raise _refused(error) from error
+            made = _refused(error)
+            made.hint = (
+                output_hint(module, arguments, str(error))
+                or experts_hint(module, scope_within(module, error))
+                or made.hint
+            )
+            raise made from error
 
 
 def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,7 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifact_reading import SUFFIX
+    from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
@@ -38,7 +39,7 @@ def compile_model(
     from treadle.reporting.tables import console
 
     if output is not None:
-        check_suffix(output, [SUFFIX], "an artifact")
+        check_suffix(output, [SUFFIX], "an artifact", writing_hint(output, model))
     started = time.perf_counter()
     certify = keywords.get("certify", False)
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):

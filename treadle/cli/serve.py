@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ def serve_models(
     from treadle.serving.models import ServedWriter
     from treadle.serving.running import serve
 
+    _refuse_declarations_together(models, keywords.get("weights"))
     key, log = settings.read_key(), settings.open_log()
     served = []
     for model in models:
@@ -76,3 +78,33 @@ def serve_models(
         origins=settings.origins,
         ready=ready,
     )
+
+
+def _refuse_declarations_together(models: list[str], weights: object) -> None:
+    """Raise UsageError for several models with a declaration among them, whose weights no option names."""
+    from treadle.frontends.model_folder import ModelFolder
+    from treadle.ir.errors import UsageError
+    from treadle.program.further_models import compiled_apart
+    from treadle.program.source import ModelSource
+    from treadle.program.trained_folders import DeclarationReference
+
+    named = [each.partition("=") if "=" in each else ("", "", each) for each in models]
+    if len({place for _, _, place in named}) < 2:
+        return
+    of_one = Path(str(weights)) if weights is not None else None
+    stored = DeclarationReference.read(ModelFolder.find(of_one)) if of_one is not None and of_one.is_dir() else None
+    commands, served = [], []
+    for name, equals, place in named:
+        function = place.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+        file = f"{name or function}.treadle"
+        folder = str(of_one) if stored is not None and stored.label == place else "FOLDER"
+        found = compiled_apart(ModelSource.open(place), place, file, folder)
+        if found is not None:
+            commands.append(f"`{found[1]}`")
+        served.append(f"{name}{equals}{place if found is None else file}")
+    if commands:
+        raise UsageError(
+            "--weights names the weights of one model, and several models are served",
+            received=f"serve {' '.join(models)}",
+            hint=f"{', '.join(commands)}, then `treadle serve {' '.join(served)}`",
+        )

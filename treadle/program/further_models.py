@@ -19,21 +19,33 @@ def open_further(name: str, option: str) -> ModelSource:
     Raises UsageError for a declaration without weights, and for weights of a declaration in Python, with the command
     that writes both to one file; and as `ModelSource.open` does.
     """
-    source = ModelSource.open(name)
-    if source.kind not in ("declaration", "graph"):
+    source, file = ModelSource.open(name), f"{option}.treadle"
+    found = compiled_apart(source, name, file)
+    if found is None:
         return source
-    stored = None if source.path is None else DeclarationReference.read(source.folder)
-    if stored is not None and stored.is_family:
-        return source
-    file = f"{option}.treadle"
-    if stored is None:
-        received, command = f"{name}, a {source.kind}", compiling_with_weights(name, file)
-    else:
-        received, command = f"{name}, weights of {stored.label}", compiling_with_weights(stored.label, file, name)
-        if stored.file is None:
-            command = f"t.compile({stored.function}, weights={name!r}).save({file!r})"
+    received, command = found
     raise UsageError(
         f"a {option} is a model with its weights, which --weights does not name",
         received=f"--{option} {printable(received)}",
         hint=Hint(f'{option}="{file}", which `{command}` writes', f"--{option} {file}, which `{command}` writes"),
     )
+
+
+def compiled_apart(source: ModelSource, name: str, file: str, folder: str = "FOLDER") -> tuple[str, str] | None:
+    """Return a description of a declaration, and the command that writes it with its weights to `file`; None for a
+    model that one name stands for.
+
+    folder  the folder of its weights, if `name` is the declaration
+    """
+    if source.kind not in ("declaration", "graph"):
+        return None
+    stored = None if source.path is None else DeclarationReference.read(source.folder)
+    if stored is None:
+        return f"{name}, a {source.kind}", compiling_with_weights(name, file, folder)
+    if stored.is_family:
+        return None
+    if stored.file is None:
+        command = f"t.compile({stored.function}, weights={name!r}).save({file!r})"
+    else:
+        command = compiling_with_weights(stored.label, file, name)
+    return f"{name}, weights of {stored.label}", command

@@ -92,7 +92,7 @@ class ReadingOptions:
         "Raise a limit on an input file, as named in its error. Repeatable.",
         Flag("limit", "NAME=N", flag_values.parse_limits, many=True),
     )
-    tokenizer: str | None = _option(
+    tokenizer: str | Path | None = _option(  # noqa: RUF009
         None,
         "another model, whose tokenizer, chat template and end tokens are used",
         "Use another model's tokenizer.",

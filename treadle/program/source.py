@@ -207,12 +207,17 @@ class ModelSource:
         return self.form.path
 
     @property
+    def has_weights(self) -> bool:
+        """True if the model has weights that are not initial values."""
+        return self.form.has_weights
+
+    @property
     def place(self) -> Path:
         """The model's folder or file. Raises UsageError for a declaration or a graph, which has none."""
         return self.form.place
 
     def without_weights(self) -> UsageError:
-        """Return the error for a model without weights, where a command needs them."""
+        """Return the error for a model without weights, or without a folder, where a command needs one."""
         return self.form.without_weights()
 
     @property

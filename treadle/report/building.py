@@ -23,6 +23,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.explaining.sharding import ShardingReport
 from treadle.explaining.sharding import report_of as sharding_report
+from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.shown_names import printable
 from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.errors import Hint, PassError, UsageError
@@ -77,7 +78,10 @@ class Report:
         return page_text(f"{printable(self.name)}: Treadle report", self.sections)
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, whole or not at all, and return its path. Raises UsageError if that fails."""
+        """Write the page to a file, whole or not at all, and return its path. Raises UsageError if that fails, or if
+        the name has the suffix of another format.
+        """
+        refuse_other_format(path, "a report", ".html", ".htm")
         target = Path(path)
         hint = "a file in a folder that exists and is writable"
         with reporting_failed_writes("the report", target, hint=hint), replacing(target) as file:

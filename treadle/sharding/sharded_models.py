@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from treadle.artifact_reading import ArtifactLimits, open_artifact
+from treadle.artifact_reading import SUFFIX, ArtifactLimits, open_artifact
 from treadle.artifact_writing import write_artifact
+from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
 from treadle.ir.errors import Hint, UsageError
@@ -70,6 +72,7 @@ class ShardedModel:
         `treadle.load` reads such a file as the unsplit model. Raises UsageError if the name does not end in .treadle,
         or if the file cannot be written.
         """
+        refuse_other_format(path, "an artifact", SUFFIX, instead=str(Path(path).with_suffix(SUFFIX)))
         what = self.name, AUTO, "cpu", self.optimized, self.weights, self.seed, self.plan
         return write_artifact(path, *what, options=self.options)
 

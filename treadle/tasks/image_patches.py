@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import UsageError
 from treadle.tasks.images import ImagePlace, ImageReader, ImageSettings, Pixels, number_from
 
 _MOST_RATIO = 200
@@ -61,11 +61,10 @@ class PatchReader:
         made = settings.read_with(cls._of)
         length = 3 * made.frames * made.patch**2
         if (made.merge, length) != (merge, width):
-            raise CheckpointError(
-                f"patches must have {width} values, in groups of {merge} x {merge}, the model's input",
-                received=f"{length} values, in groups of {made.merge} x {made.merge}",
-                within=settings.file,
-            )
+            what = f"patches must have {width} values, in groups of {merge} x {merge}, the model's input"
+            received = f"{length} values, in groups of {made.merge} x {made.merge}"
+            fitting = {"merge_size": merge, "patch_size": math.isqrt(width // (3 * made.frames))}
+            raise settings.misfit(what, received, fitting)
         return made
 
     @classmethod

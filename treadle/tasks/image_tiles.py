@@ -60,11 +60,8 @@ class TileReader:
         settings = ImageSettings.read(place, kind)
         made = settings.read_with(cls._of)
         if made.side != side:
-            raise CheckpointError(
-                f"images must be split into tiles of {side} x {side} pixels, the model's input size",
-                received=f"max_image_size {made.side}",
-                within=settings.file,
-            )
+            what = f"images must be split into tiles of {side} x {side} pixels, the model's input size"
+            raise settings.misfit(what, f"max_image_size {made.side}", {"max_image_size": {"longest_edge": side}})
         return made
 
     @classmethod

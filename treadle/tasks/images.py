@@ -10,9 +10,10 @@ Sources: the image processors of Hugging Face transformers that use Pillow, and 
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,11 +82,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 class ImageSettings:
     """The options of a folder's image processor, with the defaults of a kind of model.
 
-    file  the file's name in errors
+    file  the file's name in errors; for a folder without such a file, the folder's name
+    is_default  True if the folder has no such file
     """
 
     options: Mapping[str, Any]
     file: str
+    is_default: bool = False
 
     @classmethod
     def read(cls, place: ImagePlace, kind: str) -> ImageSettings:
@@ -97,13 +100,14 @@ class ImageSettings:
         if isinstance(place, ImageSettings):
             return place
         _need_pillow()
-        name, given = _FILE, {}
         if place.has(_FILE):
-            given = place.read_settings(_FILE)
+            name, given = _FILE, place.read_settings(_FILE)
         elif place.has(_PROCESSOR) and isinstance(
             inner := place.read_settings(_PROCESSOR).get("image_processor"), dict
         ):
             name, given = _PROCESSOR, inner
+        else:
+            return replace(cls.of({}, place.shown, kind), is_default=True)
         return cls.of(given, place.show(name), kind)
 
     @classmethod
@@ -122,6 +126,21 @@ class ImageSettings:
             raise CheckpointError(
                 "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
             ) from None
+
+    def misfit(self, what: str, received: str, fitting: Mapping[str, Any]) -> CheckpointError:
+        """Return the error for settings that do not fit the model.
+
+        what      the requirement of the model
+        fitting   options that fit it
+        """
+        if not self.is_default:
+            return CheckpointError(what, received=received, within=self.file)
+        return CheckpointError(
+            f"the folder has no {_FILE}, and the default settings do not fit the model",
+            received=f"{received}; {what}",
+            within=self.file,
+            hint=f"{json.dumps(fitting)} in {_FILE}, if the other defaults fit; or that file of the original model",
+        )
 
 
 def _need_pillow() -> None:
@@ -169,11 +188,11 @@ class ImageReader:
         settings = ImageSettings.read(place, kind)
         made = settings.read_with(lambda options: cls.of(options, square=kind == "llava"))
         if sides is not None and made.sides != sides:
-            raise CheckpointError(
-                f"images must be converted to {sides[0]} x {sides[1]} pixels, the model's input size",
-                received=repr(made.crop or made.size),
-                within=settings.file,
-            )
+            what = f"images must be converted to {sides[0]} x {sides[1]} pixels, the model's input size"
+            given = dict(zip(("height", "width"), sides, strict=True))
+            fitting = {"size": {"shortest_edge": max(sides)} if isinstance(made.size, int) else given}
+            fitting |= {"crop_size": given} if made.crop is not None else {}
+            raise settings.misfit(what, repr(made.crop or made.size), fitting)
         return made
 
     @classmethod

@@ -188,7 +188,9 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         raise UsageError(f"to {head.does} needs the model itself, not an artifact", received=source.label, hint=hint)
     if source.kind in _NO_FOLDERS:
         label, hint = printable(source.label), Hint(head.folders, head.folders)
-        if source.kind == "declaration" and str(source.path) != source.label:
+        if source.kind == "graph":
+            hint = Hint(f"{hint}; t.compile(model) takes arrays", str(hint))
+        elif source.kind == "declaration" and str(source.path) != source.label:
             hint = Hint(
                 f"{hint}; t.compile({source.label!r}) runs the declaration on arrays",
                 f"{hint}; `treadle run {label} --input NAME=FILE.npy` runs the declaration on arrays",

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from treadle.exporting.file_formats import writing_hint
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import check_writable, replacing, reporting_failed_writes
@@ -39,15 +41,13 @@ from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.frontends.vocabularies.folder_vocabulary import TOKENIZER_FILES
-from treadle.ir.analysis.causality import is_causal
-from treadle.ir.analysis.following import follow
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
-from treadle.passes.stages import Recognize, run
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import DeclarationReference
+from treadle.training.saved_uses import SavedUse, use_of_declaration, use_of_folder
 from treadle.training.text_data import TextFiles
 from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights
 
@@ -110,28 +110,10 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
         own = path if path is None or path.is_dir() else path.parent
         folder, reference = checked_folder(target, replace, own), source.reference(resolved.model)
         kept = TextFiles({} if source.text_source is source else source.text_files())
-        return WeightsSaver(folder, reference, _task(resolved), kept)
+        return WeightsSaver(folder, reference, use_of_declaration(resolved), kept)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
-    return FolderSaver.open(resolved.source, shapes, target, replace=replace)
-
-
-def _task(resolved: Resolved) -> str:
-    """Return the command that uses a declaration's output `logits`. Logits of tokens with fewer classes than the
-    tokenizer has tokens are labels.
-    """
-    logits, source = resolved.graph.main.outputs.get("logits"), resolved.source
-    if logits is None or logits.type.rank not in (2, 3):
-        return ""
-    if logits.type.rank == 2:
-        return "classify"
-    classes = logits.type.shape[-1].constant
-    count = 0 if source.text_source is source else len(source.tokenizer().vocabulary())
-    if classes is not None and classes < count:
-        return "tag"
-    axis, graph = logits.type.shape[1].as_symbol, run(resolved.graph, [Recognize()]).graph
-    if axis is None or not is_causal(graph, axis, "logits"):
-        return "fill"
-    return "generate" if follow(graph, axis).step() else "perplexity"
+    saver = FolderSaver.open(resolved.source, shapes, target, replace=replace)
+    return dataclasses.replace(saver, use=use_of_folder(resolved))
 
 
 @dataclass(frozen=True)
@@ -139,14 +121,13 @@ class WeightsSaver:
     """A writer of the weights of a declaration or a graph, under parameter names.
 
     reference  the declaration, to which config.json refers; None for a graph, whose folder has weights alone
-    task       the command that uses the output `logits`: "generate", "perplexity" for a causal model without a decoding
-               step, "fill", "tag" or "classify"; empty if there is none
+    use        the use of the model, if it is saved with a tokenizer
     texts      the files of the model's tokenizer
     """
 
     target: Path
     reference: DeclarationReference | None = None
-    task: str = ""
+    use: SavedUse = field(default_factory=SavedUse)
     texts: TextFiles = field(default_factory=lambda: TextFiles({}))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
@@ -165,22 +146,15 @@ class WeightsSaver:
 
     def _loading(self) -> str:
         folder = os.fspath(self.target)
+        use = self.use.with_texts(self.texts)
         if self.reference is None:
             return f"treadle.compile(model, weights={folder!r})"
         if self.reference.is_family:
-            return Hint(f"treadle.compile({folder!r})", self._command(folder))
+            return Hint(f"treadle.compile({folder!r})", use.command(shlex.quote(folder)))
         label = self.reference.label
-        return Hint(f"treadle.compile({label!r}, weights={folder!r})", self._command(f"{label} --weights {folder}"))
-
-    def _command(self, model: str) -> str:
-        """Return a command that uses the model: the task of its logits if its tokenizer is saved, else `inspect`."""
-        if self.texts.mask is not None and self.task in ("generate", "perplexity", "fill"):
-            return f'treadle fill {model} "A {self.texts.mask} text"'
-        if not self.texts.files or self.task in ("", "fill"):
-            return f"treadle inspect {model}"
-        if self.task == "perplexity":
-            return f"treadle perplexity {model} FILE"
-        return f'treadle {self.task} {model} "A text"'
+        return Hint(
+            f"treadle.compile({label!r}, weights={folder!r})", use.command(shlex.join([label, "--weights", folder]))
+        )
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""
@@ -197,6 +171,7 @@ class FolderSaver:
             it shares. Its own tensor is written if training gave the sharing parameters different values
     settings  the files that are copied
     texts     the files of another tokenizer, with which the model is trained; None: the folder's own are copied
+    use       the use of the model with the tokenizer that is saved
     """
 
     checkpoint: Checkpoint
@@ -206,6 +181,7 @@ class FolderSaver:
     added: Mapping[str, tuple[str, str]]
     settings: tuple[str, ...]
     texts: TextFiles | None = None
+    use: SavedUse = field(default_factory=SavedUse)
 
     @classmethod
     def open(
@@ -253,13 +229,16 @@ class FolderSaver:
             written.append(self.target / name)
             write_file(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
-        return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle inspect {shown}"))
+        return SavedModel(
+            self.target, tuple(written), Hint(f"treadle.compile({shown!r})", self.use.command(shlex.quote(shown)))
+        )
 
     def with_texts(self, texts: TextFiles) -> FolderSaver:
         """See `Saver`. Ids of the folder's generation_config.json are of its own tokenizer, and are left out."""
         kept = tuple(name for name in self.settings if name not in (*TOKENIZER_FILES, _GENERATION))
         ends = json.dumps({"eos_token_id": list(texts.end)} if texts.end else {}).encode()
-        return dataclasses.replace(self, settings=kept, texts=TextFiles({**texts.files, _GENERATION: ends}, texts.end))
+        files = TextFiles({**texts.files, _GENERATION: ends}, texts.end)
+        return dataclasses.replace(self, settings=kept, texts=files, use=self.use.with_texts(texts))
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
         """Return the tensors to write: the updated tensors, their copies, and all other tensors of the checkpoint."""
@@ -396,6 +375,9 @@ def checked_folder(target: PathLike, replace: bool, source: Path | None = None) 
         os.lstat(path)
     if path.exists() and not path.is_dir():
         raise UsageError("weights are saved in a folder, but this is a file", received=shown, hint="another name")
+    if writing_hint(path, "MODEL") is not None and not path.exists():
+        what = f"weights are saved in a folder, but the name has a file's suffix, {path.suffix}"
+        raise UsageError(what, received=shown, hint=shown.removesuffix(path.suffix))
     if source is not None and path.exists() and path.resolve() == source.resolve():
         raise UsageError(
             "the model's own folder cannot be overwritten", received=shown, hint="another folder for the trained model"

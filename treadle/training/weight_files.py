@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.files.contained_files import PathLike
 from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.types import dtype_of
 
@@ -64,13 +65,13 @@ def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mappin
             file.write(data)
 
 
-def write_weights(path: Path, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(path: PathLike, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Write weights by parameter name, for `compile(..., weights=path)`. Raises UsageError as `write_tensors` does."""
     tensors = [
         WrittenTensor(name, str(dtype_of(array)), array.shape, array.nbytes, partial(_little, array))
         for name, array in weights.items()
     ]
-    write_tensors(path, tensors, {"format": "pt"} if metadata is None else metadata)
+    write_tensors(Path(path), tensors, {"format": "pt"} if metadata is None else metadata)
 
 
 def _little(array: Array) -> Array:

@@ -55,8 +55,7 @@ def find_form(model: Unopened, weights: str | Path | None, limits: Limits) -> Mo
             received=text,
             hint=Hint(
                 "file.py:function, or a family of the zoo; or leave weights= out: this model has weights",
-                "file.py:function, or a family of the zoo; or leave --weights out: this model has weights. To "
-                f"serve a declaration next to it, `{compiling_with_weights('file.py:function', 'FILE.treadle')}`",
+                "file.py:function, or a family of the zoo; or leave --weights out: this model has weights",
             ),
         )
     if isinstance(model, Model):

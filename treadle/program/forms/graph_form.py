@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from treadle.files.shown_names import printable
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
@@ -20,6 +21,22 @@ class GraphForm(SeparateWeightsForm):
     def __init__(self, model: Graph | TorchModel, weights: str | Path | None, limits: Limits) -> None:
         super().__init__(model.name, weights, limits)
         self.model = model
+
+    @property
+    def has_weights(self) -> bool:
+        return isinstance(self.model, TorchModel) or super().has_weights
+
+    def without_weights(self) -> UsageError:
+        text = 'tokenizer="FOLDER", of a model with the same vocabulary'
+        if isinstance(self.model, TorchModel):
+            return UsageError(
+                f"{printable(self.label)} is an imported module, without a tokenizer",
+                hint=f"{text}, if it continues text; t.compile(model) takes arrays",
+            )
+        return UsageError(
+            f"{printable(self.label)} is a graph, without weights",
+            hint=f'weights="FOLDER", with a .safetensors file of its parameters, and {text}, if that folder has none',
+        )
 
     def read(self, options: ReadOptions) -> ReadModel:
         if options.config or options.inputs:

@@ -64,6 +64,11 @@ class ModelForm(ABC):
         raise NotImplementedError
 
     @property
+    def has_weights(self) -> bool:
+        """True if the model has weights that are not initial values."""
+        return self.path is not None
+
+    @property
     def place(self) -> Path:
         """The model's folder or file. Raises UsageError for a model that has none."""
         if self.path is None:
@@ -71,7 +76,7 @@ class ModelForm(ABC):
         return self.path
 
     def without_weights(self) -> UsageError:
-        """Return the error for a model without weights, where a command needs them."""
+        """Return the error for a model without weights, or without a folder, where a command needs one."""
         return UsageError(
             f"{printable(self.label)} is a {self.kind}, without weights",
             hint="a folder with a checkpoint of it, or a fetched model",

@@ -1,0 +1,97 @@
+"""Imported modules and graphs that are loaded for tasks: the tasks that work, and hints that work for the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+nn: Any = pytest.importorskip("torch.nn")
+pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+
+import treadle as t
+from tests.task_models import save, without_specials
+from treadle.frontends.torch_export.model import TorchModel
+from treadle.training.weight_files import write_weights
+
+EXAMPLE = {"tokens": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+
+
+class SmallGPT(nn.Module):  # type: ignore[misc]
+    """A causal language model of one layer, with the vocabulary of `without_specials`."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(vocab, 16), nn.Embedding(32, 16)
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, vocab)
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]))
+        rows, length = tokens.shape
+        q, k, v = (y.view(rows, length, 2, 8).transpose(1, 2) for y in self.qkv(x).split(16, 2))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + mixed.transpose(1, 2).reshape(rows, length, 16)
+        return {"logits": self.head(x)}
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A folder with a tokenizer."""
+    save(tmp_path / "words", "GPT2LMHeadModel", without_specials())
+    return tmp_path / "words"
+
+
+@pytest.fixture
+def module(words: Path) -> TorchModel:
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    made = SmallGPT(AutoConfig.from_pretrained(words).vocab_size).eval()
+    return t.from_torch(made, EXAMPLE, dynamic={"tokens": "B S"})
+
+
+def refused(task: Any) -> t.UsageError:
+    with pytest.raises(t.UsageError) as error:
+        task()
+    return error.value
+
+
+def test_an_imported_module_continues_text_with_another_tokenizer(module: TorchModel, words: Path) -> None:
+    error = refused(lambda: t.load(module, backend="numpy"))
+    assert error.what == "SmallGPT is an imported module, without a tokenizer"
+    assert (error.hint or "").startswith('tokenizer="FOLDER"')
+    model = t.load(module, backend="numpy", tokenizer=words)
+    text = model.generate("the cat", most=4)
+    assert text
+    assert model.perplexity("the cat sits under the old tree").tokens > 4
+    ids = np.array([[1, 2, 3]])
+    assert t.compile(module, backend="numpy")(ids)["logits"].shape[:2] == (1, 3)
+
+
+def test_a_graph_takes_weights_from_a_folder(module: TorchModel, words: Path, tmp_path: Path) -> None:
+    error = refused(lambda: t.load(module.graph, backend="numpy", tokenizer=words))
+    assert error.what == "SmallGPT is a graph, without weights"
+    assert 'weights="FOLDER"' in (error.hint or "")
+    (tmp_path / "trained").mkdir()
+    write_weights(tmp_path / "trained" / "weights.safetensors", module.weights)
+    graph = t.load(module.graph, backend="numpy", weights=tmp_path / "trained", tokenizer=words)
+    same = t.load(module, backend="numpy", tokenizer=words)
+    assert graph.generate("the cat", most=4) == same.generate("the cat", most=4)
+
+
+@pytest.mark.parametrize("task", ["classify", "tag", "fill", "label", "translate", "transcribe", "embed"])
+def test_other_tasks_name_what_they_need_and_the_call_with_arrays(task: str, module: TorchModel, words: Path) -> None:
+    error = refused(lambda: getattr(t.load(module, backend="numpy", tokenizer=words), task)("the cat"))
+    assert "SmallGPT" in str(error)
+    assert "t.compile(model)" in (error.hint or "")
+    assert "without weights" not in error.what
+
+
+def test_training_on_texts_needs_another_tokenizer(module: TorchModel, words: Path) -> None:
+    error = refused(lambda: t.ModelSource.open(module).tokenizer())
+    assert error.what == "SmallGPT is an imported module, without a tokenizer"
+    assert t.ModelSource.open(module, tokenizer=words).tokenizer().size > 0

@@ -1,0 +1,56 @@
+"""The formats of files that Treadle writes, by the suffix of the name: the code and the command for each."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from treadle.files.contained_files import PathLike
+from treadle.files.shown_names import shown_path
+from treadle.frontends.safetensors_file import PICKLE_SUFFIXES
+from treadle.ir.errors import Hint, UsageError
+
+
+def refuse_other_format(path: PathLike, what: str, *own: str, instead: str | None = None) -> None:
+    """Raise UsageError for a name with the suffix of another format than `own`, with the code that writes that format.
+
+    what     the content to write, for the error: "an artifact"
+    instead  a hint in place of that code
+    """
+    suffix = Path(path).suffix.lower()
+    hint = None if suffix in own else writing_hint(path, "MODEL")
+    if hint is not None:
+        raise UsageError(f"the name of {what} cannot end in {suffix}", received=shown_path(path), hint=instead or hint)
+
+
+def writing_hint(path: PathLike, model: str) -> Hint | None:
+    """Return the code that writes the compiled model `exe` in the format of the path's suffix, and the command for
+    `model`; None for the suffix of no format.
+    """
+    file, suffix = shown_path(path), Path(path).suffix.lower()
+    artifact = f"{file.removesuffix(Path(path).suffix)}.treadle"
+    quoted, model = shlex.quote(file), shlex.quote(model)
+    hint: Hint | None = None
+    if suffix == ".treadle":
+        hint = Hint(f"exe.save({file!r})", f"treadle compile {model} -o {quoted}")
+    elif suffix == ".onnx":
+        code = f"from treadle.backends.onnx.exporter import export_onnx; export_onnx(exe.graph, exe.weights, {file!r})"
+        hint = Hint(code, f"treadle export {model} -o {quoted}")
+    elif suffix == ".gguf":
+        hint = Hint(
+            f"exe.save({artifact!r}); `treadle export` writes GGUF", f"treadle export {model} --to gguf -o {quoted}"
+        )
+    elif suffix == ".safetensors":
+        code = f"from treadle.training.weight_files import write_weights; write_weights({file!r}, exe.weights)"
+        hint = Hint(code, f"{artifact}, which holds the weights")
+    elif suffix in (".html", ".htm"):
+        hint = Hint(f"exe.report().save({file!r})", f"treadle report {model} -o {quoted}")
+    elif suffix in (".dot", ".gv"):
+        hint = Hint(f"exe.save({artifact!r}); `treadle export` draws", f"treadle export {model} --to dot -o {quoted}")
+    elif suffix == ".json":
+        hint = Hint(
+            f"exe.save({artifact!r}); `treadle export` writes JSON", f"treadle export {model} --to json -o {quoted}"
+        )
+    elif suffix in PICKLE_SUFFIXES:
+        hint = Hint(f"exe.save({artifact!r}): no pickle is ever written", f"{artifact}: no pickle is ever written")
+    return hint
