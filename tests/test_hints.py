@@ -149,6 +149,7 @@ FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for
     "treadle/held_weights.py",
     "treadle/loading.py",
     "treadle/program/budgets.py",
+    "treadle/program/forms/graph_form.py",  # a graph or an imported module
     "treadle/program/options.py",
     "treadle/program/places.py",
     "treadle/specializing.py",

@@ -111,10 +111,11 @@ class SentenceEmbedder:
                 hint="a folder with config.json, such as the fetched model minilm; or a declaration with weights",
             )
         if source.kind == "graph":
+            declared = "a declaration, for which @t.model decorates a function"
             raise UsageError(
                 "embed needs a folder with config.json, or a declaration",
                 received=f"{printable(source.label)}, a graph",
-                hint="a declaration, for which @t.model decorates a function; t.compile(model) takes arrays",
+                hint=Hint(f"{declared}; t.compile(model) takes arrays", declared),
             )
         pooling = read_pooling(source.folder)
         wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
