@@ -25,7 +25,7 @@ from treadle.files.strict_json import JsonReader
 from treadle.frontends.declarations import UnknownInputError
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
