@@ -41,6 +41,7 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Factor
+from treadle.ir.wording.checked_calls import with_checked_call
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Following:
         return "\n".join([f"{self.axis}: in {held or 'no weight or output'}", *(f"  {e}" for e in self.encounters)])
 
 
+@with_checked_call()
 def follow(graph: Graph, axis: str) -> Following:
     """Return all uses of an axis in a graph.
 
