@@ -118,7 +118,13 @@ class Model(Generic[P, R]):
             ("input", inputs or (), [i.name for i in self.declared_inputs]),
         ):
             if unknown := [n for n in asked if n not in known]:
-                raise self._lacks(kind, unknown, known)
+                error = self._lacks(kind, unknown, known)
+                if kind == "option" and any(unknown[0] in each.type.symbols for each in self.declared_inputs):
+                    error.hint = Hint(
+                        f"leave it out: {unknown[0]} is an axis of the inputs, of the size of the arrays of a call",
+                        f"--sizes {unknown[0]}={config[unknown[0]]}, or, for treadle run, an --input of that size",
+                    )
+                raise error
         for name, value in config.items():
             default = self.defaults[name]
             if type(default) is int and type(value) is not int and not (value is None or callable(value)):
@@ -190,7 +196,10 @@ class Model(Generic[P, R]):
             raise FrontendError(
                 f"model {self.name} needs a value for {', '.join(missing)}",
                 source=_definition(self.function),
-                hint=f"{self.name}.configure({missing[0]}=...)",
+                hint=Hint(
+                    f"{self.name}.configure({', '.join(f'{name}=...' for name in missing)})",
+                    " ".join(f"--set {name}=..." for name in missing),
+                ),
             )
         return values
 

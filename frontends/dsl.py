@@ -266,7 +266,8 @@ def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
     """
     graph = trace().graph
     if symbol not in graph.symbols:
-        raise FrontendError(f"no input has an axis {symbol!r}", hint="one of " + ", ".join(graph.symbols))
+        known = "one of " + ", ".join(graph.symbols) if graph.symbols else "leave it out: all axes have fixed sizes"
+        raise FrontendError(f"no input has an axis {symbol!r}", hint=known)
     graph.bound(symbol, Bounds(lower, upper))
 
 

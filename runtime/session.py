@@ -23,7 +23,7 @@ import numpy as np
 from treadle.backends.protocol import Entry, StatefulExecutable
 from treadle.backends.states import States
 from treadle.files.available_memory import prefault
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
@@ -254,7 +254,12 @@ class Session:
                 received="the session does not reuse prefixes"
                 if not self.resumes
                 else "the model has windows, running sums or further inputs",
-                hint="no prefix cache",
+                hint=Hint(
+                    "a session with resumes=True",
+                    "--reuse, which is off by default on some backends, such as numpy",
+                )
+                if not self.resumes
+                else Hint("no cache_prefixes", "leave out --prefix-cache"),
             )
         self._slots.cache = PrefixCache(_positive("limit", limit))
 
