@@ -84,10 +84,12 @@ class Session:
             raise UsageError("full must be 'error' or 'slide'", received=repr(full))
         capacity = capacity if capacity is not None else derived.context
         if capacity is None:
-            raise UsageError("a session needs a capacity: the model takes any number of tokens", hint="capacity=2048")
+            raise UsageError("a session needs a capacity: the model declares no greatest number", hint="capacity=2048")
         self.capacity = _positive("capacity", capacity)
         if derived.context is not None and self.capacity > derived.context:
-            raise UsageError(f"the model takes {derived.context} positions", received=f"capacity={capacity}")
+            hint = Hint(f"capacity={derived.context} or less", f"--context {derived.context} or less")
+            what = f"the model takes {derived.context} positions"
+            raise UsageError(what, received=f"capacity={capacity}", hint=hint)
         sizes = {SLOTS: _positive("rows", rows), CAPACITY: self.capacity}
         for symbol, window in derived.windows.items():
             sizes[symbol] = _RING * -(-min(window + self.chunk, self.capacity) // _RING)
