@@ -385,7 +385,8 @@ def test_bodies_are_as_long_as_they_may_be() -> None:
 def test_models_do_what_they_are_for() -> None:
     writer = Writer(lambda orders: None)
     found = Embedded(np.array([[0.5, 1.0]], np.float32), (3,), ())
-    embedder: Any = ServedEmbedder("vectors", SimpleNamespace(width=2, embed_reporting=lambda texts, truncate: found), queue=1)  # type: ignore[arg-type]
+    opened: Any = SimpleNamespace(width=2, embed_reporting=lambda texts, truncate: found)
+    embedder: Any = ServedEmbedder("vectors", opened, queue=1)
     asked = Asked(writer, embedder)
     status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
     assert (status, json.loads(body)) == (200, embeddings("vectors", found.vectors, 3, as_bytes=False))

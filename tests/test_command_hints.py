@@ -21,14 +21,15 @@ from treadle.ir.errors import BackendError, Hint
 from treadle.passes.stages import left_out
 
 SMALL = ["--set", "layers=1", "--set", "dim=32", "--set", "heads=2", "--set", "vocab=50", "--set", "context=64"]
-DECLARATION = '''
+TINY = {"layers": 1, "dim": 8, "heads": 2, "vocab": 9, "context": 32}
+DECLARATION = """
 from typing import Annotated
 import treadle as t
 
 @t.model
 def p3(tokens: Annotated[t.Tensor, t.i64["B S"]], *, n: int, m: int) -> t.Tensor:
     return t.embed(tokens, n, m, name="e")
-'''
+"""
 
 
 def refused(*words: str) -> tuple[str, str]:
@@ -88,7 +89,7 @@ def test_a_benchmark_runs_without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BackendError("ONNX export needs the package onnx", hint="pip install onnx")
 
     monkeypatch.setattr(benchmark, "export_onnx", fails)
-    work = Workload("gpt2", keywords={"backend": "numpy", "config": dict(layers=1, dim=8, heads=2, vocab=9, context=8)})
+    work = Workload("gpt2", keywords={"backend": "numpy", "config": TINY})
     found = bench_model(work, ["eager", "onnxruntime", "openvino"], sizes={"S": 4}, rounds=1)
     assert [row.side for row in found.rows] == ["treadle", "eager"]
     reason = "the model cannot be exported: ONNX export needs the package onnx (pip install onnx)"
@@ -99,8 +100,7 @@ def test_a_benchmark_runs_without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prefix_cache_of_a_session_that_does_not_resume() -> None:
     """NumPy's sessions do not reuse prefixes unless the caller asks for it."""
-    config = dict(layers=1, dim=8, heads=2, vocab=9, context=32)
-    made = t.compile("gpt2", backend="numpy", config=config)
+    made = t.compile("gpt2", backend="numpy", config=TINY)
     for resumes in (None, False):
         with raises_freely(t.UsageError, match="cannot resume from prefixes") as caught:
             made.session(rows=1, resumes=resumes).cache_prefixes(1 << 20)

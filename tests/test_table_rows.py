@@ -86,7 +86,7 @@ INDICES
     [
         ("i = iota(size=S)", "S", 12),
         ("a = iota(size=S)\n i = add(a, 3)", "S", 9),
-        ("a = iota(size=S, dtype=i32)\n b = cast(a, to=i64)\n i = rearrange(b, pattern=\"s -> 1 s\")", "1, S", 12),
+        ('a = iota(size=S, dtype=i32)\n b = cast(a, to=i64)\n i = rearrange(b, pattern="s -> 1 s")', "1, S", 12),
         ("a = iota(size=S)\n i = minimum(a, 11)", "S", None),
         ("a = iota(size=S)\n i = slice(a, axis=0, stop=1)", "1", None),
         ("i = iota(size=B)", "B", None),

@@ -381,7 +381,8 @@ def _check_inputs(name: str, derived: DerivedStep) -> None:
             "text generation needs a model whose only required input is the tokens [B, S]",
             received=f"{name} takes {', '.join((*derived.prologue, *derived.tokens))}",
             hint=Hint(
-                "treadle.compile(model).session(), which also runs encoder-decoder models and models with optional inputs",
+                "treadle.compile(model).session(), which also runs encoder-decoder models and models with optional "
+                "inputs",
                 "treadle translate or summarize, if the model rewrites texts; treadle transcribe, if it reads speech; "
                 "treadle run, for other inputs",
             ),

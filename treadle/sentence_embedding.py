@@ -174,19 +174,19 @@ class SentenceEmbedder:
 
     def _tokenized(self, sentences: Sequence[str | Sequence[int]]) -> TokenBatch:
         """Return sentences as one padded array. Raises UsageError for a token id that is not in the vocabulary."""
-        texts = [each for each in sentences if isinstance(each, str)]
-        if texts:
+        if texts := [each for each in sentences if isinstance(each, str)]:
             return self.tokenizer.batch(texts)
+        all_ids = [list(each) for each in sentences if not isinstance(each, str)]
         count, most = count_token_ids(self.model.graph.main, "tokens") or self.tokenizer.size, self.tokenizer.max_tokens
-        for token in (token for ids in sentences for token in ids):
+        for token in (token for ids in all_ids for token in ids):
             if not 0 <= token < count:
                 raise UsageError(f"token {token} is not in the vocabulary", hint=f"ids from 0 to {count - 1}")
-        rows = [ids[:most] for ids in sentences]
+        rows = [ids[:most] for ids in all_ids]
         lengths = np.array([len(ids) for ids in rows], np.int64)
         padded = np.zeros((len(rows), max(1, int(lengths.max()))), np.int64)
         for row, ids in zip(padded, rows, strict=True):
             row[: len(ids)] = ids
-        return TokenBatch(padded, lengths, np.array([len(ids) > len(row) for ids, row in zip(sentences, rows, strict=True)]))
+        return TokenBatch(padded, lengths, np.array([len(ids) for ids in all_ids]) > lengths)
 
 
 def _does_not_embed(name: str, received: str) -> UsageError:

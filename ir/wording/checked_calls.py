@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
 
 _SIMILAR = 0.7
-"""The least similarity of a name that a hint proposes: `logprobs` and `prompts` have 0.53, `thread` and `threads` 0.92."""
+"""The least similarity of a name in a hint: `logprobs` and `prompts` have 0.53, `thread` and `threads` 0.92."""
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -92,7 +92,8 @@ def check_call(
         takes += "" if places else " without a name"
         raise UsageError(f"{name} takes {takes}", received=str(len(ordered)), hint=call)
     if twice := [option for option in filled if option in options and option in by_name]:
-        raise UsageError(f"{name} received {twice[0]} twice", received=f"{twice[0]}={options[twice[0]]!r}"[:80], hint=call)
+        received = f"{twice[0]}={options[twice[0]]!r}"[:80]
+        raise UsageError(f"{name} received {twice[0]} twice", received=received, hint=call)
     for each in parameters:
         needed = each.default is Parameter.empty and each.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         if needed and each.name not in filled and each.name not in options:

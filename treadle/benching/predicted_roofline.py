@@ -129,7 +129,9 @@ def predict_roofline(model: AnyModel, sizes: Mapping[str, int] | None = None, **
     return _predicted(name, backend, lowered, chosen, lowered.graph.main.name, found, found)
 
 
-def predict_step_roofline(model: AnyModel, *, rows: int = 1, past: int | None = None, **options: Any) -> PredictedRoofline:
+def predict_step_roofline(
+    model: AnyModel, *, rows: int = 1, past: int | None = None, **options: Any
+) -> PredictedRoofline:
     """Predict the least times of the kernels of a decoding step. Options as in `treadle.compile`.
 
     rows  number of rows, each of which gets one token

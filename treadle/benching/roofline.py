@@ -251,7 +251,8 @@ def past_of_step(context: int | None, past: int | None) -> int:
     """
     past = min(_PAST, _PAST if context is None else context - 1) if past is None else past
     if past < 1:
-        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint=Hint("past=1", "--past 1"))
+        what = "rows of a step have 1 token or more"
+        raise UsageError(what, received=f"past={past}", hint=Hint("past=1", "--past 1"))
     if context is not None and past >= context:
         raise UsageError(
             "a step has one token more than the rows have already",

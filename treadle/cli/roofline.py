@@ -35,7 +35,7 @@ def show_roofline(
             "--past",
             metavar="N",
             min=1,
-            help="With --entry step: tokens that each row has already. By default 128, or one less than the model takes.",
+            help="With --entry step: tokens that each row has already. By default 128, within the model's positions.",
         ),
     ] = None,
     *,

@@ -34,11 +34,11 @@ _EXAMPLES = {"Sampling": _SAMPLING, "TokenRules": _RULES, "Beams": "beams=t.Beam
 
 
 def with_option_hints(method: Method) -> Method:
-    """Decorate a method. A call that does not fit its signature raises UsageError, as
-    `treadle.ir.wording.checked_calls` says. If a value has another type than the annotation, the error says so, and has an example for the classes of `_EXAMPLES`.
+    """Decorate a method. If a call does not fit the method's signature, the error is as in
+    `treadle.ir.wording.checked_calls`. If a value has another type than the annotation, the error says so, and has an
+    example for the classes of `_EXAMPLES`.
     """
     signature = inspect.signature(method)
-
 
     @functools.wraps(method)
     def checked(self: Any, /, *ordered: Any, **options: Any) -> Any:
