@@ -266,7 +266,7 @@ def test_embeddings_are_those_of_the_embedder(server: Running, encoder: Path) ->
 
 
 def test_embeddings_of_token_ids_are_those_of_their_text(server: Running, encoder: Path) -> None:
-    """Of several lists, and of a single one."""
+    """A request has several lists of ids, or a single one."""
     tokens = byte_level()
     texts = ["the cat sat", "a dog", "b"]
     ids = [tokens(text)["input_ids"] for text in texts]
