@@ -175,7 +175,7 @@ class Model(Generic[P, R]):
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise
-        except Exception as error:  # the model's own code may raise anything: a misspelt attribute, a wrong argument
+        except (Exception, SystemExit) as error:  # the model's own code may raise anything: a misspelt attribute
             raise FrontendError(
                 f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
                 source=self._line_of(error, tracing),

@@ -17,6 +17,7 @@ from treadle.benching.report import report_lines
 from treadle.benching.workload import Workload
 from treadle.cli import app
 from treadle.frontends.declaration_files import load_declaration
+from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import BackendError, Hint
 from treadle.passes.stages import left_out
 
@@ -127,3 +128,37 @@ def test_a_launch_without_torch_reports_it_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("treadle.runtime.distributed.launching.launch_ranks", lambda *given: pytest.fail("started"))
     what, hint = refused("launch", "-n", "2", "--", "run", "gpt2", "--mesh", "tp=2")
     assert what == "ranks communicate through PyTorch, which is not installed" and "pip install" in hint
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_pickle_is_converted_as_the_hint_says(missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.arange(3.0)}, "weights.bin")
+    if missing:
+        monkeypatch.setattr("treadle.frontends.safetensors_file.find_spec", lambda name: None)
+    with raises_freely(t.CheckpointError) as caught:
+        SafetensorsFile.open("weights.bin")
+    first, _, code = str(caught.value.hint).partition("\n")
+    pip = "pip install torch safetensors, and " if missing else ""
+    assert first == f"if you trust the file, {pip}convert it:"
+    exec(code, {"file": "weights.bin"})
+    assert SafetensorsFile.open("model.safetensors").array("w").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", ["import", "trace"])
+def test_a_declaration_that_ends_the_process(place: str, tmp_path: Path) -> None:
+    """As a script does that calls sys.exit when it is imported, or a model that does so when it is traced."""
+    file = tmp_path / "m.py"
+    ends = "import sys\nsys.exit(3)\n"
+    indented = ends.replace("\n", "\n    ").rstrip() + "\n"
+    declared = DECLARATION.replace("    return", f"    {indented}    return")
+    file.write_text(DECLARATION + ends if place == "import" else declared)
+    done = CliRunner().invoke(app, ["inspect", f"{file}:p3", "--set", "n=4", "--set", "m=4"])
+    assert done.exit_code == 2
+    said = {"import": "m.py ends when it is imported: SystemExit: 3", "trace": "cannot be traced: SystemExit: 3"}
+    assert said[place] in done.output and "m.py:" in done.output
+    if place == "import":
+        assert "__main__" in done.output
+        file.write_text(DECLARATION + 'if __name__ == "__main__":\n    ' + indented)
+        runs("inspect", f"{file}:p3", "--set", "n=4", "--set", "m=4")
