@@ -186,7 +186,7 @@ class Model(Generic[P, R]):
         outline_regions(g, tracing.regions)
         return g
 
-    def _line_of(self, error: Exception, tracing: Trace) -> str:
+    def _line_of(self, error: BaseException, tracing: Trace) -> str:
         return describe_source(raising_line(error), tracing.scope) or _definition(self.function)
 
     def _configuration(self) -> dict[str, Any]:
