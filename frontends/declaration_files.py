@@ -46,6 +46,12 @@ def load_declaration(path: Path, function: str) -> Model:
     except SyntaxError as error:
         at = f"{Path(error.filename or path).name}:{error.lineno}"
         raise FrontendError(f"{path.name} is not Python: {error.msg}", source=at) from error
+    except SystemExit as error:
+        raise FrontendError(
+            f"{path.name} ends when it is imported: SystemExit: {error}",
+            source=str(raising_line(error) or path.name),
+            hint='put the code that ends the script under: if __name__ == "__main__":',
+        ) from error
     except Exception as error:
         at = str(raising_line(error) or path.name)
         raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error

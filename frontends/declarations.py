@@ -118,7 +118,13 @@ class Model(Generic[P, R]):
             ("input", inputs or (), [i.name for i in self.declared_inputs]),
         ):
             if unknown := [n for n in asked if n not in known]:
-                raise self._lacks(kind, unknown, known)
+                error = self._lacks(kind, unknown, known)
+                if kind == "option" and any(unknown[0] in each.type.symbols for each in self.declared_inputs):
+                    error.hint = Hint(
+                        f"leave it out: {unknown[0]} is an axis of the inputs, of the size of the arrays of a call",
+                        f"--sizes {unknown[0]}={config[unknown[0]]}, or, for treadle run, an --input of that size",
+                    )
+                raise error
         for name, value in config.items():
             default = self.defaults[name]
             if type(default) is int and type(value) is not int and not (value is None or callable(value)):
@@ -169,7 +175,7 @@ class Model(Generic[P, R]):
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise
-        except Exception as error:  # the model's own code may raise anything: a misspelt attribute, a wrong argument
+        except (Exception, SystemExit) as error:  # the model's own code may raise anything: a misspelt attribute
             raise FrontendError(
                 f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
                 source=self._line_of(error, tracing),
@@ -180,7 +186,7 @@ class Model(Generic[P, R]):
         outline_regions(g, tracing.regions)
         return g
 
-    def _line_of(self, error: Exception, tracing: Trace) -> str:
+    def _line_of(self, error: BaseException, tracing: Trace) -> str:
         return describe_source(raising_line(error), tracing.scope) or _definition(self.function)
 
     def _configuration(self) -> dict[str, Any]:
@@ -190,7 +196,10 @@ class Model(Generic[P, R]):
             raise FrontendError(
                 f"model {self.name} needs a value for {', '.join(missing)}",
                 source=_definition(self.function),
-                hint=f"{self.name}.configure({missing[0]}=...)",
+                hint=Hint(
+                    f"{self.name}.configure({', '.join(f'{name}=...' for name in missing)})",
+                    " ".join(f"--set {name}=..." for name in missing),
+                ),
             )
         return values
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
@@ -76,6 +76,26 @@ MOST_REPETITIONS = 10_000
 # -- inside a model --------------------------------------------------------------------------------------------
 
 
+class Repetitions(Iterator[int]):
+    """The repetitions of `stack`, as an iterator. In a `with` statement it raises FrontendError."""
+
+    def __init__(self, name: str, numbers: Iterator[int]) -> None:
+        self._name, self._numbers = name, numbers
+
+    def __next__(self) -> int:
+        return next(self._numbers)
+
+    def __enter__(self) -> NoReturn:
+        """Raise FrontendError: a stack is a loop."""
+        raise FrontendError(
+            f"stack {self._name!r} is a loop, not a block",
+            source=describe_source(user_line(), trace().scope),
+            hint=f'for i in t.stack("{self._name}", 12):',
+        )
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int]:
     """Repeat a block `count` times, under the scopes `name`.0, `name`.1, ...: `for i in t.stack("h", 12):`
 
@@ -83,6 +103,10 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
     scope h, and so have the same parameters. Raises FrontendError for a count that is not an integer from 0 to
     MOST_REPETITIONS.
     """
+    return Repetitions(name, _repeated(name, count, shared))
+
+
+def _repeated(name: str, count: int | Size, shared: bool) -> Iterator[int]:
     tracing = trace()
     source = user_line()
     fixed = count.constant if isinstance(count, Size) else count
@@ -295,7 +319,8 @@ def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
     """
     graph = trace().graph
     if symbol not in graph.symbols:
-        raise FrontendError(f"no input has an axis {symbol!r}", hint="one of " + ", ".join(graph.symbols))
+        known = "one of " + ", ".join(graph.symbols) if graph.symbols else "leave it out: all axes have fixed sizes"
+        raise FrontendError(f"no input has an axis {symbol!r}", hint=known)
     graph.bound(symbol, Bounds(lower, upper))
 
 

@@ -28,10 +28,10 @@ from treadle.files.strict_json import JsonReader
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.model_folder import CACHED, CONFIG, LISTED, ModelFolder
 from treadle.frontends.safetensors_file import (
-    CONVERSION,
     PICKLE_SUFFIXES,
     CheckpointLimits,
     SafetensorsFile,
+    conversion,
     refuse_pickle,
 )
 from treadle.ir.errors import CheckpointError
@@ -289,7 +289,7 @@ def _no_weights(place: ModelFolder, *, is_plain: bool = False) -> CheckpointErro
             "the weights are pickles, which can run any code when they are loaded, so none is ever loaded",
             received=_list(pickles),
             within=place.shown,
-            hint=CONVERSION,
+            hint=conversion(),
         )
     return CheckpointError(
         f"the folder has {'none of ' if is_plain else 'neither '}{names}",

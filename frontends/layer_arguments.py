@@ -116,6 +116,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _size(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.strip().isdecimal():
+        raise _Wrong('a size: an integer, or an axis of the inputs, such as "S"', f"{name}={int(value)}")
     return value if isinstance(value, Size | Dim | str) else _integer(name, value)
 
 
@@ -173,7 +175,7 @@ def _dtype(name: str, value: Any) -> DType:
 _FITTING: dict[Callable[[str, Any], Any], frozenset[type]] = {
     _tensor: frozenset({Expr}),
     _integer: frozenset({int}),
-    _size: frozenset({int, Size, Dim, str}),
+    _size: frozenset({int, Size, Dim}),
     _number: frozenset({float}),
     _truth: frozenset({bool}),
     _text: frozenset({str}),

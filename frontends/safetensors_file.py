@@ -18,6 +18,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -56,20 +57,27 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
     )
 }  # fmt: skip
 
-# Formats that are often stored under the name of a safetensors file: the first bytes, the format, the hint.
-_WHERE_TRUSTED = "if you trust it, convert it to safetensors"
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+# Formats that are often stored under the name of a safetensors file: the first bytes, the format, the hint; None:
+# `conversion`.
+_FOREIGN: tuple[tuple[bytes, str, str | None], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
-    (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", _WHERE_TRUSTED),
-    (b"\x80\x02", "a pickle", _WHERE_TRUSTED),
+    (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", None),
+    (b"\x80\x02", "a pickle", None),
     (b"GGUF", "a GGUF file", "rename it with the suffix .gguf"),
     (b"<!", "a web page", "fetch the file again: the download returned a page in its place"),
     (b"<htm", "a web page", "fetch the file again: the download returned a page in its place"),
 )
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
-CONVERSION = """if you trust the file, convert it:
+_CONVERSION = """import safetensors.torch, torch
 tensors = torch.load(file, weights_only=True, map_location='cpu')
 safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, 'model.safetensors')"""
+
+
+def conversion() -> str:
+    """Return the hint for a pickle: the code that converts it, and the command that installs what the code needs."""
+    missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
+    install = f"pip install {' '.join(missing)}, and " if missing else ""
+    return f"if you trust the file, {install}convert it:\n{_CONVERSION}"
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def refuse_pickle(name: str, shown: str) -> None:
             "a pickle can run any code when it is loaded, so none is ever loaded",
             received=printable(name),
             within=shown,
-            hint=CONVERSION,
+            hint=conversion(),
         )
 
 
@@ -209,7 +217,7 @@ def _open(file: RegularFile, shown: str, limits: CheckpointLimits) -> Safetensor
         if any(start[4:8]):  # these bytes would make a length of more than 4 GiB, so they are not a length
             for magic, nature, remedy in _FOREIGN:
                 if start.startswith(magic):
-                    received, hint = f"{received}; the first bytes match {nature}", remedy
+                    received, hint = f"{received}; the first bytes match {nature}", remedy or conversion()
         raise CheckpointError(what, received=received, within=f"{shown}: {place}", hint=hint)
 
     if len(start) < _LENGTH_BYTES:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.hardware import Hardware, find_hardware
+from treadle.ir.wording.checked_calls import with_checked_constructor
 
 MOST_THREADS = 1024
 """The largest number of threads of a target: the operating system kills a process that starts a million."""
 
 
+@with_checked_constructor({"num_threads": "threads=...", "device": "name=..."})
 @dataclass(frozen=True)
 class Target:
     """Hardware by name: `Target("cpu")`, `Target("cuda:1")`, `Target("h100")`. Creating a target touches no device and

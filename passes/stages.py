@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
-from treadle.ir.errors import PassError, UsageError
+from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.types import bf16
@@ -395,7 +395,7 @@ def left_out(stages: Sequence[CompileStage], names: Sequence[str]) -> tuple[Comp
     for name in names:
         if name not in known:
             near = NearestNames(known).of(name)
-            others = "one of " + ", ".join(dict.fromkeys(known))
+            others = "one of " + ", ".join(dict.fromkeys(known)) if known else Hint("without=()", "leave out --without")
             if name in pass_classes():
                 raise UsageError(f"{name} is not a pass of these stages, and backends need their own", hint=others)
             raise UsageError(f"the pipeline has no pass {printable(name)!r}", hint=f"{near[0]}?" if near else others)

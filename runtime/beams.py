@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.checked_calls import with_checked_constructor
 from treadle.runtime.generation import Ending, checked_prompts, count_of
 from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
@@ -27,6 +28,7 @@ Array = np.ndarray[Any, Any]
 Early = bool | Literal["never"]
 
 
+@with_checked_constructor()
 @dataclass(frozen=True)
 class Beams:
     """Options of a beam search.

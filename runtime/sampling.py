@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.checked_calls import with_checked_constructor
 
 Array = np.ndarray[Any, Any]
 
@@ -27,6 +28,7 @@ one before it are not enough for the draw. Most draws need the first or the seco
 """
 
 
+@with_checked_constructor()
 @dataclass(frozen=True)
 class Sampling:
     """Options of sampling.

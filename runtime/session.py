@@ -23,7 +23,7 @@ import numpy as np
 from treadle.backends.protocol import Entry, StatefulExecutable
 from treadle.backends.states import States
 from treadle.files.available_memory import prefault
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
@@ -84,10 +84,12 @@ class Session:
             raise UsageError("full must be 'error' or 'slide'", received=repr(full))
         capacity = capacity if capacity is not None else derived.context
         if capacity is None:
-            raise UsageError("a session needs a capacity: the model takes any number of tokens", hint="capacity=2048")
+            raise UsageError("a session needs a capacity: the model declares no greatest number", hint="capacity=2048")
         self.capacity = _positive("capacity", capacity)
         if derived.context is not None and self.capacity > derived.context:
-            raise UsageError(f"the model takes {derived.context} positions", received=f"capacity={capacity}")
+            hint = Hint(f"capacity={derived.context} or less", f"--context {derived.context} or less")
+            what = f"the model takes {derived.context} positions"
+            raise UsageError(what, received=f"capacity={capacity}", hint=hint)
         sizes = {SLOTS: _positive("rows", rows), CAPACITY: self.capacity}
         for symbol, window in derived.windows.items():
             sizes[symbol] = _RING * -(-min(window + self.chunk, self.capacity) // _RING)
@@ -254,7 +256,12 @@ class Session:
                 received="the session does not reuse prefixes"
                 if not self.resumes
                 else "the model has windows, running sums or further inputs",
-                hint="no prefix cache",
+                hint=Hint(
+                    "a session with resumes=True",
+                    "--reuse, which is off by default on some backends, such as numpy",
+                )
+                if not self.resumes
+                else Hint("no cache_prefixes", "leave out --prefix-cache"),
             )
         self._slots.cache = PrefixCache(_positive("limit", limit))
 

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.checked_calls import with_checked_constructor
 
 Array = np.ndarray[Any, Any]
 
 
+@with_checked_constructor()
 @dataclass(frozen=True)
 class TokenRules:
     """Constraints on the next token.

@@ -240,7 +240,7 @@ def test_a_caller_who_goes_is_counted_and_given_up() -> None:
 
 
 def test_a_failure_of_the_server_is_told_to_both(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(texts: Any) -> Embedded:
+    def fail(texts: Any, truncate: bool) -> Embedded:
         raise ZeroDivisionError("by nothing")
 
     asked = Asked(ServedEmbedder("vectors", SimpleNamespace(embed_reporting=fail, width=2), queue=1))  # type: ignore[arg-type]
@@ -385,7 +385,8 @@ def test_bodies_are_as_long_as_they_may_be() -> None:
 def test_models_do_what_they_are_for() -> None:
     writer = Writer(lambda orders: None)
     found = Embedded(np.array([[0.5, 1.0]], np.float32), (3,), ())
-    embedder: Any = ServedEmbedder("vectors", SimpleNamespace(width=2, embed_reporting=lambda texts: found), queue=1)  # type: ignore[arg-type]
+    opened: Any = SimpleNamespace(width=2, embed_reporting=lambda texts, truncate: found)
+    embedder: Any = ServedEmbedder("vectors", opened, queue=1)
     asked = Asked(writer, embedder)
     status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
     assert (status, json.loads(body)) == (200, embeddings("vectors", found.vectors, 3, as_bytes=False))
@@ -403,7 +404,7 @@ def test_a_model_that_generates_may_embed() -> None:
 
     def embedder() -> Any:
         opened.append("embedder")
-        return SimpleNamespace(embed_reporting=lambda texts: Embedded(np.ones((1, 2), np.float32), (3,), ()))
+        return SimpleNamespace(embed_reporting=lambda texts, truncate: Embedded(np.ones((1, 2), np.float32), (3,), ()))
 
     def fails() -> Any:
         opened.append("failure")

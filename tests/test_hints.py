@@ -72,7 +72,7 @@ def hints() -> Iterator[tuple[str, str]]:
                         yield f"{place}:{node.lineno}", shown(value)
 
 
-KNOWN = {"WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "WHERE_TRUSTED", "SAME_AXES", "INCLUDED"}
+KNOWN = {"WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "SAME_AXES", "INCLUDED"}
 HINTS = list(hints())
 GROUP: Any = typer.main.get_command(app)
 OPTIONS = {name: {o for p in GROUP.commands[name].params for o in p.opts} for name in COMMANDS}

@@ -323,7 +323,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
 
 def test_waiting_embedding_requests_are_counted() -> None:
     waiting: list[int] = []
-    embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts: waiting.append(served._present))
+    embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts, truncate: waiting.append(served._present))
     served = ServedEmbedder("m", embedder, queue=1)
     for _ in range(2):
         served.embed(["a"])

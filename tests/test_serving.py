@@ -265,6 +265,21 @@ def test_embeddings_are_those_of_the_embedder(server: Running, encoder: Path) ->
     np.testing.assert_allclose(vector, wanted[1], rtol=0, atol=1e-6)
 
 
+def test_embeddings_of_token_ids_are_those_of_their_text(server: Running, encoder: Path) -> None:
+    """A request has several lists of ids, or a single one."""
+    tokens = byte_level()
+    texts = ["the cat sat", "a dog", "b"]
+    ids = [tokens(text)["input_ids"] for text in texts]
+    wanted = server.client().embeddings.create(model="vectors", input=texts)
+    found = server.client().embeddings.create(model="vectors", input=ids)
+    np.testing.assert_allclose(
+        [each.embedding for each in found.data], [each.embedding for each in wanted.data], rtol=0, atol=1e-6
+    )
+    assert found.usage == wanted.usage
+    single = server.client().embeddings.create(model="vectors", input=ids[1])
+    np.testing.assert_allclose(single.data[0].embedding, wanted.data[1].embedding, rtol=0, atol=1e-6)
+
+
 def test_models_are_listed(server: Running) -> None:
     assert [each.id for each in server.client().models.list()] == ["tiny", "vectors"]
     assert server.client().models.retrieve("tiny").id == "tiny"
@@ -402,7 +417,13 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ),
     ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a string"),
-    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a nonempty string"),
+    ("/embeddings", {**EMBEDDING, "input": [1, "a"]}, 400, "input", "input must be a string, token ids, or a list"),
+    ("/embeddings", {**EMBEDDING, "input": [[]]}, 400, "input", "input must be a string, token ids, or a list"),
+    ("/embeddings", {**EMBEDDING, "input": ["a", ""]}, 400, "input", "input has an empty text"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 10**6]}, 400, "input", "token 1000000 is not in the vocabulary"),
+    ("/embeddings", {**EMBEDDING, "input": "the cat sat " * 300}, 400, "input", "a text has more than 40 tokens"),
+    ("/embeddings", {**EMBEDDING, "input": ["a", "the cat " * 400]}, 400, "input", "received text number 1"),
+    ("/embeddings", {**EMBEDDING, "input": [[2], [1] * 513]}, 400, "input", "a text has more than 40 tokens"),
     ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "generates text, and has no embeddings"),
     ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
     ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),
@@ -427,7 +448,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
     class Failing:
         width = 3
 
-        def embed_reporting(self, texts: list[str]) -> Any:
+        def embed_reporting(self, texts: list[str], truncate: bool) -> Any:
             with pytest.raises(RequestRefusal, match="0 requests are waiting; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})

@@ -27,16 +27,23 @@ from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.target import Target
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.passes.framework.manager import Optimized
 from treadle.program.backend_choice import AUTO, choose_backend
 from treadle.program.budgets import budget_of
+from treadle.program.option_table import declared_options
 
 
+@with_checked_call()
 def save(compiled: Compiled, path: PathLike) -> str:
     """Write a compiled model to the file `path`: see `Compiled.save`."""
     return compiled.save(path)
 
 
+_COMPILED = dict.fromkeys(declared_options(), "leave it out, or compile the model again with t.compile, which takes it")
+
+
+@with_checked_call({**_COMPILED, "device": "target=..."})
 @collection_paused()
 def load_artifact(
     path: PathLike,

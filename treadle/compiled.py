@@ -20,13 +20,14 @@ from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 from treadle.program.places import ARTIFACT_SUFFIX
 from treadle.runtime.session import CHUNK, Full, Session
-from treadle.stepped import SteppedModel, step_of
+from treadle.stepped import SESSION_ELSEWHERE, SteppedModel, step_of
 
 if TYPE_CHECKING:
     from treadle.report.building import Report
@@ -195,6 +196,7 @@ class Compiled:
         """The compiled decoding steps, by the dtype of their caches and the way of sampling."""
         return {}
 
+    @with_checked_call(SESSION_ELSEWHERE)
     def session(
         self,
         *,

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from treadle.compiling import compile_model
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.program.entry_signatures import describe_options
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from treadle.compiled import Compiled
 
 
+@with_checked_call()
 def compile(model: AnyModel, **options: Any) -> Compiled:
     """Compile a model for a backend and a target. Call the result with arrays by name.
 

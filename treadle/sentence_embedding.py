@@ -24,11 +24,12 @@ from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader
 from treadle.frontends.declarations import UnknownInputError
 from treadle.frontends.model_folder import ModelFolder
-from treadle.frontends.text import TextTokenizer
+from treadle.frontends.text import TextTokenizer, TokenBatch
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
+from treadle.runtime.language_models import count_token_ids
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.opening import token_positions
@@ -145,9 +146,16 @@ class SentenceEmbedder:
         """
         return self.embed_reporting(sentences, batch_size=batch_size).vectors
 
-    def embed_reporting(self, sentences: Sequence[str], *, batch_size: int = 32) -> Embedded:
+    def embed_reporting(
+        self, sentences: Sequence[str | Sequence[int]], *, batch_size: int = 32, truncate: bool = True
+    ) -> Embedded:
         """Embed sentences. Return the vectors, the number of tokens of each sentence, and the indices of truncated
-        ones. Raises UsageError as `embed` does.
+        ones.
+
+        sentences  texts; or lists of token ids, to which no special tokens are added
+        truncate   False: raise UsageError for a sentence that is too long
+
+        Raises UsageError as `embed` does, and for a token id that is not in the vocabulary.
         """
         if not sentences:
             raise UsageError("there are no sentences to embed")
@@ -156,9 +164,15 @@ class SentenceEmbedder:
         by_letters = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
         for at in range(0, len(sentences), _READ):
             read = by_letters[at : at + _READ]
-            batch = self.tokenizer.batch([sentences[i] for i in read])
+            batch = self._tokenized([sentences[i] for i in read])
             if empty := [i for i, length in zip(read, batch.lengths, strict=True) if not length]:
                 raise no_tokens(min(empty), len(sentences))
+            if not truncate and batch.cut.any():
+                raise UsageError(
+                    f"a text has more than {self.tokenizer.max_tokens} tokens, the most that the model takes",
+                    received=f"text number {min(i for i, was_cut in zip(read, batch.cut, strict=True) if was_cut)}",
+                    hint="split it into shorter texts",
+                )
             for chosen in batches_by_length(batch.lengths.tolist(), batch_size):
                 lengths = batch.lengths[chosen]
                 tokens = np.ascontiguousarray(batch.ids[chosen, : int(lengths.max())])
@@ -168,6 +182,22 @@ class SentenceEmbedder:
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
         return Embedded(vectors, tuple(counts), tuple(sorted(cut)))
+
+    def _tokenized(self, sentences: Sequence[str | Sequence[int]]) -> TokenBatch:
+        """Return sentences as one padded array. Raises UsageError for a token id that is not in the vocabulary."""
+        if texts := [each for each in sentences if isinstance(each, str)]:
+            return self.tokenizer.batch(texts)
+        all_ids = [list(each) for each in sentences if not isinstance(each, str)]
+        count, most = count_token_ids(self.model.graph.main, "tokens") or self.tokenizer.size, self.tokenizer.max_tokens
+        for token in (token for ids in all_ids for token in ids):
+            if not 0 <= token < count:
+                raise UsageError(f"token {token} is not in the vocabulary", hint=f"ids from 0 to {count - 1}")
+        rows = [ids[:most] for ids in all_ids]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        padded = np.zeros((len(rows), max(1, int(lengths.max()))), np.int64)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = ids
+        return TokenBatch(padded, lengths, np.array([len(ids) for ids in all_ids]) > lengths)
 
 
 def _does_not_embed(name: str, received: str) -> UsageError:

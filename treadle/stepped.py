@@ -17,6 +17,7 @@ from treadle.backends.staged import build
 from treadle.frontends.rotary import Dynamic, LongRope
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, Lower, check_order, run
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
+
+
+SESSION_ELSEWHERE = {
+    **dict.fromkeys(("batch", "batch_size", "max_batch_size", "slots"), "rows=..."),
+    **dict.fromkeys(("max_length", "max_len", "max_tokens", "max_seq_len", "context"), "capacity=..."),
+}
+"""Options of a session by their names in other libraries."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class SteppedModel:
     executable: StatefulExecutable
     backend: str
 
+    @with_checked_call(SESSION_ELSEWHERE)
     def session(
         self,
         *,

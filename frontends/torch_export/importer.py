@@ -38,6 +38,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, DType, Type
+from treadle.ir.wording.checked_calls import with_checked_call
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,12 @@ that need no guard.
 """
 
 
+_DYNAMIC = 'dynamic={"input_ids": "B S"}'
+_ELSEWHERE = {"dynamic_axes": _DYNAMIC, "dynamic_shapes": _DYNAMIC, "dynamic_dims": _DYNAMIC, "args": "example=..."}
+"""Options of from_torch by their names in torch.export and torch.onnx."""
+
+
+@with_checked_call(_ELSEWHERE)
 def from_torch(
     module: torch.nn.Module, example: tuple[Any, ...] | Mapping[str, Any], *, dynamic: Dynamic | None = None
 ) -> TorchModel:

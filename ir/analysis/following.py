@@ -41,6 +41,7 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Factor
+from treadle.ir.wording.checked_calls import with_checked_call
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Following:
         return "\n".join([f"{self.axis}: in {held or 'no weight or output'}", *(f"  {e}" for e in self.encounters)])
 
 
+@with_checked_call()
 def follow(graph: Graph, axis: str) -> Following:
     """Return all uses of an axis in a graph.
 
@@ -137,9 +139,8 @@ def follow(graph: Graph, axis: str) -> Following:
     closure = tracer.close(graph.main, frozenset(seeds))
     if not closure.places:
         known = sorted(graph.symbols) + sorted({f.label for v in _values(graph) for f in _factors(v) if f.label})
-        raise GraphError(
-            f"there is no axis {axis!r}", hint="one of " + ", ".join(known) + ", or a dimension such as x[0]"
-        )
+        one_of = f"one of {', '.join(known)}, or a" if known else "a"
+        raise GraphError(f"there is no axis {axis!r}", hint=f"{one_of} dimension such as x[0]")
     order = {v: i for i, v in enumerate(ordered_values(graph.main))}
     places = sorted(closure.places, key=lambda p: (order[p.value], p.dim, str(p.inner)))
     outputs = [v for v in graph.main.outputs.values() if v.node is not None and dims_held(v, places) > 1]

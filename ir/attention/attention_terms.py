@@ -209,6 +209,7 @@ class Window(MaskTerm):
     relative = True
 
     def __post_init__(self) -> None:
+        _require_integers(self, size=self.size)
         _require(1 <= self.size < 2**31, "window: size must be 1 or more, and below 2^31", self)
 
     @property
@@ -338,6 +339,7 @@ class T5Relative(BiasTerm):
     relative = True
 
     def __post_init__(self) -> None:
+        _require_integers(self, buckets=self.buckets, max_distance=self.max_distance)
         least = 4 if self.bidirectional else 2
         near = self.buckets // least
         _require(least <= self.buckets <= 1024, f"t5_relative: buckets must be {least} to 1024", self)
@@ -402,6 +404,18 @@ class Alibi(BiasTerm):
 def _require(condition: bool, what: str, term: Term) -> None:
     if not condition:
         raise GraphError(what, received=term.text, source=str(user_line() or "") or None)
+
+
+def _require_integers(term: Term, **values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            is_number = isinstance(value, str) and value.strip().isdecimal()
+            raise GraphError(
+                f"{term.name}: {name} must be an integer",
+                received=f"{name}={value!r}"[:80],
+                source=str(user_line() or "") or None,
+                hint=f"{name}={int(str(value))}" if is_number else None,
+            )
 
 
 def _require_axes(axes: str, term: Term) -> None:

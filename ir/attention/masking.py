@@ -36,6 +36,8 @@ class _Applied:
     entries: tuple[tuple[Term, tuple[ExprLike, ...]], ...] = ()
     sign: ClassVar[str]
     noun: ClassVar[str]
+    by_tensor: ClassVar[str]
+    """The hint for a combination that the terms do not have: a tensor can have any values."""
 
     def __str__(self) -> str:
         return f" {self.sign} ".join(term.text for term, _ in self.entries)
@@ -58,6 +60,32 @@ class _Applied:
             hint="t.causal, without parentheses",
         )
 
+    def __or__(self, other: object) -> NoReturn:
+        """Raise GraphError: terms have one combination."""
+        raise self._no("union")
+
+    def __sub__(self, other: object) -> NoReturn:
+        """Raise GraphError, as `|` does."""
+        raise self._no("difference")
+
+    def __invert__(self) -> NoReturn:
+        """Raise GraphError, as `|` does."""
+        raise self._no("complement")
+
+    def __neg__(self) -> NoReturn:
+        """Raise GraphError, as `|` does."""
+        raise self._no("negative")
+
+    __ror__, __xor__, __rxor__, __rsub__ = __or__, __sub__, __sub__, __sub__
+
+    def _no(self, operation: str) -> GraphError:
+        return GraphError(
+            f"{self.noun} have no {operation}",
+            received=str(self) or None,
+            source=str(user_line() or "") or None,
+            hint=self.by_tensor,
+        )
+
 
 @dataclass(frozen=True)
 class Masks(_Applied):
@@ -68,12 +96,15 @@ class Masks(_Applied):
 
     sign = "&"
     noun = "masks"
+    by_tensor = 't.boolean_mask(x, "s t"), with x of positions: i = t.iota(size="S"), x = i[:, None] >= i[None, :]'
 
     def __and__(self, other: object) -> Masks:
         """Return the intersection. Raises GraphError if `other` is not masks."""
         if not isinstance(other, Masks):
             raise _mismatch("masks intersect with masks only", other)
         return Masks(self.entries + other.entries)
+
+    __rand__ = __and__
 
     def __add__(self, other: object) -> NoReturn:
         """Raise GraphError: masks intersect."""
@@ -89,12 +120,21 @@ class Biases(_Applied):
 
     sign = "+"
     noun = "biases"
+    by_tensor = 't.tensor_bias(x, "h s t"), with x computed by tensor ops'
 
     def __add__(self, other: object) -> Biases:
         """Return the sum. Raises GraphError if `other` is not biases."""
         if not isinstance(other, Biases):
             raise _mismatch("biases add to biases only", other)
         return Biases(self.entries + other.entries)
+
+    __radd__ = __add__
+
+    def __and__(self, other: object) -> NoReturn:
+        """Raise GraphError: biases add up."""
+        raise _mismatch("biases add up, and do not intersect", other)
+
+    __rand__ = __and__
 
 
 _AXES = {2: ("s t", "s t"), 4: ("b h s t", "b h s t")}

@@ -38,6 +38,7 @@ from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
+from treadle.passes.stepping.table_rows import most_positions
 
 CACHE_DTYPES = (f32, bf16, f16)
 """The dtypes in which keys and values may be stored."""
@@ -122,7 +123,8 @@ def derive_step(
     survey = Survey(graph, axis, rows)
     made = Graph(graph.name)
     made.symbols, made.initial = dict(graph.symbols), dict(graph.initial)
-    context = graph.symbols[axis].upper
+    limits = [n for n in (graph.symbols[axis].upper, most_positions(graph, axis)) if n is not None]
+    context = min(limits, default=None)
     _refuse_symbols(graph, (SLOTS, CAPACITY))
     made.bound(SLOTS, Bounds())
     made.bound(CAPACITY, Bounds(1, context))

@@ -38,11 +38,7 @@ LAUNCHER = "TREADLE_LAUNCHER"
 """Environment variable with the id of the launcher's process. If the launcher ends, this process ends, too."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_HINT = Hint(
-    "a script under torchrun, or under treadle launch -n 2 -- SCRIPT.py",
-    "treadle launch -n 2 -- run MODEL --mesh tp=2 --recipe megatron, or torchrun --nproc-per-node 2 -m treadle run "
-    "MODEL --mesh tp=2 --recipe megatron",
-)
+_TORCHRUN = "torchrun --nproc-per-node 2"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PAUSE = 0.01  # between two polls for messages of other ranks
 _STARTING = 60.0  # seconds within which the processes must connect at the start
@@ -208,18 +204,24 @@ def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
         )
 
 
-def join(timeout: float = 60.0) -> Ranks:
+def need_torch() -> None:
+    """Raise UsageError without PyTorch, by which ranks communicate."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("ranks communicate through PyTorch, which is not installed", hint=pip_install("torch"))
+
+
+def join(timeout: float = 60.0, *, command: str = "run") -> Ranks:
     """Join the other ranks, as specified by environment variables.
 
     timeout  seconds that a rank waits for others in later calls; `join` itself waits at least a minute while processes
              start
+    command  the command that runs as a rank, for the hint of an error
 
     Raises UsageError if this process was not started as a rank, or without PyTorch; RankError if other ranks do not
     connect in time.
     """
-    rank, size, host = _environment()
-    if importlib.util.find_spec("torch") is None:
-        raise UsageError("ranks communicate through PyTorch, which is not installed", hint=pip_install("torch"))
+    rank, size, host = _environment(command)
+    need_torch()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ended connections are reported by the watch
     from torch.distributed.rendezvous import rendezvous
 
@@ -246,18 +248,23 @@ def join(timeout: float = 60.0) -> Ranks:
     return ranks
 
 
-def _environment() -> tuple[int, int, str]:
+def _environment(command: str) -> tuple[int, int, str]:
     """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError if a variable is missing or
     invalid.
     """
+    words = f"{command} MODEL --mesh tp=2 --recipe megatron"
+    hint = Hint(
+        "a script under torchrun, or under treadle launch -n 2 -- SCRIPT.py",
+        f"treadle launch -n 2 -- {words}, or {_TORCHRUN} -m treadle {words}",
+    )
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:
-        raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=_HINT)
+        raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=hint)
     texts = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
     if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
         received = ", ".join(f"{name}={os.environ[name]!r}" for name in _NEEDED)
         raise UsageError(
-            "RANK must be a number below WORLD_SIZE, and MASTER_PORT a number", received=received, hint=_HINT
+            "RANK must be a number below WORLD_SIZE, and MASTER_PORT a number", received=received, hint=hint
         )
     return int(texts[0]), int(texts[1]), os.environ["MASTER_ADDR"]
 

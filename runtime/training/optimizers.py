@@ -27,10 +27,16 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import Type, f32
+from treadle.ir.wording.checked_calls import with_checked_constructor
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 _CLIP_EPS = 1e-6
 """Number added to the norm in the denominator of clipping, as in torch.nn.utils.clip_grad_norm_."""
+
+_RATE = "t.Trainer(model, learning_rate=1e-3): the learning rate is an option of the trainer"
+_BETAS = "beta1=0.9, beta2=0.999"
+_ADAMW_ELSEWHERE = {"lr": _RATE, "learning_rate": _RATE, "betas": _BETAS}
+_SGD_ELSEWHERE = {"lr": _RATE, "learning_rate": _RATE}
 
 
 class Optimizer(Protocol):
@@ -61,6 +67,7 @@ class Optimizer(Protocol):
         ...
 
 
+@with_checked_constructor(_ADAMW_ELSEWHERE)
 @dataclass(frozen=True)
 class AdamW:
     """mean   = beta1 mean + (1 - beta1) g
@@ -111,6 +118,7 @@ class AdamW:
         return kept - mean * by["rate"] / (b.sqrt(square) * by["root_correction"] + self.eps), mean, square
 
 
+@with_checked_constructor(_SGD_ELSEWHERE)
 @dataclass(frozen=True)
 class SGD:
     """d        = g + weight_decay w

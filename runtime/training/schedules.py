@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from treadle.ir.errors import Hint, UsageError
+from treadle.ir.wording.checked_calls import with_checked_constructor
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 SHAPES = ("constant", "cosine", "linear")
 
 
+@with_checked_constructor()
 @dataclass(frozen=True)
 class Schedule:
     """A learning rate schedule: a linear warmup from peak / warmup at step 1 to the peak at step `warmup`, then a

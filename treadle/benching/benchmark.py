@@ -27,7 +27,7 @@ from treadle.benching.sides import LIMITS, PEERS, Side, peers_of
 from treadle.benching.workload import Workload, files_of, opened
 from treadle.ir.analysis.cost import Cost, graph_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.passes.cleanup.cut_sooner import CutSooner
 from treadle.passes.stages import MergeOps, Recognize, left_out, run
@@ -170,13 +170,17 @@ def bench_model(
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:
         spec = _spec(workload, graph, chosen, Path(place))
-        if any(PEERS[name].reads == "onnx" for name in names):
-            made = export_onnx(run(graph, _FOR_OTHERS).graph, weights, Path(place) / "model.onnx")
-            spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}
+        if readers := [name for name in names if PEERS[name].reads == "onnx"]:
+            try:
+                made = export_onnx(run(graph, _FOR_OTHERS).graph, weights, Path(place) / "model.onnx")
+                spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
+            except TreadleError as error:
+                remedy = f" ({error.hint})" if error.hint else ""
+                missing = dict.fromkeys(readers, f"the model cannot be exported: {error.what}{remedy}")
         try:
-            for name in ("treadle", *names):
+            for name in ("treadle", *(name for name in names if name not in missing)):
                 emit(f"opening {name}")
                 is_other = name in PEERS and PEERS[name].reads != "torch"
                 outputs = str(Path(place) / f"{name}.npz")

@@ -16,7 +16,7 @@ import numpy as np
 from treadle.backends.staged import needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.profiling import time_calls
-from treadle.benching.roofline import Roofline, check_past, no_kernels, roofline_of
+from treadle.benching.roofline import Roofline, no_kernels, past_of_step, roofline_of
 from treadle.compiled import Compiled
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
@@ -39,12 +39,12 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
 
 
 def measure_step_roofline(
-    model: Compiled, *, rows: int = 1, past: int = 128, rounds: int = 9, seed: int = 0
+    model: Compiled, *, rows: int = 1, past: int | None = None, rounds: int = 9, seed: int = 0
 ) -> Roofline:
     """Time the kernels of a model's decoding step on the TVM backend, and compare them with the machine's limits.
 
     rows    number of rows, each of which gets one token
-    past    number of tokens that each row has already
+    past    number of tokens that each row has already; None: see `past_of_step`
 
     Raises UsageError for another backend, and for more tokens than the model takes.
     """
@@ -52,7 +52,7 @@ def measure_step_roofline(
     exe = stepped.executable
     if not isinstance(exe, KernelExecutable):
         raise no_kernels(model.backend)
-    check_past(past, stepped.derived.context)
+    past = past_of_step(stepped.derived.context, past)
     session = stepped.session(rows=rows, capacity=past + 1)
     rng = np.random.default_rng(seed)
     texts = {session.open(): rng.integers(0, session.vocabulary or 2, past).tolist() for _ in range(rows)}

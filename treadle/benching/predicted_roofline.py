@@ -23,7 +23,7 @@ from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls
 from treadle.backends.tvm.profiling import TimedCall
-from treadle.benching.roofline import KernelRow, check_past, no_kernels, rows_of_calls
+from treadle.benching.roofline import KernelRow, no_kernels, past_of_step, rows_of_calls
 from treadle.explaining.layouts import lowered_for, optimized_for
 from treadle.ir.errors import UsageError
 from treadle.ir.hardware import Hardware
@@ -129,11 +129,14 @@ def predict_roofline(model: AnyModel, sizes: Mapping[str, int] | None = None, **
     return _predicted(name, backend, lowered, chosen, lowered.graph.main.name, found, found)
 
 
-def predict_step_roofline(model: AnyModel, *, rows: int = 1, past: int = 128, **options: Any) -> PredictedRoofline:
+def predict_step_roofline(
+    model: AnyModel, *, rows: int = 1, past: int | None = None, **options: Any
+) -> PredictedRoofline:
     """Predict the least times of the kernels of a decoding step. Options as in `treadle.compile`.
 
     rows  number of rows, each of which gets one token
-    past  number of tokens that each row has already; all kernels read caches of this length
+    past  number of tokens that each row has already; all kernels read caches of this length. None: see
+          `past_of_step`
 
     Raises as `compile` does; UsageError for another backend, and for more tokens than the model takes.
     """
@@ -144,7 +147,7 @@ def predict_step_roofline(model: AnyModel, *, rows: int = 1, past: int = 128, **
         raise UsageError("a decoding step takes no memory budget", hint="leave memory out")
     name, optimized = optimized_for(model, chosen)
     derived = run(optimized, [DeriveStep()]).products[DerivedStep]
-    check_past(past, derived.context)
+    past = past_of_step(derived.context, past)
     backend = TvmBackend()
     lowered = backend.lower(derived.graph, chosen.where)
     asked = {"rows": rows, "past": past}

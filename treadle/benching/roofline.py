@@ -237,24 +237,36 @@ def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]
     return found
 
 
+_PAST = 128
+"""Tokens that the rows of a step have already, by default."""
+
+
+def past_of_step(context: int | None, past: int | None) -> int:
+    """Return the number of tokens that the rows of a step have already.
+
+    context  the maximum number of tokens of a row; None: any number
+    past     None: 128, or context - 1 if that is less
+
+    Raises UsageError for a number below 1, and for one that leaves no room for the step's token.
+    """
+    past = min(_PAST, _PAST if context is None else context - 1) if past is None else past
+    if past < 1:
+        what = "rows of a step have 1 token or more"
+        raise UsageError(what, received=f"past={past}", hint=Hint("past=1", "--past 1"))
+    if context is not None and past >= context:
+        raise UsageError(
+            "a step has one token more than the rows have already",
+            received=f"past={past}, and the model takes {context} positions",
+            hint=Hint(f"past={context - 1} or less", f"--past {context - 1} or less"),
+        )
+    return past
+
+
 def no_kernels(backend: str) -> UsageError:
     return UsageError(
         f"a roofline needs kernels, and the {backend} backend calls a library",
         hint=Hint('backend="tvm"', "--backend tvm"),
     )
-
-
-def check_past(past: int, context: int | None) -> None:
-    """Raise UsageError if rows with `past` tokens have no step in a model with `context` positions."""
-    if past < 1:
-        hint = Hint("past=128", "--past 128")
-        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint=hint)
-    if context is not None and past >= context:
-        raise UsageError(
-            "a step has one token more than the rows have already",
-            received=f"{past} tokens, and the model takes {context} positions",
-            hint=Hint(f"past={context - 1} or less", f"--past {context - 1} or less"),
-        )
 
 
 def rows_of_calls(plan: StoragePlan, kernels: Sequence[Kernel], calls: Sequence[TimedCall]) -> Iterator[KernelRow]:

@@ -42,6 +42,7 @@ def launch_command(
     from treadle.cli import COMMANDS
     from treadle.cli.rank_runs import refuse_artifact
     from treadle.runtime.distributed.launching import launch_ranks
+    from treadle.runtime.distributed.ranks import need_torch
 
     if not words:
         raise UsageError("launch needs a command", hint=_corrected(_EXAMPLE, count))
@@ -80,6 +81,7 @@ def launch_command(
             hint=f"--mesh tp={count} --recipe megatron",
         )
     else:
+        need_torch()  # else every rank would report it
         started = [sys.executable, "-m", "treadle", *words]
     code = launch_ranks(started, count)
     if code:

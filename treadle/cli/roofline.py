@@ -32,7 +32,10 @@ def show_roofline(
     past: Annotated[
         int | None,
         typer.Option(
-            "--past", metavar="N", min=1, help="With --entry step: tokens that each row has already. By default 128."
+            "--past",
+            metavar="N",
+            min=1,
+            help="With --entry step: tokens that each row has already. By default 128, within the model's positions.",
         ),
     ] = None,
     *,
@@ -79,7 +82,7 @@ def show_roofline(
             raise UsageError("a prediction for a device has no measured times", hint="leave out --svg and --rounds")
         with working(f"lowering {model}", shown=not as_json):
             predicted = (
-                predict_step_roofline(model, rows=rows or 1, past=past or 128, **keywords)
+                predict_step_roofline(model, rows=rows or 1, past=past, **keywords)
                 if entry == "step"
                 else predict_roofline(model, asked, **keywords)
             )
@@ -96,7 +99,7 @@ def show_roofline(
     how = {"rounds": rounds or 9, "seed": keywords.get("seed", 0)}
     with working(f"running {model}", shown=not as_json):
         if entry == "step":
-            found = measure_step_roofline(made, rows=rows or 1, past=past or 128, **how)
+            found = measure_step_roofline(made, rows=rows or 1, past=past, **how)
         else:
             found = measure_roofline(made, choose_sizes(made.graph, asked), **how)
     if svg is not None:

@@ -181,7 +181,8 @@ def split_pass(model: AnyModel) -> tuple[AnyModel, str]:
 def _refuse_unknown_pass(model: object, stage: str, passes: Sequence[str]) -> None:
     if stage and stage not in passes:
         near = NearestNames(passes).of(stage, 2)
-        hint = f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(dict.fromkeys(passes))
+        one_of = "one of " + ", ".join(dict.fromkeys(passes)) if passes else f"{model}: it has no passes"
+        hint = f"did you mean {' or '.join(near)}?" if near else one_of
         raise UsageError(f"there is no pass {printable(stage)}", received=printable(f"{model}@{stage}"), hint=hint)
 
 

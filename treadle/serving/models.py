@@ -261,10 +261,10 @@ class ServedEmbedder:
         """The length of its vectors, as text."""
         return f"embeddings of {self.embedder.width} numbers"
 
-    def embed(self, texts: Sequence[str]) -> Embedded:
-        """Return the vectors of texts. This waits until earlier requests are done.
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded:
+        """Return the vectors of texts, or of lists of token ids. This waits until earlier requests are done.
 
-        Raises RequestRefusal if too many requests wait, or if a text cannot be embedded.
+        Raises RequestRefusal if too many requests wait, or if a text is too long or cannot be embedded.
         """
         with self._count:
             if self._present > self.queue:
@@ -272,7 +272,7 @@ class ServedEmbedder:
             self._present += 1
         try:
             with self._turn:
-                return self.embedder.embed_reporting(texts)
+                return self.embedder.embed_reporting(texts, truncate=False)
         except TreadleError as error:
             raise refused(error, field="input") from error
         finally:

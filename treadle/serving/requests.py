@@ -115,11 +115,12 @@ class WantedChat:
 class WantedEmbeddings:
     """A request for embeddings.
 
+    texts      texts, or the token ids of texts
     as_bytes   True if vectors are returned as base64 of their little-endian float32 elements, False for JSON numbers
     """
 
     model: str
-    texts: tuple[str, ...]
+    texts: tuple[str | tuple[int, ...], ...]
     as_bytes: bool
 
 
@@ -149,7 +150,7 @@ def read_body(data: bytes) -> Fields:
 
 def read_completions(fields: Fields) -> WantedCompletions:
     """Parse a request for completions. Raises RequestRefusal."""
-    prompts = _prompts(fields)
+    prompts = _prompts(fields, "prompt", MOST_TEXTS)
     likely = fields.whole("logprobs", most=MOST_LIKELY)
     echo = fields.truth("echo")
     if echo and likely is not None:
@@ -185,9 +186,9 @@ def read_chat(fields: Fields) -> WantedChat:
 def read_embeddings(fields: Fields) -> WantedEmbeddings:
     """Parse a request for embeddings. Raises RequestRefusal."""
     model = _model(fields)
-    texts = fields.texts("input", most=MOST_INPUTS)
-    if not texts:
-        raise fields.refuse("input", "must be a string, or a list of strings")
+    texts = [each.ids if each.text is None else each.text for each in _prompts(fields, "input", MOST_INPUTS)]
+    if "" in texts:
+        raise fields.refuse("input", "has an empty text")
     form = fields.text("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise fields.refuse("encoding_format", "must be float or base64")
@@ -290,16 +291,17 @@ def _choices(fields: Fields, prompts: int) -> int:
     return found
 
 
-def _prompts(fields: Fields) -> tuple[Prompt, ...]:
-    found = fields.take("prompt")
+def _prompts(fields: Fields, name: str, most: int) -> tuple[Prompt, ...]:
+    """Return the texts of a field: a string, token ids, or a list of 1 to `most` of them."""
+    found = fields.take(name)
     if isinstance(found, str) or (isinstance(found, list) and found and all(is_id(x) for x in found)):
         found = [found]
-    if isinstance(found, list) and 1 <= len(found) <= MOST_TEXTS:
+    if isinstance(found, list) and 1 <= len(found) <= most:
         if all(isinstance(x, str) for x in found):
             return tuple([Prompt(text=x) for x in found])
         if all(isinstance(x, list) and x and all(is_id(i) for i in x) for x in found):
             return tuple([Prompt(ids=tuple(x)) for x in found])
-    raise fields.refuse("prompt", f"must be a string, token ids, or a list of 1 to {MOST_TEXTS} of them")
+    raise fields.refuse(name, f"must be a string, token ids, or a list of 1 to {most} of them")
 
 
 def _messages(fields: Fields, images: list[bytes]) -> tuple[tuple[Mapping[str, Any], ...], Mapping[str, Any]]:

@@ -78,6 +78,7 @@ class LoadedModel:
     def classify(self, texts: Text) -> Classified: ...
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
+    @with_option_hints
     def classify(self, texts: Any) -> Any:
         """Return the labels of a text or of a pair (text, text), best first. For a list, return the labels of each
         item.
@@ -88,6 +89,7 @@ class LoadedModel:
     def answer(self, question: str, text: str) -> Answer | None: ...
     @overload
     def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
+    @with_option_hints
     def answer(self, question: Any, text: Any = None) -> Any:
         """Return the span of the text that best answers the question, or None if the text has no answer. For a list of
         (question, text) pairs, return the span of each pair.
@@ -118,6 +120,7 @@ class LoadedModel:
         found = self.filler.fill(_listed(texts), top=top)
         return found if _many(texts) else found[0]
 
+    @with_option_hints
     def embed(self, sentences: str | list[str]) -> Vectors:
         """Return a sentence's embedding [D], or several sentences' embeddings [N, D]."""
         _check_texts(sentences)
@@ -221,6 +224,7 @@ class LoadedModel:
         found = [[each.text for each in of_one] for of_one in searched]
         return found if _many(prompts) else found[0]
 
+    @with_option_hints
     def chat(self, *, system: str | None = None) -> Conversation:
         """Start a conversation with a chat model. `chat().say("Hello")` yields the reply piece by piece."""
         from treadle.chatting.conversation import Conversation
@@ -242,6 +246,7 @@ class LoadedModel:
     def label(self, images: PathLike) -> tuple[Scored, ...]: ...
     @overload
     def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
+    @with_option_hints
     def label(self, images: Any) -> Any:
         """Return the labels of an image file with their scores, best first."""
         found = self.labeller.label(_listed(images))
@@ -251,6 +256,7 @@ class LoadedModel:
     def match(self, images: PathLike, texts: Sequence[str]) -> Matched: ...
     @overload
     def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
+    @with_option_hints
     def match(self, images: Any, texts: Sequence[str]) -> Any:
         """Return the probabilities that the texts describe an image file (`treadle.tasks.matching.Matched`)."""
         found = self.matcher.match(_listed(images), texts)

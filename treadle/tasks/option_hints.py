@@ -4,14 +4,13 @@ another type.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from treadle.ir.errors import UsageError
-from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+from treadle.ir.wording.checked_calls import check_call
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -35,22 +34,18 @@ _EXAMPLES = {"Sampling": _SAMPLING, "TokenRules": _RULES, "Beams": "beams=t.Beam
 
 
 def with_option_hints(method: Method) -> Method:
-    """Decorate a method. If a caller passes an unknown option, the error suggests the right name. If a value has
-    another type than the annotation, the error says so, and has an example for the classes of `_EXAMPLES`.
+    """Decorate a method. If a call does not fit the method's signature, the error is as in
+    `treadle.ir.wording.checked_calls`. If a value has another type than the annotation, the error says so, and has an
+    example for the classes of `_EXAMPLES`.
     """
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def checked(self: Any, /, *given: Any, **options: Any) -> Any:
+    def checked(self: Any, /, *ordered: Any, **options: Any) -> Any:
+        check_call(method.__name__, signature, ordered, options, _ELSEWHERE)
         for name, value in options.items():
-            if name not in signature.parameters:
-                raise UsageError(
-                    f"{method.__name__} has no option {name!r}",
-                    received=f"{name}={value!r}"[:80],
-                    hint=_here(name, signature) or _spelled(method.__name__, signature),
-                )
             _check_type(signature.parameters[name], value)
-        return method(self, *given, **options)
+        return method(self, *ordered, **options)
 
     return checked  # type: ignore[return-value]
 
@@ -67,17 +62,3 @@ def _check_type(option: inspect.Parameter, value: object) -> None:
         raise UsageError(f"{option.name} must be an integer", received=received)
     if types[0] == "Sequence[str]" and not isinstance(value, Sequence):
         raise UsageError(f"{option.name} must be a list of strings", received=received, hint=f'{option.name}=["."]')
-
-
-def _here(name: str, signature: inspect.Signature) -> str | None:
-    near_elsewhere = difflib.get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.8)
-    hint = next(map(_ELSEWHERE.get, near_elsewhere), None)
-    option = None if hint is None else hint.partition("=")[0]
-    if hint is not None and (option in signature.parameters or "(" in str(option)):
-        return hint
-    near = nearest_option(name, signature)
-    return None if near is None else f"{near}=..."
-
-
-def _spelled(name: str, signature: inspect.Signature) -> str:
-    return spelled_call(name, signature.replace(parameters=list(signature.parameters.values())[1:]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -43,6 +43,7 @@ from treadle.ir.transforms.training_losses import (
     with_own_loss,
 )
 from treadle.ir.types import f32
+from treadle.ir.wording.checked_calls import with_checked_constructor
 from treadle.passes.stages import Gradient, MergeOps, Precision, Recognize, passes_of, run
 from treadle.program.entry_signatures import with_options
 from treadle.program.options import CompileOptions
@@ -89,6 +90,7 @@ class StepResult:
     seconds: float
 
 
+@with_checked_constructor()
 class Trainer:
     """A model in training: call `step` with a batch, then `compiled` for the trained model, or `save` for a folder.
 
@@ -280,7 +282,7 @@ class Trainer:
             )
         return self._state
 
-    def step(self, /, **arrays: Any) -> StepResult:
+    def step(self, /, *ordered: Any, **arrays: Any) -> StepResult:
         """Compute the gradients of one batch. In the last of `gradient_accumulation_steps` calls, update the weights.
 
         A step is a transaction. If it raises or is interrupted, weights, moments and accumulated gradients are either
@@ -291,7 +293,7 @@ class Trainer:
         BackendError for arrays that do not match `inputs`.
         """
         began = time.perf_counter()
-        state, batch = self.state, self._checked(arrays)
+        state, batch = self.state, self._checked("step", ordered, arrays)
         found = self.gradient(**state.weights, **batch)
         counted = self._count(found, batch)
         loss, rate, norm = float(found[LOSS]) / counted, self.schedule(state.steps + 1), math.nan
@@ -308,7 +310,7 @@ class Trainer:
         """Drop the gradients accumulated since the last update."""
         self._state = replace(self.state, gradients={}, counted=0.0, calls=0)
 
-    def evaluate(self, /, **arrays: Any) -> float:
+    def evaluate(self, /, *ordered: Any, **arrays: Any) -> float:
         """Return the mean loss over the counted positions of a batch. The weights are unchanged. Raises as `step`
         does.
         """
@@ -318,17 +320,21 @@ class Trainer:
             )
         taken = {port.name for port in self._evaluation.inputs}
         weights = {name: array for name, array in self.state.weights.items() if name in taken}
-        batch = self._checked(arrays)
+        batch = self._checked("evaluate", ordered, arrays)
         found = self._evaluation(**weights, **batch)
         return float(found[LOSS]) / self._count(found, batch)
 
     def _needed_by(self, graph: Graph) -> dict[str, Array]:
         return {name: self._frozen[name] for name in graph.parameters}
 
-    def _checked(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(self, method: str, ordered: Sequence[Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch, with the teacher's logits for it. Raises BackendError for arrays that do not match
-        `inputs`, UsageError for targets that are not class indices.
+        `inputs`, UsageError for targets that are not class indices, and for arrays without a name.
         """
+        if ordered:
+            call = ", ".join(f"{port.name}=..." for port in self.inputs)
+            what, received = f"{method} takes arrays by name", f"{len(ordered)} without a name"
+            raise UsageError(what, received=received, hint=f"trainer.{method}({call})")
         given = dict(arrays)
         if self.teacher is not None:
             taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}

@@ -1,0 +1,164 @@
+"""Hints of commands, followed to the letter."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import treadle as t
+from tests.error_texts import raises_freely
+from treadle.benching import benchmark, sides
+from treadle.benching.benchmark import bench_model
+from treadle.benching.report import report_lines
+from treadle.benching.workload import Workload
+from treadle.cli import app
+from treadle.frontends.declaration_files import load_declaration
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import BackendError, Hint
+from treadle.passes.stages import left_out
+
+SMALL = ["--set", "layers=1", "--set", "dim=32", "--set", "heads=2", "--set", "vocab=50", "--set", "context=64"]
+TINY = {"layers": 1, "dim": 8, "heads": 2, "vocab": 9, "context": 32}
+DECLARATION = """
+from typing import Annotated
+import treadle as t
+
+@t.model
+def p3(tokens: Annotated[t.Tensor, t.i64["B S"]], *, n: int, m: int) -> t.Tensor:
+    return t.embed(tokens, n, m, name="e")
+"""
+
+
+def refused(*words: str) -> tuple[str, str]:
+    """Return the first line of a command's error, and its hint."""
+    done = CliRunner().invoke(app, [*words])
+    assert done.exit_code == 2, done.output
+    (hint,) = re.findall(r"^  try +(.*)", done.output, re.MULTILINE)
+    return done.output.splitlines()[0], hint
+
+
+def runs(*words: str) -> str:
+    done = CliRunner().invoke(app, [*words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_missing_options_of_a_declaration(tmp_path: Path) -> None:
+    place = tmp_path / "m.py"
+    place.write_text(DECLARATION)
+    what, hint = refused("inspect", f"{place}:p3")
+    assert (what, hint) == ("model p3 needs a value for n, m", "--set n=... --set m=...")
+    runs("inspect", f"{place}:p3", *shlex.split(hint.replace("...", "8")))
+    with raises_freely(t.FrontendError) as caught:
+        t.compile(load_declaration(place, "p3"))
+    assert str(caught.value.hint) == "p3.configure(n=..., m=...)"
+
+
+def test_a_symbol_as_an_option() -> None:
+    what, hint = refused("inspect", "gpt2", *SMALL, "--set", "S=4")
+    assert what == "model gpt2 has no option S" and hint.startswith("--sizes S=4, or, for treadle run, an --input")
+    runs("inspect", "gpt2", *SMALL, *hint.partition(",")[0].split())
+    assert "--sizes" not in refused("inspect", "gpt2", *SMALL, "--set", "T=4")[1]
+
+
+def test_passes_left_out_of_none() -> None:
+    what, hint = refused("inspect", "gpt2", *SMALL, "--without", "fuse-gelu", "--passes", "")
+    assert hint == "leave out --without" and "fuse-gelu" in what
+    for name in ("fuse-gelu", "none"):
+        with raises_freely(t.UsageError) as caught:
+            left_out([], [name])
+        assert str(caught.value.hint) == "without=()"
+    assert refused("inspect", "gpt2", *SMALL, "--without", "")[1].startswith("one of fold-constants")
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_a_roofline_of_a_step_of_a_short_model(target: str) -> None:
+    words = ["roofline", "gpt2", *SMALL, "--target", target, "--entry", "step"]
+    assert "past=63" in runs(*words, *["--rounds", "1"] * (target == "cpu"))
+    what, hint = refused(*words, "--past", "64")
+    assert what == "a step has one token more than the rows have already" and hint == "--past 63 or less"
+
+
+def test_a_benchmark_runs_without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers that read ONNX are listed with the reason, and the others run."""
+
+    def fails(*given: object) -> None:
+        raise BackendError("ONNX export needs the package onnx", hint="pip install onnx")
+
+    monkeypatch.setattr(benchmark, "export_onnx", fails)
+    work = Workload("gpt2", keywords={"backend": "numpy", "config": TINY})
+    found = bench_model(work, ["eager", "onnxruntime", "openvino"], sizes={"S": 4}, rounds=1)
+    assert [row.side for row in found.rows] == ["treadle", "eager"]
+    reason = "the model cannot be exported: ONNX export needs the package onnx (pip install onnx)"
+    assert found.missing == {"onnxruntime": reason, "openvino": reason}
+    assert f"onnxruntime is missing: {reason}" in map(str, report_lines(found))
+    assert {"onnxruntime", "openvino"} <= {*sides.PEERS}
+
+
+def test_a_prefix_cache_of_a_session_that_does_not_resume() -> None:
+    """NumPy's sessions do not reuse prefixes unless the caller asks for it."""
+    made = t.compile("gpt2", backend="numpy", config=TINY)
+    for resumes in (None, False):
+        with raises_freely(t.UsageError, match="cannot resume from prefixes") as caught:
+            made.session(rows=1, resumes=resumes).cache_prefixes(1 << 20)
+        hint = caught.value.hint
+        assert isinstance(hint, Hint) and hint.command.startswith("--reuse, which is off by default")
+        assert str(hint) == "a session with resumes=True"
+    made.session(rows=1, resumes=True).cache_prefixes(1 << 20)
+
+
+@pytest.mark.parametrize("command", ["run", "generate"])
+def test_a_rank_that_was_not_launched(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [command, "gpt2", *(["a"] if command == "generate" else []), "--mesh", "tp=2"]
+    _, hint = refused(*words)
+    launched = shlex.split(hint.partition(", or ")[0])
+    assert launched[:6] == ["treadle", "launch", "-n", "2", "--", command]
+    started: list[tuple[object, ...]] = []
+    monkeypatch.setattr("treadle.runtime.distributed.launching.launch_ranks", lambda *given: started.append(given) or 0)
+    runs(*launched[1:])
+    assert len(started) == 1
+
+
+def test_a_launch_without_torch_reports_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    monkeypatch.setattr("treadle.runtime.distributed.launching.launch_ranks", lambda *given: pytest.fail("started"))
+    what, hint = refused("launch", "-n", "2", "--", "run", "gpt2", "--mesh", "tp=2")
+    assert what == "ranks communicate through PyTorch, which is not installed" and "pip install" in hint
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_pickle_is_converted_as_the_hint_says(missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.arange(3.0)}, "weights.bin")
+    if missing:
+        monkeypatch.setattr("treadle.frontends.safetensors_file.find_spec", lambda name: None)
+    with raises_freely(t.CheckpointError) as caught:
+        SafetensorsFile.open("weights.bin")
+    first, _, code = str(caught.value.hint).partition("\n")
+    pip = "pip install torch safetensors, and " if missing else ""
+    assert first == f"if you trust the file, {pip}convert it:"
+    exec(code, {"file": "weights.bin"})
+    assert SafetensorsFile.open("model.safetensors").array("w").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", ["import", "trace"])
+def test_a_declaration_that_ends_the_process(place: str, tmp_path: Path) -> None:
+    """As a script does that calls sys.exit when it is imported, or a model that does so when it is traced."""
+    file = tmp_path / "m.py"
+    ends = "import sys\nsys.exit(3)\n"
+    indented = ends.replace("\n", "\n    ").rstrip() + "\n"
+    declared = DECLARATION.replace("    return", f"    {indented}    return")
+    file.write_text(DECLARATION + ends if place == "import" else declared)
+    done = CliRunner().invoke(app, ["inspect", f"{file}:p3", "--set", "n=4", "--set", "m=4"])
+    assert done.exit_code == 2
+    said = {"import": "m.py ends when it is imported: SystemExit: 3", "trace": "cannot be traced: SystemExit: 3"}
+    assert said[place] in done.output and "m.py:" in done.output
+    if place == "import":
+        assert "__main__" in done.output
+        file.write_text(DECLARATION + 'if __name__ == "__main__":\n    ' + indented)
+        runs("inspect", f"{file}:p3", "--set", "n=4", "--set", "m=4")

@@ -1,0 +1,77 @@
+"""Wrong uses of masks, sizes and stacks within models: typed errors with hints that work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.error_texts import raises_freely
+from treadle.ir.errors import TreadleError
+
+
+def traced(body: Callable[[t.Tensor], Any]) -> t.Tensor:
+    """Trace a model with this body, and return its output for one input."""
+
+    @t.model
+    def tiny(x: Annotated[t.Tensor, t.f32["B S 8"]]) -> t.Tensor:
+        return body(x)  # type: ignore[no-any-return]
+
+    return t.compile(tiny, backend="numpy")(x=np.ones((1, 3, 8), np.float32))
+
+
+def attended(x: t.Tensor, **masks: Any) -> t.Tensor:
+    heads = t.rearrange(x, "b s (h=2 d) -> b h s d")
+    return t.attention(heads, heads, heads, **masks)
+
+
+WRONG: list[tuple[Callable[[t.Tensor], Any], str, str]] = [
+    (lambda x: t.causal | t.window(4), "masks have no union", 't.boolean_mask(x, "s t")'),
+    (lambda x: t.causal ^ t.window(4), "masks have no difference", 't.boolean_mask(x, "s t")'),
+    (lambda x: t.causal - t.window(4), "masks have no difference", 't.boolean_mask(x, "s t")'),
+    (lambda x: ~t.causal, "masks have no complement", 't.boolean_mask(x, "s t")'),
+    (lambda x: True & t.causal, "masks intersect with masks only", ""),
+    (lambda x: t.alibi(np.ones(2)) & t.causal, "biases add up, and do not intersect", "attention takes both"),
+    (lambda x: 1.0 + t.alibi(np.ones(2)), "biases add to biases only", ""),
+    (lambda x: -t.alibi(np.ones(2)), "biases have no negative", 't.tensor_bias(x, "h s t")'),
+    (lambda x: t.window("8"), "window: size must be an integer", "size=8"),  # type: ignore[arg-type]
+    (lambda x: t.window(2.5), "window: size must be an integer", ""),  # type: ignore[arg-type]
+    (lambda x: t.window(True), "window: size must be an integer", ""),
+    (lambda x: t.t5_relative(np.ones((8, 2), np.float32), buckets="8"), "buckets must be an integer", "buckets=8"),  # type: ignore[arg-type]
+    (lambda x: t.linear(x, "8", name="l"), "linear: out must be a size", "out=8"),
+    (lambda x: t.embed(t.cast(x, to=t.i64), 4, " 8 ", name="e"), "embed: dim must be a size", "dim=8"),
+    (lambda x: t.stack("h", 2).__enter__(), "stack 'h' is a loop", 'for i in t.stack("h", 12):'),  # type: ignore[attr-defined]
+]
+
+
+@pytest.mark.parametrize(("body", "what", "hint"), WRONG)
+def test_a_wrong_use_is_a_typed_error_with_a_hint(body: Callable[[t.Tensor], Any], what: str, hint: str) -> None:
+    with raises_freely(TreadleError, match=what) as caught:
+        traced(body)
+    assert str(caught.value.hint or "").startswith(hint)
+    assert "test_mask_errors.py" in str(caught.value.source)
+
+
+def test_a_stack_is_not_a_block() -> None:
+    def body(x: t.Tensor) -> t.Tensor:
+        with t.stack("h", 2):  # type: ignore[attr-defined]
+            return x
+
+    with raises_freely(t.FrontendError, match="stack 'h' is a loop"):
+        traced(body)
+
+
+def test_the_hints_work() -> None:
+    """A union of masks as a boolean mask, and a size that is an expression."""
+
+    def either(x: t.Tensor) -> t.Tensor:
+        i = t.iota(size="S")
+        return attended(x, mask=t.boolean_mask((i[:, None] >= i[None, :]) | (i[None, :] == 0), "s t"))
+
+    assert traced(either)
+    assert traced(lambda x: attended(x, mask=t.causal & t.window(8)))
+    assert traced(lambda x: t.linear(x, "4*2", name="l"))
+    assert traced(lambda x: [t.linear(x, 8, name="l") for _ in t.stack("h", 2)][-1])
