@@ -336,7 +336,7 @@ def test_kernels_of_a_step_are_those_of_all_rows() -> None:
     assert 2 < total((4, 256), "bytes", "attention") / total((4, 64), "bytes", "attention") < 5
     for more, report in (
         (["--sizes", "B=1"], "--entry step does not accept --sizes"),
-        (["--past", "300"], "300 tokens, and the model takes 300 positions"),
+        (["--past", "300"], "past=300, and the model takes 300 positions"),
     ):
         refused = CliRunner().invoke(app, [*words, *more])
         assert (refused.exit_code, report in refused.stdout) == (2, True)
