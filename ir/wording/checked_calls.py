@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from inspect import Parameter, Signature
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -75,6 +76,9 @@ def check_call(
     elsewhere  hints for options that other libraries, or other functions, have, by name
     """
     parameters = [each for each in signature.parameters.values() if each.name != "self"]
+    with suppress(TypeError):
+        signature.bind(*[None] * (len(signature.parameters) - len(parameters)), *ordered, **options)
+        return
     call = spelled_call(name, signature.replace(parameters=parameters))
     places = [each for each in parameters if each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     by_name = {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
