@@ -132,6 +132,16 @@ def spread(tokens: Tokens) -> t.Tensor:
 
 
 @t.model
+def beside_rows(tokens: Tokens) -> t.Tensor:
+    """Positions with a dimension of size 1 in the place of the rows: [1, s] and [s, 1, 1]."""
+    i = t.iota(size=tokens.shape[1])
+    x = t.embed(tokens, 11, 12, name="wte") + t.embed(t.rearrange(i, pattern="s -> 1 s"), 24, 12, name="wpe")
+    x = t.rearrange(x + t.self_attention(x, 3, mask=t.causal, name="attn"), pattern="b s d -> s b d")
+    x = x * t.rearrange(t.exp(t.cast(i, to="f32") * -0.1), pattern="s -> s 1 1")
+    return t.linear(t.rearrange(x, pattern="s b d -> b s d"), 11, name="head")
+
+
+@t.model
 def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
     """Inputs with the names that a step uses for its own inputs about rows."""
     x = t.embed(rows, 11, 12, name="wte") + last
@@ -210,8 +220,8 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
     **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
-    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
-    **{m.name: m for m in (repeated, states_by_other_names)},
+    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, beside_rows, by_heads)},
+    **{m.name: m for m in (repeated, states_by_other_names, oddly_named)},
 }
 
 
@@ -289,14 +299,6 @@ def projected_positions(tokens: Tokens) -> t.Tensor:
     angles = t.rearrange(t.cast(t.iota(size=tokens.shape[1]), to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5])
     waves = t.einsum(angles, t.parameter("waves", 2, 12), equation="s k, k d -> s d")
     return t.linear(t.embed(tokens, 11, 12, name="wte") + waves, 11, name="head")
-
-
-@t.model
-def positions_before_rows(tokens: Tokens) -> t.Tensor:
-    x = t.rearrange(t.embed(tokens, 11, 12, name="wte"), pattern="b s d -> s b d")
-    i = t.cast(t.iota(size=tokens.shape[1]), to="f32")
-    x = x * t.rearrange(t.exp(i * -0.1), pattern="s -> s 1 1")
-    return t.linear(t.rearrange(x, pattern="s b d -> b s d"), 11, name="head")
 
 
 @t.model
@@ -379,12 +381,6 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
         "einsum reads the tokens' positions, but cannot be computed with other positions for each row",
         "f32[S, 2], f32[2, 12]",
         "t.einsum(",
-    ),
-    "positions before rows": (
-        positions_before_rows,
-        "mul combines positions along dimensions that come before its rows",
-        "f32[S, B, 12], f32[S, 1, 1]",
-        "x * t.rearrange(",
     ),
     "rows last in what is kept": (
         rows_of_pictures_last,

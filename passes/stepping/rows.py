@@ -68,11 +68,12 @@ def apply_by_row(
             laid.append(operand)
             continue
         assert value is not None
+        lacking = leading - (value.type.rank - len(pattern) + 1)  # the number of dimensions that the value lacks
+        if row_dim is not None and row_dim >= lacking:  # the value's dimension there has size 1
+            laid.append(Stepped(_rows_inserted(b, operand.expr, row_dim - lacking)))
+            continue
         at = 0 if row_dim is None else row_dim
-        between = leading - (row_dim is not None) - at - (value.type.rank - len(pattern) + 1)
-        if between < 0:
-            raise refusal(node, "combines positions along dimensions that come before its rows")
-        laid.append(Stepped(_spread(b, operand.expr, at, between)))
+        laid.append(Stepped(_spread(b, operand.expr, at, lacking - (row_dim is not None) - at)))
     return [Stepped(found.expr, row_dim is None) for found in _emitted(b, op, laid)]
 
 
@@ -98,6 +99,15 @@ def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped 
     return [
         x if x is None or x.by_row else Stepped(b.expand(x.expr, shape=(rows, *x.expr.shape)), True) for x in operands
     ]
+
+
+def _rows_inserted(b: Builder, x: Expr, at: int) -> Expr:
+    """Move the rows of x [b, ...] to a dimension of the model's value, whose size is 1."""
+    names = [f"x{n}" for n in range(x.rank - 1)]
+    left = [name if n != at else "1" for n, name in enumerate(names)]
+    right = [name if n != at else "row" for n, name in enumerate(names)]
+    found: Expr = b.rearrange(x, pattern=f"row {' '.join(left)} -> {' '.join(right)}")
+    return found
 
 
 def _spread(b: Builder, x: Expr, before: int, between: int) -> Expr:
