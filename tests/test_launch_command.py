@@ -43,6 +43,8 @@ def test_words_after_the_command_are_its_own(words: list[str], monkeypatch: pyte
         (["--", *COMMAND], "launch needs the number of ranks"),
         ([*COMMAND, "-n", "2"], "launch needs the number of ranks before the command"),
         ([*COMMAND, "--ranks=2"], "launch needs the number of ranks before the command"),
+        (["2", *COMMAND], "launch needs the number of ranks"),
+        (["2", "--", *COMMAND], "launch needs the number of ranks"),
         (["-n", "2"], "launch needs a command"),
         (["-n", "2", "--"], "launch needs a command"),
         ([], "launch needs a command"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,41 @@ ROWS, VOCAB, DIM = 12, 20, 8
 
 
 class Learned(torch.nn.Module):
-    """A causal language model with learned positions, whose table's rows begin at `first`."""
+    """A causal language model with positions in a table, which begin at row `first`.
 
-    def __init__(self, first: int = 0) -> None:
+    form  the form in which modules read the table
+    """
+
+    def __init__(self, first: int = 0, form: str = "indices") -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.first = first
+        self.first, self.form = first, form
+        self.register_buffer("waves", torch.randn(1, ROWS, DIM))
         self.tokens, self.places = torch.nn.Embedding(VOCAB, DIM), torch.nn.Embedding(ROWS, DIM)
         self.mixed, self.head = torch.nn.Linear(DIM, 3 * DIM), torch.nn.Linear(DIM, VOCAB)
 
     def forward(self, ids: Any) -> Any:
+        end = self.first + ids.shape[1]
         places = torch.arange(ids.shape[1]) + self.first
-        x = self.tokens(ids) + self.places(places)
+        if self.form == "indices of one row":  # as in transformers
+            read = self.places(places.unsqueeze(0))
+        elif self.form == "rows of a weight":
+            read = self.places.weight[self.first : end]
+        elif self.form == "a part of a buffer":  # as in PyTorch's tutorials
+            read = self.waves[:, self.first : end]
+        else:
+            read = self.places(places)
+        x = self.tokens(ids) + read
         q, k, v = self.mixed(x).chunk(3, -1)
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return {"logits": self.head(x + mixed)}
 
 
-def imported(first: int, folder: Path) -> Any:
-    return t.from_torch(Learned(first).eval(), (torch.zeros(2, 8, dtype=torch.long),), dynamic={"ids": "B S"})
+FORMS = ("indices", "indices of one row", "rows of a weight", "a part of a buffer")
+
+
+def imported(first: int, folder: Path, form: str = "indices") -> Any:
+    return t.from_torch(Learned(first, form).eval(), (torch.zeros(2, 8, dtype=torch.long),), dynamic={"ids": "B S"})
 
 
 def read_back(first: int, folder: Path) -> Any:
@@ -49,7 +66,7 @@ def read_back(first: int, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("read", [imported, read_back])
+@pytest.mark.parametrize("read", [*(partial(imported, form=form) for form in FORMS), read_back])
 def test_a_session_has_as_many_positions_as_the_table(
     first: int, read: Callable[[int, Path], Any], tmp_path: Path
 ) -> None:

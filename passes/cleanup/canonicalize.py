@@ -17,7 +17,7 @@ from treadle.ir.literals import Literal
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.types import DType
-from treadle.passes.cleanup.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
+from treadle.passes.cleanup.position_indices import GatherOfAll, RowsOfTable, SliceOfConcat, WhereNegative
 from treadle.passes.cleanup.position_slices import SliceOfPositions
 from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.framework.pass_log import PassRecord
@@ -379,6 +379,7 @@ class Canonicalize(RewriteSet):
         SliceOfConcat(),
         SliceOfPositions(),
         GatherOfAll(),
+        RowsOfTable(),
     )
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:

@@ -91,6 +91,37 @@ class GatherOfAll(Rewrite):
 
 
 @dataclass(frozen=True)
+class RowsOfTable(Rewrite):
+    """slice(w, from c to c + S)   -->   gather(w, iota(S) + c)     for a weight w, such as a table of positions, and a
+    symbol S
+
+    A slice whose length is a symbol is no form that can be stepped, but rows that are read by their position are.
+    """
+
+    def pattern(self, p: Vocabulary, w: Any, axis: Any, start: Any, stop: Any) -> Any:
+        return p.slice(w, axis=axis, start=start, stop=stop, stride=1)
+
+    def fits(self, m: Match) -> bool:
+        if m.w.value.kind != "parameter":
+            return False
+        op: Any = m.root.op
+        axis = m.axis % m.w.rank
+        start, _ = op.span(m.w.shape[axis])
+        before, taken = m.w.shape[:axis], m.result.type.shape[axis]
+        return bool(start.constant is not None and taken.as_symbol is not None and all(n == ONE for n in before))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        op: Any = m.root.op
+        axis = m.axis % m.w.rank
+        start, _ = op.span(m.w.shape[axis])
+        rows = b.iota(size=m.result.type.shape[axis])
+        found = b.gather(
+            b.reshape(m.w, shape=m.w.shape[axis:]), rows if start == ZERO else rows + start.constant, axis=0
+        )
+        return b.reshape(found, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
 class _Linear:
     """A linear function of positions: constant + the sum over axes of factor * position. The factor of an axis of size
     1 is 0.

@@ -96,6 +96,9 @@ def _corrected(words: Sequence[str], count: int | None = None) -> str:
     from treadle.ir.placement.mesh import Mesh
 
     kept, left = [], list(words)
+    if left[0].isdecimal():  # the number of ranks without -n
+        count, left = int(left[0]), left[1:]
+        left = left[left[:1] == ["--"] :]
     while left:
         name, has_value, value = (word := left.pop(0)).partition("=")
         if name in _OWN and (has_value or left):
