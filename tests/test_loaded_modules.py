@@ -72,6 +72,31 @@ def test_an_imported_module_continues_text_with_another_tokenizer(module: TorchM
     assert t.compile(module, backend="numpy")(ids)["logits"].shape[:2] == (1, 3)
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_modules_of_transformers_continue_text(family: str, words: Path) -> None:
+    """Their masks of packed texts are recognized as causal, and they branch on one row and one token."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(words)
+    if family == "Llama":
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=config.vocab_size, **sizes, **heads)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    module.config.use_cache = False
+    ids = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 7]])
+    model = t.load(t.from_torch(module, (ids,), dynamic={"input_ids": "B S"}), backend="numpy", tokenizer=words)
+    assert model.generate("the cat", most=4)
+    session = t.compile(t.from_torch(module, (ids,), dynamic={"input_ids": "B S"}), backend="numpy").session(
+        rows=1, capacity=8
+    )
+    row = session.open()
+    session.prefill({row: ids[0, :3].tolist()})
+    last = session.step({row: int(ids[0, 3])})[row]
+    np.testing.assert_allclose(last, module(ids).logits[0, -1].detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_graph_takes_weights_from_a_folder(module: TorchModel, words: Path, tmp_path: Path) -> None:
     error = refused(lambda: t.load(module.graph, backend="numpy", tokenizer=words))
     assert error.what == "SmallGPT is a graph, without weights"

@@ -17,7 +17,13 @@ from treadle.ir.literals import Literal
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.types import DType
-from treadle.passes.cleanup.position_indices import GatherOfAll, RowsOfTable, SliceOfConcat, WhereNegative
+from treadle.passes.cleanup.position_indices import (
+    EqualPositions,
+    GatherOfAll,
+    RowsOfTable,
+    SliceOfConcat,
+    WhereNegative,
+)
 from treadle.passes.cleanup.position_slices import SliceOfPositions
 from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.framework.pass_log import PassRecord
@@ -380,6 +386,7 @@ class Canonicalize(RewriteSet):
         SliceOfPositions(),
         GatherOfAll(),
         RowsOfTable(),
+        EqualPositions(),
     )
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:

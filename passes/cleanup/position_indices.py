@@ -15,11 +15,13 @@ from typing import Any
 from treadle.ir.builder import Builder
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Value
-from treadle.ir.ops.arithmetic import Add, Mul
+from treadle.ir.ops.arithmetic import Add, Mul, Sub
+from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
+from treadle.ir.ops.logic import Equal, NotEqual
 from treadle.ir.ops.parts import Concat, Slice
-from treadle.ir.ops.reductions import SizeOf
+from treadle.ir.ops.reductions import CumSum, SizeOf
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.passes.cleanup.rearrange_forms import form_of
@@ -88,6 +90,23 @@ class GatherOfAll(Rewrite):
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return b.reshape(m.x, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
+class EqualPositions(Rewrite):
+    """i == j   -->   true, or false        for i and j computed from positions, whose difference is a constant"""
+
+    def pattern(self, p: Vocabulary, i: Any, j: Any) -> Any:
+        return p.equal(i, j)
+
+    def fits(self, m: Match) -> bool:
+        try:
+            return _always(m.result, {}) is not None
+        except SizeError:  # a size that is out of bounds
+            return False
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.expand(b.constant(_always(m.result, {})), shape=m.result.type.shape)
 
 
 @dataclass(frozen=True)
@@ -166,7 +185,10 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
         return _Linear((ZERO if shape[0] == ONE else ONE,))
     if isinstance(op, SizeOf):
         return _Linear((), op.value)
-    if not isinstance(op, (Rearrange, Expand, Cast, Add, Mul)):
+    if isinstance(op, Cast) and node.inputs[0].type.dtype.kind == "bool":
+        always = _always(node.inputs[0], known)
+        return None if always is None else _Linear((ZERO,) * len(shape), Size.of(int(always)))
+    if not isinstance(op, (Rearrange, Expand, Cast, Add, Sub, Mul, Concat, Slice, CumSum)):
         return None
     parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
     if len(parts) < len(node.inputs):
@@ -175,17 +197,61 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
         return parts[0]
     if isinstance(op, Rearrange):
         return _rearranged(parts[0], op.pattern, node.inputs[0])
+    if isinstance(op, CumSum):
+        return parts[0] if parts[0] == _Linear((ZERO,) * len(shape)) else None
+    if isinstance(op, Concat):
+        return _joined(parts, [v.type.shape for v in node.inputs], place(op.axis, len(shape)))
+    if isinstance(op, Slice):
+        return _sliced(parts[0], op, node.inputs[0].type.shape, shape)
     x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in parts)
     if not rest:
         return x
     (y,) = rest
     if isinstance(op, Add):
         return _Linear(tuple(a + b for a, b in zip(x.factors, y.factors, strict=True)), x.constant + y.constant)
+    if isinstance(op, Sub):
+        return _Linear(tuple(a - b for a, b in zip(x.factors, y.factors, strict=True)), x.constant - y.constant)
     if any(factor != ZERO for factor in y.factors):
         x, y = y, x
     if any(factor != ZERO for factor in y.factors):
         return None
     return _Linear(tuple(a * y.constant for a in x.factors), x.constant * y.constant)
+
+
+def _joined(parts: Sequence[_Linear], shapes: Sequence[Sequence[Size]], axis: int) -> _Linear | None:
+    """Return parts that are joined along an axis, if each continues the one before it. Otherwise return None."""
+    first, length = parts[0], shapes[0][axis]
+    factor = first.factors[axis] if length != ONE or len(parts) == 1 else parts[1].constant - first.constant
+    factors = (*first.factors[:axis], factor, *first.factors[axis + 1 :])
+    for part, shape in zip(parts[1:], shapes[1:], strict=True):
+        own = (*part.factors[:axis], factor if shape[axis] == ONE else part.factors[axis], *part.factors[axis + 1 :])
+        if own != factors or part.constant - first.constant != factor * length:
+            return None
+        length = length + shape[axis]
+    return _Linear(factors, first.constant)
+
+
+def _sliced(x: _Linear, op: Slice, shape: Sequence[Size], taken: Sequence[Size]) -> _Linear:
+    axis = place(op.axis, len(shape))
+    start, _ = op.span(shape[axis])
+    factor = ZERO if taken[axis] == ONE else x.factors[axis] * op.stride
+    return _Linear((*x.factors[:axis], factor, *x.factors[axis + 1 :]), x.constant + x.factors[axis] * start)
+
+
+def _always(value: Value, known: dict[Value, _Linear | None]) -> bool | None:
+    """Return the truth value of a comparison that is the same at all positions; None if it is not known to be."""
+    node = value.node
+    if node is None or not isinstance(node.op, Equal | NotEqual):
+        return None
+    parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
+    if len(parts) < 2:
+        return None
+    rank = value.type.rank
+    x, y = (_Linear((*[ZERO] * (rank - len(part.factors)), *part.factors), part.constant) for part in parts)
+    difference = (x.constant - y.constant).constant
+    if x.factors != y.factors or difference is None:
+        return None
+    return (difference == 0) == isinstance(node.op, Equal)
 
 
 def _is_index(value: Value) -> bool:

@@ -123,6 +123,8 @@ def derive_step(
     survey = Survey(graph, axis, rows)
     made = Graph(graph.name)
     made.symbols, made.initial = dict(graph.symbols), dict(graph.initial)
+    # Rows are independent, and tokens of the following ones: one row or token has the results that it has among more.
+    made.symbols |= {s: Bounds(1, graph.symbols[s].upper) for s in (rows, axis) if graph.symbols[s].lower > 1}
     limits = [n for n in (graph.symbols[axis].upper, most_positions(graph, axis)) if n is not None]
     context = min(limits, default=None)
     _refuse_symbols(graph, (SLOTS, CAPACITY))
