@@ -32,6 +32,7 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
+from treadle.ir.wording.other_spellings import OTHER_MEANINGS
 
 Tensor = Expr
 """A value of the graph: the inputs and outputs of a model's function."""
@@ -100,9 +101,16 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
     """Repeat a block `count` times, under the scopes `name`.0, `name`.1, ...: `for i in t.stack("h", 12):`
 
     Repetitions with the same structure become one function of the graph. If `shared`, all repetitions use the single
-    scope h, and so have the same parameters. Raises FrontendError for a count that is not an integer from 0 to
-    MOST_REPETITIONS.
+    scope h, and so have the same parameters. Raises FrontendError for a name that is not text, and for a count that is
+    not an integer from 0 to MOST_REPETITIONS.
     """
+    if not isinstance(name, str):
+        raise FrontendError(
+            "stack repeats a block under a name",
+            received=type(name).__name__,
+            source=describe_source(user_line(), trace().scope),
+            hint=OTHER_MEANINGS["stack"] + 'for i in t.stack("layer", 12):',
+        )
     return Repetitions(name, _repeated(name, count, shared))
 
 

@@ -104,6 +104,7 @@ def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: 
         (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
         (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
         (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
+        (lambda x: t.stack([x, x], 0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
         (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
         (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, positions, axis=-1)"),
     ],

@@ -353,6 +353,13 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
         Trainer(pulled)
 
 
+def test_a_function_is_no_loss() -> None:
+    """PyTorch computes a loss outside the model."""
+    with pytest.raises(UsageError, match="the name of an output that is the loss") as caught:
+        Trainer(pulled, loss=lambda y, target: y)  # type: ignore[arg-type]
+    assert 'loss="loss"' in str(caught.value.hint)
+
+
 def test_a_batch_of_which_nothing_counts_or_whose_loss_is_no_number_changes_nothing() -> None:
     trainer = Trainer("gpt2", learning_rate=1e30, max_grad_norm=None, optimizer=SGD(), **SMALL)
     batch = batch_of(trainer, 0)

@@ -142,6 +142,12 @@ class Trainer:
         Raises UsageError for an invalid option, and the errors of `compile`.
         """
         _expect(optimizer, teacher)
+        if not isinstance(loss, str):
+            raise UsageError(
+                'loss= is "cross-entropy", or the name of an output that is the loss',
+                received=f"loss={loss!r}"[:80],
+                hint='return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"',
+            )
         if output is not None and loss != "cross-entropy":
             raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
         if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
