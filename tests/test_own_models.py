@@ -253,6 +253,17 @@ def test_a_folder_alone_says_which_command_works(command: str, trained: Treadle)
     assert again.code == 0, again.err
 
 
+def test_hints_for_two_folders_lead_to_their_comparison(trained: Treadle) -> None:
+    """Each folder's weights belong to its own side."""
+    shutil.copytree("out", "other")
+    command = "diff out other"
+    for folder in ("out", "other"):
+        said = trained(command)
+        refused(said, f"{folder} has the weights of {OWN}")
+        command = hint_of(said).removeprefix("treadle ")
+    assert trained(command).code == 0
+
+
 def test_a_folder_alone_is_refused_in_python(trained: Treadle) -> None:
     model = t.load("out")
     with pytest.raises(UsageError, match="a declaration in Python") as caught:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, flags_of, keywords_of
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.program.option_table import declared_options
 
 
@@ -99,8 +99,13 @@ def diff_builds(
             if each in own and each in applied:  # the last value of a name counts
                 own[each] = {**applied[each], **own[each]}
         shown = " ".join(filter(None, (name, *_flags_text(shared), text)))
-        with working(f"building {shown}", shown=not as_json):
-            made = open_build(name, name=shown, **{**applied, **own})
+        try:
+            with working(f"building {shown}", shown=not as_json):
+                made = open_build(name, name=shown, **{**applied, **own})
+        except TreadleError as error:
+            if other is not None:
+                _hint_for_side(error, name, [(model, a), (other, b)])
+            raise
         builds.append(made)
     found = compare(*builds, sizes=asked)
     outcomes = check_conditions(conditions, found)
@@ -116,6 +121,18 @@ def diff_builds(
             print(f"wrote {report}")
     if any(each.holds for each in outcomes):
         raise typer.Exit(1)
+
+
+def _hint_for_side(error: TreadleError, name: str, sides: Sequence[tuple[str, str | None]]) -> None:
+    """Let the hint of an error, which names options for the model `name`, name them for this side alone."""
+    hint = error.hint
+    differ = any(model != name for model, _ in sides)
+    if not differ or not isinstance(hint, Hint) or hint.replaces != name or len(hint.words) < 2:
+        return
+    added, changed = shlex.join(hint.words[1:]), [hint.words[0] if model == name else model for model, _ in sides]
+    texts = [" ".join(filter(None, (text, added if model == name else None))) for model, text in sides]
+    options = [word for flag, text in zip(("--a", "--b"), texts, strict=True) if text for word in (flag, text)]
+    error.hint = Hint(str(hint), shlex.join(["treadle", "diff", *changed, *options]))
 
 
 def _of_artifacts(options: Mapping[str, Any]) -> dict[str, Any]:
