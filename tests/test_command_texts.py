@@ -252,6 +252,7 @@ def test_responses_of_a_server(words: str, expected: str, monkeypatch: pytest.Mo
     seen: list[tuple[str, bool]] = []
     monkeypatch.setattr("treadle.progress.working", working)
     monkeypatch.setattr(Opening, "open", opened)
+    monkeypatch.setattr("treadle.cli.serve._refuse_declarations_together", lambda *models: None)
     for each in ("name", "description"):
         monkeypatch.delattr(ServedWriter, each, raising=False)
     monkeypatch.setattr("treadle.serving.running.serve", served)

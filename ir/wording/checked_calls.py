@@ -38,7 +38,7 @@ def with_checked_call(elsewhere: Mapping[str, str] = _NONE) -> Callable[[Functio
             check_call(function.__name__, signature, ordered[own:], options, elsewhere)
             return function(*ordered, **options)
 
-        return checked  # type: ignore[return-value]
+        return _as_original(checked, signature)  # type: ignore[return-value]
 
     return decorate
 
@@ -56,10 +56,19 @@ def with_checked_constructor(elsewhere: Mapping[str, str] = _NONE) -> Callable[[
                 check_call(cls.__name__, signature, ordered, options, elsewhere)
             create(self, *ordered, **options)
 
-        setattr(cls, "__init__", checked)  # noqa: B010  mypy refuses the assignment
+        setattr(cls, "__init__", _as_original(checked, signature))  # noqa: B010  mypy refuses the assignment
         return cls
 
     return decorate
+
+
+def _as_original(checked: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """Return a wrapper with the signature of its function. Tools that look for the function inside, and for its
+    docstring, find the wrapper, whose docstring may be completed later.
+    """
+    del checked.__wrapped__  # type: ignore[attr-defined]
+    checked.__signature__ = signature  # type: ignore[attr-defined]
+    return checked
 
 
 def check_call(

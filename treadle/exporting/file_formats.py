@@ -37,9 +37,8 @@ def writing_hint(path: PathLike, model: str) -> Hint | None:
         code = f"from treadle.backends.onnx.exporter import export_onnx; export_onnx(exe.graph, exe.weights, {file!r})"
         hint = Hint(code, f"treadle export {model} -o {quoted}")
     elif suffix == ".gguf":
-        hint = Hint(
-            f"exe.save({artifact!r}); `treadle export` writes GGUF", f"treadle export {model} --to gguf -o {quoted}"
-        )
+        export = f"`treadle export FOLDER --to gguf -o {quoted}`, for a model of the Llama family"
+        hint = Hint(f"exe.save({artifact!r}); or {export}", f"{artifact}; or {export}")
     elif suffix == ".safetensors":
         code = f"from treadle.training.weight_files import write_weights; write_weights({file!r}, exe.weights)"
         hint = Hint(code, f"{artifact}, which holds the weights")
