@@ -647,7 +647,7 @@ def test_the_code_that_writes_another_format_works(tmp_path: Path, monkeypatch: 
             pytest.importorskip("onnx")
         with pytest.raises(UsageError) as refused:
             exe.save(f"x{suffix}")
-        exec(re.split(r"; `|: no", refused.value.hint or "")[0], {"exe": exe})
+        exec(re.split(r"; `|; or `|: no", refused.value.hint or "")[0], {"exe": exe})
     ids = np.array([[1, 2, 3]])
     (logits,) = exe(ids).values()
     again = treadle.compile(gpt2, backend="numpy", weights="x.safetensors", **SMALL)
