@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import treadle
 from treadle.cli import app
 
 COMMAND = ["run", "gpt2", "--mesh", "tp=2", "--recipe", "megatron", "--input", "tokens=1,2"]
@@ -72,3 +73,37 @@ def test_an_artifact_is_not_given_a_mesh() -> None:
     done = CliRunner().invoke(app, ["launch", "-n", "2", "run", "split.treadle"])
     assert done.exit_code == 2 and "--mesh" not in done.output
     assert "treadle shard split.treadle --lab" in done.output
+
+
+def test_hints_of_a_rank_start_ranks_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank is a process with the words of its command alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TREADLE_LAUNCHER", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = ["run", "gpt3", "--mesh", "tp=3", "--recipe", "megatron"]
+    monkeypatch.setattr(sys, "argv", ["treadle", *line])
+    said = CliRunner().invoke(app, ["compile", "gpt3"]).output
+    assert "launch" not in said, "the hint is for another command"
+    Path("small.py").write_text("import treadle as t\n\n@t.model\ndef small(x: t.f32['B 4']):\n    return x * 2.0\n")
+    monkeypatch.setattr(sys, "argv", ["treadle", "inspect", "smal.py:small"])
+    said = CliRunner().invoke(app, ["inspect", "smal.py:small"]).output
+    assert "try       treadle launch -n 3 -- inspect small.py:small" in said
+
+
+def test_another_format_keeps_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = ["compile", "gpt2", "--set", "layers=1", "--quantize", "int8", "-o", "m.onnx"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["treadle", *line])
+    said = CliRunner().invoke(app, line).output
+    assert "try       treadle export gpt2 --set layers=1 --quantize int8 -o m.onnx" in said
+    line[-1] = "m.json"
+    monkeypatch.setattr(sys, "argv", ["treadle", *line])
+    assert "try       treadle export --to json gpt2 --set layers=1" in CliRunner().invoke(app, line).output
+
+
+def test_an_artifact_is_not_split_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    treadle.compile("gpt2", layers=1, dim=8, heads=2, vocab=9, context=8, backend="numpy", seed=1).save("m.treadle")
+    done = CliRunner().invoke(app, ["shard", "m.treadle", "--mesh", "tp=2", "--recipe", "megatron"])
+    assert done.exit_code == 2
+    assert done.output.startswith("an artifact is not split again")

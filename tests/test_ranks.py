@@ -40,6 +40,7 @@ from treadle.cli.application import app
 from treadle.cli.launch import rank_commands
 from treadle.cli.rank_runs import opened_on_ranks
 from treadle.ir.errors import RankError, UsageError
+from treadle.passes.stepping.derivation import NoStep
 from treadle.runtime.distributed import ranks
 from treadle.runtime.distributed.communicator import Traffic
 from treadle.runtime.distributed.launching import launch_ranks
@@ -549,3 +550,16 @@ def test_a_signal_that_ended_a_rank_is_named(number: int, name: str) -> None:
     with pytest.raises(RankError, match=f"^rank 1 was ended by {name}\n") as error:
         launch_ranks(ends, 2)
     assert error.value.received == "2 ranks"
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_recipe_that_leaves_no_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> Any:
+        raise NoStep("gpt2 has no axis that may be stepped")
+
+    monkeypatch.setattr(rank_models, "step_of", none)
+    small = {"layers": 1, "dim": 16, "heads": 4, "vocab": 37}
+    with join(60.0) as ranks:
+        with pytest.raises(UsageError, match="no decoding step if it is split by the recipe sequence") as caught:
+            rank_models.open_rank_stepped("gpt2", "tp=1", ranks, recipe="sequence", **small)
+        assert "megatron" in str(caught.value.hint)

@@ -143,7 +143,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
         if error.is_reported:
             raise typer.Exit(2) from None
         if isinstance(error.hint, Hint):
-            error.hint = error.hint.on_command_line(["treadle", *sys.argv[1:]])
+            error.hint = _of_ranks(error.hint.on_command_line(["treadle", *sys.argv[1:]]))
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
         with saying():
@@ -173,6 +173,14 @@ def print_error(error: TreadleError, *, as_json: bool) -> None:
         print_json({"error": error_facts(error)})
     else:
         console(stderr=True).print(error_text(error), soft_wrap=True)
+
+
+def _of_ranks(hint: str) -> str:
+    """Return a hint for the command of a rank, which `treadle launch` started, as a command that starts ranks again."""
+    own = f"treadle {sys.argv[1]} " if len(sys.argv) > 1 else ""
+    if "TREADLE_LAUNCHER" not in os.environ or not own or not hint.startswith(own):
+        return hint
+    return f"treadle launch -n {os.environ['WORLD_SIZE']} -- {hint.removeprefix('treadle ')}"
 
 
 def _own_option(option: str, name: str, hint: str | None) -> str:

@@ -43,8 +43,9 @@ def shard_command(
 
     For a .treadle file written by -o, print the plan in it.
     """
-    from treadle.artifact_reading import SUFFIX, is_artifact
+    from treadle.artifact_reading import SUFFIX, is_artifact, open_artifact
     from treadle.files.nearest_names import check_suffix
+    from treadle.files.shown_names import printable
     from treadle.fitting import fit_graph, fit_prose, fitted
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.program.flag_values import parse_axes
@@ -63,7 +64,16 @@ def shard_command(
         split["sizes"] = options.sizes
         given = [f"--{name}" for name, value in split.items() if value]
         if given:
-            raise UsageError("the file of a sharded model has its plan, and does not accept " + " or ".join(given))
+            if open_artifact(model, check=False).sharding is None:
+                raise UsageError(
+                    "an artifact is not split again",
+                    received=printable(model),
+                    hint="the model that it was compiled from, with the same options",
+                )
+            raise UsageError(
+                "the file of a sharded model has its plan, and does not accept " + " or ".join(given),
+                hint=f"leave out {' and '.join(given)}; or the model that it was made from",
+            )
         options.refuse_for_artifact(model, also=("seed",))
         made = load_sharded(model, limits=options.limits)
         plan = made.plan

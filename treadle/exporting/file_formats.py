@@ -31,11 +31,17 @@ def writing_hint(path: PathLike, model: str) -> Hint | None:
     artifact = f"{file.removesuffix(Path(path).suffix)}.treadle"
     quoted, model = shlex.quote(file), shlex.quote(model)
     hint: Hint | None = None
+
+    def in_place(code: str, command: str, *more: str) -> Hint:
+        """Return the hint for another command in place of `compile`, which keeps the options of the command line."""
+        text = shlex.join(["treadle", command, *more])
+        return Hint(code, f"{text} {model} -o {quoted}", replaces="compile", words=(command, *more))
+
     if suffix == ".treadle":
         hint = Hint(f"exe.save({file!r})", f"treadle compile {model} -o {quoted}")
     elif suffix == ".onnx":
         code = f"from treadle.backends.onnx.exporter import export_onnx; export_onnx(exe.graph, exe.weights, {file!r})"
-        hint = Hint(code, f"treadle export {model} -o {quoted}")
+        hint = in_place(code, "export")
     elif suffix == ".gguf":
         export = f"`treadle export FOLDER --to gguf -o {quoted}`, for a model of the Llama family"
         hint = Hint(f"exe.save({artifact!r}); or {export}", f"{artifact}; or {export}")
@@ -43,13 +49,11 @@ def writing_hint(path: PathLike, model: str) -> Hint | None:
         code = f"from treadle.training.weight_files import write_weights; write_weights({file!r}, exe.weights)"
         hint = Hint(code, f"{artifact}, which holds the weights")
     elif suffix in (".html", ".htm"):
-        hint = Hint(f"exe.report().save({file!r})", f"treadle report {model} -o {quoted}")
+        hint = in_place(f"exe.report().save({file!r})", "report")
     elif suffix in (".dot", ".gv"):
-        hint = Hint(f"exe.save({artifact!r}); `treadle export` draws", f"treadle export {model} --to dot -o {quoted}")
+        hint = in_place(f"exe.save({artifact!r}); `treadle export` draws", "export", "--to", "dot")
     elif suffix == ".json":
-        hint = Hint(
-            f"exe.save({artifact!r}); `treadle export` writes JSON", f"treadle export {model} --to json -o {quoted}"
-        )
+        hint = in_place(f"exe.save({artifact!r}); `treadle export` writes JSON", "export", "--to", "json")
     elif suffix in PICKLE_SUFFIXES:
         hint = Hint(f"exe.save({artifact!r}): no pickle is ever written", f"{artifact}: no pickle is ever written")
     return hint

@@ -24,7 +24,7 @@ from treadle.backends.signature import Signature
 from treadle.backends.staged import build
 from treadle.backends.states import States
 from treadle.frontends.deferred_arrays import stored_bytes
-from treadle.ir.errors import PassError, RankError, UsageError
+from treadle.ir.errors import Hint, PassError, RankError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
@@ -139,11 +139,21 @@ def open_rank_stepped(
 ) -> SteppedModel:
     """Compile the step of generation for this rank. Sessions hold caches of this rank's heads, and return whole logits.
 
-    All ranks must make the same calls. Raises as `compile_rank` and `treadle.stepped.open_stepped` do; PassError for a
-    plan that splits tokens, or rows of a batch.
+    All ranks must make the same calls. Raises as `compile_rank` and `treadle.stepped.open_stepped` do; UsageError for a
+    recipe that splits tokens, or rows of a batch, and PassError for axes that do.
     """
     part = RankPart.of(model, mesh, ranks, whole=True, **options)
-    made = step_of(part.name, part.program, part.backend, part.target, part.weights, cache)
+    try:
+        made = step_of(part.name, part.program, part.backend, part.target, part.weights, cache)
+    except PassError as error:
+        recipe, count = options.get("recipe"), part.plan.devices.ranks
+        if recipe in (None, "megatron"):
+            raise
+        raise UsageError(
+            f"{part.name} has no decoding step if it is split by the recipe {recipe}",
+            received=error.what,
+            hint=Hint(f'"tp={count}", recipe="megatron"', f"--mesh tp={count} --recipe megatron"),
+        ) from error
     return replace(made, executable=_MetExecutable(made.executable, part.communicator))
 
 
