@@ -200,9 +200,9 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     if isinstance(op, CumSum):
         return parts[0] if parts[0] == _Linear((ZERO,) * len(shape)) else None
     if isinstance(op, Concat):
-        return _joined(parts, [v.type.shape for v in node.inputs], place(op.axis, len(shape)))
+        return _join(parts, [v.type.shape for v in node.inputs], place(op.axis, len(shape)))
     if isinstance(op, Slice):
-        return _sliced(parts[0], op, node.inputs[0].type.shape, shape)
+        return _slice(parts[0], op, node.inputs[0].type.shape, shape)
     x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in parts)
     if not rest:
         return x
@@ -218,7 +218,7 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     return _Linear(tuple(a * y.constant for a in x.factors), x.constant * y.constant)
 
 
-def _joined(parts: Sequence[_Linear], shapes: Sequence[Sequence[Size]], axis: int) -> _Linear | None:
+def _join(parts: Sequence[_Linear], shapes: Sequence[Sequence[Size]], axis: int) -> _Linear | None:
     """Return parts that are joined along an axis, if each continues the one before it. Otherwise return None."""
     first, length = parts[0], shapes[0][axis]
     factor = first.factors[axis] if length != ONE or len(parts) == 1 else parts[1].constant - first.constant
@@ -231,19 +231,22 @@ def _joined(parts: Sequence[_Linear], shapes: Sequence[Sequence[Size]], axis: in
     return _Linear(factors, first.constant)
 
 
-def _sliced(x: _Linear, op: Slice, shape: Sequence[Size], taken: Sequence[Size]) -> _Linear:
+def _slice(x: _Linear, op: Slice, shape: Sequence[Size], result: Sequence[Size]) -> _Linear:
     axis = place(op.axis, len(shape))
     start, _ = op.span(shape[axis])
-    factor = ZERO if taken[axis] == ONE else x.factors[axis] * op.stride
+    factor = ZERO if result[axis] == ONE else x.factors[axis] * op.stride
     return _Linear((*x.factors[:axis], factor, *x.factors[axis + 1 :]), x.constant + x.factors[axis] * start)
 
 
-def _always(value: Value, known: dict[Value, _Linear | None]) -> bool | None:
-    """Return the truth value of a comparison that is the same at all positions; None if it is not known to be."""
+def _always(value: Value, functions: dict[Value, _Linear | None]) -> bool | None:
+    """Return the truth value of a comparison that is the same at all positions; None if it is not known to be.
+
+    functions  the linear functions of other values: see `_linear`
+    """
     node = value.node
     if node is None or not isinstance(node.op, Equal | NotEqual):
         return None
-    parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
+    parts = [part for v in node.inputs if (part := _linear(v, functions)) is not None]
     if len(parts) < 2:
         return None
     rank = value.type.rank
