@@ -40,9 +40,9 @@ from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 
-BUDGET = 80
+BUDGET = 64
 """Default maximum number of tokens of a step: with SmolLM2 on one core, a burst of prompts then delays a running text
-by four or five steps (docs/serving.md).
+by three or four steps (docs/serving.md).
 """
 _SPARE = 2
 """Number of unused rows whose memory is allocated in advance, so that a new text does not delay the running ones."""

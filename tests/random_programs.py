@@ -207,7 +207,12 @@ def residual(b: Builder, r: Random, x: Expr) -> Expr:
 
 def embedded(b: Builder, r: Random, x: Expr) -> Expr:
     one, other = (b.embedding(parameter(b, x.dtype, 3, WIDTH), b.constant(row)) for row in (0, 2))
-    return one_of(r, lambda: x + (one + other), lambda: x + (one * 2.0 + other))
+    return one_of(
+        r,
+        lambda: x + (one + other),
+        lambda: x + (one * 2.0 + other),
+        lambda: x + b.slice(parameter(b, x.dtype, 64, WIDTH), axis=0, stop="S"),
+    )
 
 
 def projected(b: Builder, r: Random, x: Expr) -> Expr:
@@ -271,6 +276,7 @@ def selected(b: Builder, r: Random, x: Expr) -> Expr:
         lambda: b.logical_not(b.logical_not(x > 0.0)),
         lambda: b.logical_and(x > 0.0, True),
         lambda: x > 0.0,
+        lambda: b.rearrange(b.equal(b.iota(size="S") + 1, b.iota(size="S") + 1 + r.choice((0, 2))), pattern="s -> s 1"),
     )
     return b.where(condition, x, one_of(r, lambda: x * 0.5, lambda: x * 0.5, lambda: x))
 

@@ -566,7 +566,7 @@ def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
 
 def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     _, own = opened(chunk=9)
-    assert (Scheduler(own).queue, Scheduler(own).budget) == (256, 80)
+    assert (Scheduler(own).queue, Scheduler(own).budget) == (256, 64)
     made, events = Scheduler(own, queue=2), list[Any]()
     order = (TextOrder((1,), Choosing(3)), events.append)
     with pytest.raises(UsageError, match="11 texts at once, and at most 10 may be generated or wait"):

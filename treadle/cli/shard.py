@@ -64,7 +64,7 @@ def shard_command(
         split["sizes"] = options.sizes
         given = [f"--{name}" for name, value in split.items() if value]
         if given:
-            if open_artifact(model, check=False).sharding is None:
+            if Path(model).is_file() and open_artifact(model, check=False).sharding is None:
                 raise UsageError(
                     "an artifact is not split again",
                     received=printable(model),

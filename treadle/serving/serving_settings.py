@@ -41,7 +41,7 @@ class ServingSettings:
     )
     step_tokens: int | None = declare(
         None,
-        "Maximum number of tokens of a step while texts are generated; prompts are split into chunks. By default 80.",
+        "Maximum number of tokens of a step while texts are generated; prompts are split into chunks. By default 64.",
         flag=Flag("step-tokens", "N", least=1),
     )
     queue: int = declare(
