@@ -40,7 +40,7 @@ def test_hints_for_other_libraries_names_work(spelled: str) -> None:
 
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
-def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
+def test_words_of_other_libraries_are_no_names_of_the_dsl(word: str) -> None:
     assert not hasattr(t, word)
     with pytest.raises(FrontendError) as caught:
         getattr(t, word)

@@ -20,11 +20,10 @@ from treadle.ir.types import DType
 from treadle.passes.cleanup.position_indices import (
     EqualPositions,
     GatherOfAll,
-    RowsOfTable,
     SliceOfConcat,
     WhereNegative,
 )
-from treadle.passes.cleanup.position_slices import SliceOfPositions
+from treadle.passes.cleanup.position_slices import RowsOfTable, SliceOfPositions
 from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Vocabulary

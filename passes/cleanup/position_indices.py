@@ -1,5 +1,7 @@
-"""Indices by position that select every element in order: exporters write mask[b, t] as such a lookup with index
-tensors.
+"""Numbers that are linear functions of positions: indices that select every element in order, and comparisons that are
+the same at every position.
+
+Exporters write mask[b, t] as a lookup with such indices, and transformers compares positions to find packed texts.
 
 i = iota(B) * S + iota(S)                       [B, S], the numbers from 0 to B S - 1
 gather(x as [(B S)], where(i < 0, i + B S, i))  x
@@ -107,37 +109,6 @@ class EqualPositions(Rewrite):
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return b.expand(b.constant(_always(m.result, {})), shape=m.result.type.shape)
-
-
-@dataclass(frozen=True)
-class RowsOfTable(Rewrite):
-    """slice(w, from c to c + S)   -->   gather(w, iota(S) + c)     for a weight w, such as a table of positions, and a
-    symbol S
-
-    A slice whose length is a symbol is no form that can be stepped, but rows that are read by their position are.
-    """
-
-    def pattern(self, p: Vocabulary, w: Any, axis: Any, start: Any, stop: Any) -> Any:
-        return p.slice(w, axis=axis, start=start, stop=stop, stride=1)
-
-    def fits(self, m: Match) -> bool:
-        if m.w.value.kind != "parameter":
-            return False
-        op: Any = m.root.op
-        axis = m.axis % m.w.rank
-        start, _ = op.span(m.w.shape[axis])
-        before, taken = m.w.shape[:axis], m.result.type.shape[axis]
-        return bool(start.constant is not None and taken.as_symbol is not None and all(n == ONE for n in before))
-
-    def rewrite(self, b: Builder, m: Match) -> Any:
-        op: Any = m.root.op
-        axis = m.axis % m.w.rank
-        start, _ = op.span(m.w.shape[axis])
-        rows = b.iota(size=m.result.type.shape[axis])
-        found = b.gather(
-            b.reshape(m.w, shape=m.w.shape[axis:]), rows if start == ZERO else rows + start.constant, axis=0
-        )
-        return b.reshape(found, shape=m.result.type.shape)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Slices of tables that are computed from positions become smaller tables.
+"""Slices of tables: of tables that are computed from positions, they become smaller tables; of weights, lookups.
 
 slice(tril(ones(C, C)), [:S, :S])   -->   tril(ones(S, S))
+slice(w, [:S])                      -->   gather(w, iota(S))
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
 from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.shapes import Expand
-from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32
@@ -129,3 +130,34 @@ class _Cut:
                 return None
             operands.append(cut.value)
         return Expr(self.b, self.b.emit(op, operands).results[value.index])
+
+
+@dataclass(frozen=True)
+class RowsOfTable(Rewrite):
+    """slice(w, from c to c + S)   -->   gather(w, iota(S) + c)     for a weight w, such as a table of positions, and a
+    symbol S
+
+    A slice whose length is a symbol is no form that can be stepped, but rows that are read by their position are.
+    """
+
+    def pattern(self, p: Any, w: Any, axis: Any, start: Any, stop: Any) -> Any:
+        return p.slice(w, axis=axis, start=start, stop=stop, stride=1)
+
+    def fits(self, m: Match) -> bool:
+        if m.w.value.kind != "parameter":
+            return False
+        op: Any = m.root.op
+        axis = m.axis % m.w.rank
+        start, _ = op.span(m.w.shape[axis])
+        before, taken = m.w.shape[:axis], m.result.type.shape[axis]
+        return bool(start.constant is not None and taken.as_symbol is not None and all(n == ONE for n in before))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        op: Any = m.root.op
+        axis = m.axis % m.w.rank
+        start, _ = op.span(m.w.shape[axis])
+        rows = b.iota(size=m.result.type.shape[axis])
+        found = b.gather(
+            b.reshape(m.w, shape=m.w.shape[axis:]), rows if start == ZERO else rows + start.constant, axis=0
+        )
+        return b.reshape(found, shape=m.result.type.shape)

@@ -177,8 +177,10 @@ def print_error(error: TreadleError, *, as_json: bool) -> None:
 
 def _of_ranks(hint: str) -> str:
     """Return a hint for the command of a rank, which `treadle launch` started, as a command that starts ranks again."""
+    from treadle.runtime.distributed.ranks import LAUNCHER
+
     own = f"treadle {sys.argv[1]} " if len(sys.argv) > 1 else ""
-    if "TREADLE_LAUNCHER" not in os.environ or not own or not hint.startswith(own):
+    if LAUNCHER not in os.environ or not own or not hint.startswith(own):
         return hint
     return f"treadle launch -n {os.environ['WORLD_SIZE']} -- {hint.removeprefix('treadle ')}"
 

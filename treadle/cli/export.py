@@ -222,8 +222,8 @@ def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any],
     """Write a model's weights and texts as a GGUF file or a compressed-tensors folder."""
     from treadle.artifact_reading import is_artifact, open_artifact
     from treadle.exporting.compressed_folders import export_compressed
+    from treadle.exporting.format_hints import as_onnx, rounds_activations, source_of
     from treadle.exporting.gguf_models import export_gguf
-    from treadle.exporting.other_formats import as_onnx, rounds_activations, source_of
     from treadle.files.shown_names import printable
     from treadle.program.options import CompileOptions
     from treadle.program.program import Program
@@ -262,7 +262,7 @@ def _export_onnx(
 ) -> None:
     from treadle.artifact_reading import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx, weights_alone
-    from treadle.exporting.other_formats import source_of
+    from treadle.exporting.format_hints import source_of
     from treadle.files.shown_names import printable
     from treadle.program.options import CompileOptions
     from treadle.program.program import Program

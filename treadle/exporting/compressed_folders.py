@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.onnx.exporter import weights_alone
-from treadle.exporting.other_formats import as_onnx, rounds_activations
+from treadle.exporting.format_hints import as_onnx, rounds_activations
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Source, alternatives
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint

@@ -16,10 +16,10 @@ import numpy as np
 import treadle.frontends.language as t
 from treadle.backends.made_weights import as_numpy_weight
 from treadle.backends.onnx.exporter import weights_alone
+from treadle.exporting.format_hints import as_onnx, rounds_activations
 from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
 from treadle.exporting.gguf_tokens import gguf_vocabulary
 from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
-from treadle.exporting.other_formats import as_onnx, rounds_activations
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
 from treadle.ir.encodings.encoding import Encoding
