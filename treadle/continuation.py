@@ -366,13 +366,17 @@ def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except NoStep as error:
-        why, hint = "it is not a causal language model", "treadle embed, classify, fill, ... run other kinds"
-        if error.is_causal:
-            why, hint = "it has no decoding step", "treadle run and perplexity compute all positions of a text at once"
+        model = "a causal language model, such as smollm2"
+        why = "it is not a causal language model"
+        received: str | None = error.what
+        hint: str | None = f"{model}; treadle embed, classify, fill, ... run other kinds"
+        if error.is_fixed:
+            why, received, hint = "the length of its inputs is fixed", error.received, error.hint
+        elif error.is_causal:
+            why = "it has no decoding step"
+            hint = f"{model}; treadle run and perplexity compute all positions of a text at once"
         raise UsageError(
-            f"{printable(source.label)} does not continue text: {why}",
-            received=error.what,
-            hint=f"a causal language model, such as smollm2; {hint}",
+            f"{printable(source.label)} does not continue text: {why}", received=received, hint=hint
         ) from error
 
 

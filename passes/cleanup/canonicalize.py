@@ -20,6 +20,7 @@ from treadle.ir.types import DType
 from treadle.passes.cleanup.position_indices import (
     EqualPositions,
     GatherOfAll,
+    GatherOfOne,
     SliceOfConcat,
     WhereNegative,
 )
@@ -384,6 +385,7 @@ class Canonicalize(RewriteSet):
         SliceOfConcat(),
         SliceOfPositions(),
         GatherOfAll(),
+        GatherOfOne(),
         RowsOfTable(),
         EqualPositions(),
     )

@@ -29,6 +29,7 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.passes.cleanup.rearrange_forms import form_of
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite
+from treadle.passes.fusion.attention.core import number_of
 
 _MOST_VALUES = 256
 """The greatest number of values from which an index may be computed; indices with more are not analyzed."""
@@ -95,6 +96,43 @@ class GatherOfAll(Rewrite):
 
 
 @dataclass(frozen=True)
+class GatherOfOne(Rewrite):
+    """gather(x, [n])   -->   slice(x, from n to n + 1)        for a position n computed from sizes, such as S-1"""
+
+    def pattern(self, p: Vocabulary, x: Any, i: Any, axis: Any) -> Any:
+        return p.gather(x, i, axis=axis)
+
+    def fits(self, m: Match) -> bool:
+        try:
+            return _position(m) is not None
+        except SizeError:  # a size that is out of bounds
+            return False
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        axis, position = m.axis % m.x.rank, _position(m)
+        assert position is not None
+        if position == m.x.shape[axis] - ONE:
+            taken = b.slice(m.x, axis=axis, start=-1)
+        else:
+            taken = b.slice(m.x, axis=axis, start=position, stop=position + ONE)
+        return b.reshape(taken, shape=m.result.type.shape)
+
+
+def _position(m: Match) -> Size | None:
+    """Return the only position that a lookup reads, computed from sizes; None for other indices, or for a position that
+    may be outside."""
+    if product(m.i.shape) != ONE or m.i.value.node is None or m.x.value.weight is not None:
+        return None
+    found = _linear(m.i.value, {})
+    if found is None or any(factor != ZERO for factor in found.factors):
+        return None
+    size = m.x.shape[m.axis % m.x.rank]
+    symbols = m.x.builder.graph.symbols
+    inside = (found.constant.bounds(symbols).lower, (size - ONE - found.constant).bounds(symbols).lower)
+    return found.constant if all(low is not None and low >= 0 for low in inside) else None
+
+
+@dataclass(frozen=True)
 class EqualPositions(Rewrite):
     """i == j   -->   true, or false        for i and j computed from positions, whose difference is a constant"""
 
@@ -148,7 +186,7 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     node, shape = value.node, value.type.shape
     if node is None:
         number = _number(value)
-        return None if number is None else _Linear((), Size.of(number))
+        return None if number is None else _Linear((ZERO,) * len(shape), Size.of(number))
     op: Any = node.op
     if not _is_index(value):
         return None
@@ -233,9 +271,9 @@ def _is_index(value: Value) -> bool:
 
 
 def _number(value: Value) -> int | None:
-    """Return the scalar integer constant that a value is, or None."""
-    number = value.literal.scalar if value.literal is not None and value.literal.shape == () else None
-    return None if number is None or not _is_index(value) else int(number)
+    """Return the integer that is the only element of a constant, or None."""
+    number = number_of(value) if value.literal is not None and _is_index(value) else None
+    return None if number is None else int(number)
 
 
 def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:

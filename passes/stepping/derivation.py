@@ -35,6 +35,7 @@ from treadle.ir.verifier import verify
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
 from treadle.passes.stepping.kept_values import StepStates
+from treadle.passes.stepping.last_position import with_all_positions
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
@@ -48,9 +49,11 @@ class NoStep(PassError):
     """The error for a model without an axis that may be stepped.
 
     is_causal  True if an output is causal along an axis nevertheless
+    is_fixed   True if all sizes of the inputs after the first are numbers
     """
 
     is_causal = False
+    is_fixed = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def derive_step(
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
         raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
-    axis = axis or _stepped_axis(graph)
+    graph, axis = (graph, axis) if axis is not None else _stepped(graph)
     verdict = follow(graph, axis).step()
     if not verdict:
         raise PassError(f"{graph.name} has no step along {axis}: {verdict}")
@@ -205,15 +208,35 @@ def _cache_dtype(name: str | DType) -> DType:
     return found
 
 
+def _stepped(graph: Graph) -> tuple[Graph, str]:
+    """Return a model and the symbol along which it may be stepped. A model that returns only the last position of a
+    symbol is returned with all positions. Raises PassError if there is no such symbol, or more than one.
+    """
+    try:
+        return graph, _stepped_axis(graph)
+    except NoStep:
+        for symbol in _input_symbols(graph):
+            whole = with_all_positions(graph, symbol)
+            if whole is not None and follow(whole, symbol).step():
+                return whole, _stepped_axis(whole)
+        raise
+
+
+def _input_symbols(graph: Graph) -> Sequence[str]:
+    sizes = [size.as_symbol for v in graph.main.inputs for size in v.type.shape]
+    return list(dict.fromkeys(symbol for symbol in sizes if symbol is not None))
+
+
 def _stepped_axis(graph: Graph) -> str:
     """Return the only symbol of the inputs along which the model may be stepped and an output extends."""
-    sizes = [size.as_symbol for v in graph.main.inputs for size in v.type.shape]
-    symbols = dict.fromkeys(symbol for symbol in sizes if symbol is not None)
+    symbols = _input_symbols(graph)
     found: list[str] = []
     mapped: list[str] = []
     against: list[str] = []
     measured: list[str] = []
     first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
+    if first.issuperset(symbols):
+        raise _fixed_sizes(graph)
     for symbol in symbols:
         following = follow(graph, symbol)
         verdict = following.step()
@@ -246,6 +269,19 @@ def _stepped_axis(graph: Graph) -> str:
     error = NoStep("\n".join([what, *against]), hint=hint)
     error.is_causal = bool(causal)
     raise error
+
+
+def _fixed_sizes(graph: Graph) -> NoStep:
+    inputs = graph.main.inputs
+    first = inputs[0].name if inputs else "tokens"
+    error = NoStep(
+        f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
+        received=", ".join(f"{v.name}: {v.type}" for v in inputs),
+        hint=f'symbols for the sizes: {first}: t.i64["B S"] in a declaration, dynamic={{"{first}": "B S"}} in '
+        "from_torch, dynamic axes in an ONNX file",
+    )
+    error.is_fixed = True
+    return error
 
 
 def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:

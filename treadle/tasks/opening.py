@@ -243,8 +243,8 @@ def _shown(value: object) -> str:
     return printable(repr(value), 200)
 
 
-def token_positions(model: Compiled) -> int | None:
-    """Return the maximum number of tokens of a row, or None if the model has no limit."""
-    tokens = next(port for port in model.inputs if port.name == "tokens")
+def token_positions(model: Compiled, name: str = "tokens") -> int | None:
+    """Return the maximum number of tokens of a row, or None if the model has no limit. `name` is the input's name."""
+    tokens = next(port for port in model.inputs if port.name == name)
     symbol = tokens.type.shape[-1].as_symbol
     return None if symbol is None else model.graph.symbols[symbol].upper

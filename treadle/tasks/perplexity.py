@@ -33,6 +33,7 @@ from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.models.family import LANGUAGE_ONLY
+from treadle.passes.stepping.last_position import with_all_positions
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
 from treadle.tasks.classifying import Progress
@@ -109,7 +110,7 @@ class PerplexityMeter:
             raise
         made = compile_program(program)
         _check_causal(made.graph, source)
-        tokenizer = fit_tokenizer(tokenizer, source, made.graph.main)
+        tokenizer = fit_tokenizer(tokenizer, source, made.graph.main, made.inputs[0].name)
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
         return cls(made, tokenizer, other, source.positions)
@@ -126,7 +127,8 @@ class PerplexityMeter:
     @property
     def _limits(self) -> list[int]:
         """The maximum numbers of tokens of the model and of its files."""
-        return [n for n in (token_positions(self.model), self.positions) if n is not None]
+        found = token_positions(self.model, self.model.inputs[0].name)
+        return [n for n in (found, self.positions) if n is not None]
 
     def measure(self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None) -> Perplexity:
         """Return the perplexity of the model on the tokens of a text.
@@ -202,24 +204,36 @@ def _perplexity(losses: Array) -> float:
 
 def _logits(model: Compiled, tokens: Array) -> Array:
     """Return the logits [S, vocabulary] of one row. Raises UsageError if a logit is NaN or infinite."""
-    found: Array = np.asarray(model(tokens=tokens)["logits"])[0]
+    results = model(tokens)
+    found: Array = np.asarray(results["logits"] if len(results) > 1 else next(iter(results.values())))[0]
     if not np.isfinite(found).all():
         raise UsageError(f"logits of {model.name} contain NaN or infinity", received=f"tokens [1, {tokens.shape[1]}]")
     return found
 
 
 def _check_causal(graph: Graph, source: ModelSource) -> None:
-    """Raise UsageError unless the model is causal, and maps tokens [B, S], its only input, to logits."""
-    takes = {value.name: value.type for value in graph.main.inputs}
-    gives = {name: value.type for name, value in graph.main.outputs.items()}
-    kind = takes.get("tokens")
-    axis = None
-    if kind is not None and len(takes) == 1 and kind.dtype is i64 and kind.rank == 2:
-        axis = kind.shape[-1].as_symbol
-    if axis is None or "logits" not in gives or not is_causal(graph, axis, "logits"):
-        ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
-        raise UsageError(
-            f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
-            received=" -> ".join(ports),
-            hint=LANGUAGE_ONLY if source.kind == "gguf" else "a causal language model, such as smollm2",
-        )
+    """Raise UsageError unless the model is causal, and maps tokens [B, S], its only input, to logits: the output of
+    this name, or the only output.
+    """
+    inputs, outputs = graph.main.inputs, graph.main.outputs
+    axis = logits = None
+    if len(inputs) == 1 and inputs[0].type.dtype is i64 and inputs[0].type.rank == 2:
+        axis = inputs[0].type.shape[-1].as_symbol
+    if "logits" in outputs or len(outputs) == 1:
+        logits = "logits" if "logits" in outputs else next(iter(outputs))
+    if axis is not None and logits is not None:
+        if axis in outputs[logits].type.symbols and is_causal(graph, axis, logits):
+            return
+        if with_all_positions(graph, axis) is not None:
+            raise UsageError(
+                f"{printable(source.label)} has no perplexity: it returns the logits of its last token alone",
+                received=f"{logits}: {outputs[logits].type}",
+                hint="a model that returns the logits of all tokens",
+            )
+    takes = ", ".join(f"{value.name}: {value.type}" for value in inputs)
+    gives = ", ".join(f"{name}: {value.type}" for name, value in outputs.items())
+    raise UsageError(
+        f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
+        received=f"({takes}) -> ({gives})",
+        hint=LANGUAGE_ONLY if source.kind == "gguf" else "a causal language model, such as smollm2",
+    )
