@@ -14,7 +14,7 @@ from random import Random
 from treadle.ir.attention.attention_terms import BooleanMask
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.types import DType, f64
+from treadle.ir.types import DType, f64, i64
 
 WIDTH = 6
 FILLS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
@@ -253,7 +253,12 @@ def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def picked(b: Builder, r: Random, x: Expr) -> Expr:
-    """Gather all rows by indices, guarded as exporters do against negative ones; or reverse each sequence."""
+    """Gather all rows by indices, guarded as exporters do against negative ones; reverse each sequence; or add the last
+    row to all.
+    """
+    if r.random() < 0.2:
+        last = b.size(value="S - 1") + b.constant([0], i64)
+        return x + b.gather(x, last, axis=1)
     s = one_of(r, lambda: b.iota(size="S"), lambda: b.iota(size="S"), lambda: b.size(value="S - 1") - b.iota(size="S"))
     i = b.rearrange(b.iota(size="B"), pattern="b -> b 1") * b.size(value="S") + s
     i = one_of(r, lambda: i, lambda: b.where(i < 0, i + b.size(value="B * S"), i))

@@ -386,6 +386,7 @@ CHANGING = {
     "passes/fusion/attention/roles.py": {"Reading"},
     "passes/fusion/fuse_embedding_sum.py": {"_Tree"},
     "passes/lowering/grouping.py": {"_Group"},
+    "passes/stepping/last_position.py": {"_Body", "_Widening"},
     "passes/quantization/activation_planning.py": {"_Product"},
     "passes/quantization/planning.py": {"_Readers"},
     "passes/sites/product_sites.py": {"_Origin"},

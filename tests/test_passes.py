@@ -202,6 +202,35 @@ CANONICALIZED = [
     ),
     *(
         unary(
+            f"gather-{name}",
+            Canonicalize(),
+            [*lines, "y = gather(x, i, axis=1)", "return y = y"],
+            [*lines, *changed, "return y = y"],
+            y=y,
+        )
+        for name, lines, changed, y in (
+            (
+                "of-the-last",
+                ["n = size(value=S)", "i = add(n, i64[1]{-1})"],
+                ["y = slice(x, axis=1, start=-1)"],
+                "f32[B, 1, 8]",
+            ),
+            (
+                "of-the-last-alone",
+                ["n = size(value=S)", "i = sub(n, 1)"],
+                ["t = slice(x, axis=1, start=-1)", 'y = rearrange(t, pattern="a 1 b -> a b")'],
+                "f32[B, 8]",
+            ),
+            (
+                "before-the-last",  # of one token it would be at -1
+                ["n = size(value=S)", "i = add(n, i64[1]{-2})"],
+                ["y = gather(x, i, axis=1)"],
+                "f32[B, 1, 8]",
+            ),
+        )
+    ),
+    *(
+        unary(
             f"where-negative-{name}",
             Canonicalize(),
             ["n = iota(size=S)", line, "b = less(m, 0)", "a = where(b, x, m)", "return y = a"],

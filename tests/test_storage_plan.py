@@ -213,7 +213,7 @@ def test_any_program_has_a_plan(plan: PlanStorage, seed: int) -> None:
     PassManager((Legalize(), HoistWeights(), plan)).run(random_program(seed, f32))
 
 
-@pytest.mark.parametrize("seed", [1, 6])
+@pytest.mark.parametrize("seed", [1, 9])
 def test_shared_prefixes_of_orders_change_no_plan(seed: int) -> None:
     """A function's second plan equals the plan that it would have had as its first."""
 
