@@ -62,7 +62,7 @@ def llava(
         x = t.slice(x, axis=1, start=1)
     dim = (text or {}).get("dim", llama.llama.defaults["dim"])
     with t.scope("projector"):
-        x = t.linear(act(t.linear(x, dim, bias=bias, name="up")), dim, bias=bias, name="down")
+        x = t.linear(act(t.linear(x, t.Dim.of(dim, "ffn"), bias=bias, name="up")), dim, bias=bias, name="down")
     with t.scope("text"):
         insert = partial(insert_features, features=by_row(x, pixels), index=image_index)
         return llama.llama(tokens, insert=insert, **text or {})

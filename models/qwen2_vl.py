@@ -95,7 +95,7 @@ def qwen2_vl_vision(
         x += t.gated_mlp(y, hidden, act=act, bias=True) if gated else t.mlp(y, hidden, act=act, name="mlp")
     x = t.rearrange(norm(x, "norm"), pattern=f"b (m k={merged}) d -> b m (k d)")
     with t.scope("merger"):
-        x = t.linear(t.gelu(t.linear(x, merged * dim, name="up")), out, name="down")
+        x = t.linear(t.gelu(t.linear(x, t.Dim.of(merged * dim, "ffn"), name="up")), out, name="down")
     return {"features": x}
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from treadle.ir.analysis.axis_places import Place, moved, places_of, visit
 from treadle.ir.analysis.encounters import Encounter, Resized
+from treadle.ir.analysis.structural_axes import IMPLIED, implied_places
 from treadle.ir.axes import Role
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.sizing.sizes import ONE
@@ -47,8 +49,19 @@ class Tracer:
                     if size.as_symbol == self.symbol:
                         yield Place(value, dim, ONE, size)
 
+    @cached_property
+    def is_label(self) -> bool:
+        """True if a dimension of the graph has the axis as a label."""
+        return self.axis in labels_of(self.graph)
+
     def label_seeds(self, function: Function) -> Iterator[Place]:
+        """Yield the places in a function that have the axis as a label or, if no place of the graph has, that imply
+        it.
+        """
         if self.symbol is not None or not self.axis.isidentifier():
+            return
+        if not self.is_label:
+            yield from implied_places(function, self.axis)
             return
         for value in ordered_values(function):
             for dim, d in enumerate(value.type.dims):
@@ -138,6 +151,19 @@ class Tracer:
 def joined_scope(outer: str, inner: str) -> str:
     """Return the path of a scope within another scope."""
     return f"{outer}.{inner}" if outer and inner else outer or inner
+
+
+def labels_of(graph: Graph) -> set[str]:
+    """Return the labels of all dimensions of a graph."""
+    values = (v for function in graph.functions.values() for v in ordered_values(function))
+    return {f.label for v in values for d in v.type.dims for f in d.factors if f.label is not None}
+
+
+def named_axes(graph: Graph) -> set[str]:
+    """Return the labels of a graph, and the names of axes that its ops imply."""
+    return labels_of(graph) | {
+        name for name in IMPLIED if any(any(implied_places(f, name)) for f in graph.functions.values())
+    }
 
 
 def ordered_values(function: Function) -> Iterator[Value]:

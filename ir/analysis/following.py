@@ -1,6 +1,7 @@
 """`follow(graph, axis)`: all uses of one axis in a graph.
 
-An axis starts at a symbol ("S"), a label ("heads") or a dimension of an input or parameter ("wte.weight[0]"). The axis
+An axis starts at a symbol ("S"), a label ("heads"), at ops that imply it in a graph without the label
+(`treadle.ir.analysis.structural_axes`), or at a dimension of an input or parameter ("wte.weight[0]"). The axis
 rule of each op maps the axis to dimensions of other values, forwards and backwards, into the functions of repeated
 blocks and out again. A use other than mapping the axis is an **encounter** (`treadle.ir.analysis.encounters`). The
 encounters determine three answers, each with its reasons:
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from treadle.ir.analysis.axis_places import Place, dims_held, places_of
-from treadle.ir.analysis.axis_tracing import Tracer, ordered_values
+from treadle.ir.analysis.axis_tracing import Tracer, named_axes, ordered_values
 from treadle.ir.analysis.encounters import (
     Combination,
     Encounter,
@@ -37,10 +38,9 @@ from treadle.ir.analysis.encounters import (
 )
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.graph import Graph, Node
 from treadle.ir.operation import Composite
 from treadle.ir.sizing.sizes import ONE
-from treadle.ir.types import Factor
 from treadle.ir.wording.checked_calls import with_checked_call
 
 
@@ -138,7 +138,7 @@ def follow(graph: Graph, axis: str) -> Following:
     seeds = set(tracer.seeds())
     closure = tracer.close(graph.main, frozenset(seeds))
     if not closure.places:
-        known = sorted(graph.symbols) + sorted({f.label for v in _values(graph) for f in _factors(v) if f.label})
+        known = sorted(graph.symbols) + sorted(named_axes(graph))
         one_of = f"one of {', '.join(known)}, or a" if known else "a"
         raise GraphError(f"there is no axis {axis!r}", hint=f"{one_of} dimension such as x[0]")
     order = {v: i for i, v in enumerate(ordered_values(graph.main))}
@@ -179,13 +179,3 @@ def _counted(encounters: Sequence[Encounter]) -> tuple[Encounter, ...]:
     for e in encounters:
         groups.setdefault((e.node, e.kind, e.within), []).append(e)
     return tuple(replace(group[0], count=len({e.scope for e in group})) for group in groups.values())
-
-
-def _values(graph: Graph) -> Iterator[Value]:
-    for function in graph.functions.values():
-        yield from ordered_values(function)
-
-
-def _factors(value: Value) -> Iterator[Factor]:
-    for dim in value.type.dims:
-        yield from dim.factors

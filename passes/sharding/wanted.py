@@ -7,7 +7,8 @@ any text), or one of these:
 
     batch      the symbols of inputs' first dimensions
     sequence   the symbols of their other dimensions
-    heads      the labels heads and kv_heads
+    heads      the labels heads and kv_heads, or the heads of attention in a graph without labels
+    ffn        the label ffn, or the hidden axes of feed-forward networks
     vocab      the rows of the largest table that an input indexes, and the dimension of outputs with the same size
 
 `follow` traces each axis through the graph. The result is wishes: a wish is a request to split a dimension of a value
@@ -23,7 +24,8 @@ from fnmatch import fnmatchcase
 from math import gcd, lcm
 
 from treadle.ir.analysis.axis_places import Place
-from treadle.ir.analysis.axis_tracing import Tracer, ordered_values
+from treadle.ir.analysis.axis_tracing import Tracer, named_axes
+from treadle.ir.analysis.structural_axes import HEADS, KV_HEADS
 from treadle.ir.axes import Role
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Value
@@ -231,24 +233,19 @@ def _axes_named(graph: Graph, name: str) -> list[str]:
         batch = {s for shape in shapes for s in (shape[0].symbols if shape else ())}
         return sorted({s for shape in shapes for size in shape[1:] for s in size.symbols} - batch)
     if name == "heads":
-        return [label for label in ("heads", "kv_heads") if label in _labels(graph)]
+        return [label for label in (HEADS, KV_HEADS) if label in named_axes(graph)]
     if name == "vocab":
         return vocabulary(graph)
     pattern = re.fullmatch(r"(.+)\[(\d+)\]", name)
     if pattern is not None:
         values = [v for v in graph.main.arguments if int(pattern[2]) < v.type.rank]
         return [f"{v.name}[{pattern[2]}]" for v in values if fnmatchcase(v.name, pattern[1])]
-    return [name] if name in graph.symbols or name in _labels(graph) else []
-
-
-def _labels(graph: Graph) -> set[str]:
-    values = (v for function in graph.functions.values() for v in ordered_values(function))
-    return {f.label for v in values for d in v.type.dims for f in d.factors if f.label is not None}
+    return [name] if name in graph.symbols or name in named_axes(graph) else []
 
 
 def _known_axes(graph: Graph) -> str | None:
     """Return a hint that lists the axes that can be split, or None if there are none."""
-    names = dict.fromkeys(["batch", "sequence", "heads", "vocab", *sorted(graph.symbols), *sorted(_labels(graph))])
+    names = dict.fromkeys(["batch", "sequence", "heads", "vocab", *sorted(graph.symbols), *sorted(named_axes(graph))])
     known = [name for name in names if has_axis(graph, name)]
     return f"one of {', '.join(known)}" if known else None
 
