@@ -48,7 +48,7 @@ def test_recipes_split_models_without_labels_as_those_with_labels(family: str) -
 
 
 def imported(torch: Any, kv_heads: int) -> Graph:
-    """Return a decoder layer of PyTorch with grouped attention and a gated feed-forward network, without a last norm."""
+    """Return a decoder layer of PyTorch with grouped attention and a gated feed-forward network, no last norm."""
     nn, dim = torch.nn, 32
 
     class Layer(nn.Module):  # type: ignore[misc,name-defined]
