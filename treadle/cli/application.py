@@ -18,9 +18,10 @@ from typer.core import TyperCommand, TyperGroup
 
 import treadle
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
-from treadle.files.nearest_names import NearestNames
+from treadle.cli.unknown_options import options_by_name, point_to_meant, refuse_several_values
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
+from treadle.program.other_names import meant_option
 
 LEFT = 128 + 13
 """The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
@@ -41,6 +42,18 @@ def _without_types(params: list[Any]) -> list[Any]:
 class _Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # of typer or of click, depending on typer's version
+                point_to_meant(error, str(self.name), self.get_params(ctx))
+            raise
+        if not ctx.resilient_parsing:
+            refuse_several_values(self.make_parser(ctx).parse_args(given)[2], ctx)
+        return rest
 
 
 class _Group(TyperGroup):
@@ -190,11 +203,11 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
     the given hint, or the command's --help.
     """
     group: Any = typer.main.get_command(app)
-    spelled = [flag for param in group.commands[name].params for flag in param.opts if flag.startswith("--")]
-    flags = {flag[2:].replace("-", "_"): flag for flag in spelled}
-    for meant in (option, *([] if hint else NearestNames(flags).of(option, 1, 0.75))):
-        if meant in flags:
-            return f"{flags[meant]}, an option of treadle {name}"
+    known = options_by_name(group.commands[name].params)
+    flags = {each: flag for each, flag in known.items() if flag.startswith("--")}
+    meant = option if option in flags else meant_option(option, flags, 1.0 if hint else 0.75)
+    if meant is not None:
+        return f"{flags[meant]}, an option of treadle {name}"
     return hint or f"treadle {name} --help, for its own options"
 
 
