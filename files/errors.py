@@ -14,15 +14,25 @@ class Hint(str):
     """A suggestion in Python. `command` is the same suggestion for the command line, if it differs.
 
     replaces  an argument of the command line: the suggestion is the same command line with `words` in its place
+    without   options that this command line leaves out
     """
 
     command: str
     replaces: str | None
     words: tuple[str, ...]
+    without: tuple[str, ...]
 
-    def __new__(cls, text: str, command: str, *, replaces: str | None = None, words: tuple[str, ...] = ()) -> Hint:
+    def __new__(
+        cls,
+        text: str,
+        command: str,
+        *,
+        replaces: str | None = None,
+        words: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
+    ) -> Hint:
         made = super().__new__(cls, text)
-        made.command, made.replaces, made.words = command, replaces, words
+        made.command, made.replaces, made.words, made.without = command, replaces, words, without
         return made
 
     def on_command_line(self, words: Sequence[str]) -> str:

@@ -18,7 +18,12 @@ from typer.core import TyperCommand, TyperGroup
 
 import treadle
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
-from treadle.cli.unknown_options import options_by_name, point_to_meant, refuse_several_values
+from treadle.cli.command_options import (
+    options_by_name,
+    point_to_meant,
+    refuse_several_values,
+    without_other_options,
+)
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
 from treadle.program.other_names import meant_option
@@ -156,7 +161,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
         if error.is_reported:
             raise typer.Exit(2) from None
         if isinstance(error.hint, Hint):
-            error.hint = _of_ranks(error.hint.on_command_line(["treadle", *sys.argv[1:]]))
+            error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
         with saying():
@@ -186,6 +191,17 @@ def print_error(error: TreadleError, *, as_json: bool) -> None:
         print_json({"error": error_facts(error)})
     else:
         console(stderr=True).print(error_text(error), soft_wrap=True)
+
+
+def _words_for(hint: Hint, name: str) -> list[str]:
+    """Return the words of the command line. If a hint replaces the command by another one, leave out the options that
+    the other one lacks.
+    """
+    group: Any = typer.main.get_command(app)
+    words, other = sys.argv[1:], group.commands.get(next(iter(hint.words), ""))
+    if hint.replaces != name or other is None:
+        return words
+    return without_other_options(words, group.commands[name].params, other.params, hint.without)
 
 
 def _of_ranks(hint: str) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
+from treadle.exporting.file_formats import writing_hint
 from treadle.files.nearest_names import check_suffix
 from treadle.ir.errors import BackendError, UsageError
 
@@ -75,7 +76,7 @@ def export_model(
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
     if _SUFFIXES[to]:
         others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
-        hint = f"--to {' or '.join(others)}" if others else None
+        hint = f"--to {' or '.join(others)}" if others else writing_hint(output, model, of="export")
         check_suffix(output, _SUFFIXES[to], {"onnx": "an ONNX model"}.get(to, f"a file for {to}"), hint)
     if times is not None:
         check_suffix(times, [".json"], "a file of times")

@@ -1,8 +1,8 @@
-"""Errors of the options of a command: unknown ones, with the option that is meant, and options with several values."""
+"""Options of commands: their names, errors for unknown ones and for several values, and those that two commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -47,3 +47,25 @@ def refuse_several_values(order: Sequence[Any], context: Any) -> None:
         has_value = not getattr(param, "is_flag", True) or param.secondary_opts
         if param.param_type_name == "option" and has_value and not param.multiple and order.count(param) > 1:
             raise typer.BadParameter(f"it is given {order.count(param)} times, and has one value", context, param)
+
+
+def without_other_options(
+    words: Sequence[str], params: Sequence[Any], others: Sequence[Any], without: Collection[str]
+) -> list[str]:
+    """Return the words of a command without the options that another command lacks, or has with another meaning.
+
+    params, others  the parameters of the command, and of the other command
+    without         further options to leave out
+    """
+    meanings = {param.name: param.help for param in others if param.param_type_name == "option"}
+    by_flag = {flag: param for param in params for flag in (*param.opts, *param.secondary_opts)}
+    kept, left = [], list(words)
+    while left:
+        flag, has_value, _ = (word := left.pop(0)).partition("=")
+        param = by_flag.get(flag)
+        spelled = [word]
+        if param is not None and not param.is_flag and not has_value and left:
+            spelled.append(left.pop(0))
+        if param is None or param.name == "output" or (meanings.get(param.name) == param.help and flag not in without):
+            kept += spelled
+    return kept
