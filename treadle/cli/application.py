@@ -17,13 +17,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
-from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.cli.command_options import (
     options_by_name,
     point_to_meant,
     refuse_several_values,
     without_other_options,
 )
+from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
 from treadle.program.other_names import meant_option

@@ -1,4 +1,4 @@
-"""Options of commands: their names, errors for unknown ones and for several values, and those that two commands share."""
+"""Options of commands: their names, errors for unknown ones and for several values, and those of two commands."""
 
 from __future__ import annotations
 
