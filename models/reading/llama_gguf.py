@@ -73,7 +73,8 @@ def from_gguf(file: GGUFFile) -> t.Model:
             "general.type",
             "is that of an adapter, which changes the weights of a model",
             f"an adapter of {printable(base)}",
-            f"merge it into its model, with llama.cpp: llama-export-lora -m MODEL.gguf --lora {file.path} -o merged.gguf",
+            "merge it into its model, with llama.cpp: "
+            f"llama-export-lora -m MODEL.gguf --lora {file.path} -o merged.gguf",
         )
     if kind not in LAYOUTS:
         received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"
