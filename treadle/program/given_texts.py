@@ -26,8 +26,8 @@ def read_sentences(
     column   the column of a table, as in `read_column`
     command  the command that reads them, for the hint of an error
 
-    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, CheckpointError for a file that does
-    not exist, and the errors of `read_column`.
+    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, CheckpointError for a file that
+    does not exist, and the errors of `read_column`.
     """
     if column is not None and file is None:
         raise UsageError("a column is a column of a file", received=f"--column {column}", hint="--file as well")
