@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 import treadle as t
 from tests.error_texts import raises_freely
 from treadle.cli import COMMANDS, app
-from treadle.cli.unknown_options import options_by_name
+from treadle.cli.command_options import options_by_name
 from treadle.program.option_table import declared_options
-from treadle.program.other_names import OTHER_NAMES
+from treadle.program.options import CompileOptions
+from treadle.program.other_names import OTHER_COMMANDS, OTHER_NAMES
 
 GROUP: Any = typer.main.get_command(app)
 
@@ -114,3 +115,33 @@ def test_a_batch_and_a_block_that_the_texts_form(tmp_path: Path, monkeypatch: py
         words += hint.split()
         assert len(tried) < 3, done.output
     assert done.exit_code == 0 and tried == ["--length", "--batch"]
+
+
+@pytest.mark.parametrize("other", OTHER_COMMANDS)
+def test_another_name_of_a_command_leads_to_ours(other: str) -> None:
+    assert other not in COMMANDS and OTHER_COMMANDS[other] in COMMANDS
+    done = CliRunner().invoke(app, [other, "gpt2"], env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and f"No such command '{other}'; treadle {OTHER_COMMANDS[other]}: " in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "python", "command"),
+    [
+        ({"dtype": "float32"}, "dtype='f32'", "--dtype f32"),
+        ({"dtype": "torch.bfloat16"}, "dtype='bf16'", "--dtype bf16"),
+        ({"dtype": "fp16"}, "dtype='f32' or 'bf16'", "--dtype f32 or bf16"),
+        ({"dtype": "int8"}, "quantize='int8'", "--quantize int8"),
+        ({"quantize": "4bit"}, "quantize='int4'", "--quantize int4"),
+        ({"quantize": "Q4_K_M"}, "quantize='int4'", "--quantize int4"),
+        ({"quantize": "q8_0"}, "quantize='int8-weights'", "--quantize int8-weights"),
+        ({"quantize": "int8-weight"}, "quantize='int8-weights'", "--quantize int8-weights"),
+        ({"quantize": "bf16"}, "dtype='bf16'", "--dtype bf16"),
+    ],
+)
+def test_another_name_of_a_value_leads_to_ours(options: dict[str, str], python: str, command: str) -> None:
+    with raises_freely(t.UsageError, match="^unknown ") as caught:
+        t.compile("gpt2", backend="numpy", **options)
+    assert (str(caught.value.hint), getattr(caught.value.hint, "command", None)) == (python, command)
+    if " or " not in python:
+        stages = CompileOptions.of("compile", {python.partition("=")[0]: python.partition("'")[2][:-1]}).stages()
+        assert len(stages) == 3

@@ -26,7 +26,7 @@ from treadle.cli.command_options import (
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
-from treadle.program.other_names import meant_option
+from treadle.program.other_names import OTHER_COMMANDS, meant_option
 
 LEFT = 128 + 13
 """The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
@@ -64,6 +64,18 @@ class _Command(TyperCommand):
 class _Group(TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            other = OTHER_COMMANDS.get(args[0])
+            if other is not None and hasattr(error, "format_message"):
+                message = (
+                    f"No such command '{args[0]}'; treadle {other}: {self.commands[other].get_short_help_str(200)}"
+                )
+                error.message = message  # type: ignore[attr-defined]
+            raise
 
 
 app = typer.Typer(

@@ -93,6 +93,26 @@ OTHER_NAMES = _by_name()
 """For each name of an option in other tools, its names here. The first one that a command or function has is meant."""
 
 
+OTHER_COMMANDS = {
+    other: ours
+    for ours, others in {
+        "train": "finetune fine-tune tune fit pretrain",
+        "fetch": "pull download get",
+        "export": "convert quantize",
+        "models": "list ls",
+        "bench": "benchmark",
+        "perplexity": "eval evaluate ppl",
+        "generate": "complete completion infer inference predict sample",
+        "run": "exec execute",
+        "inspect": "show print dump info",
+        "answer": "ask qa",
+        "doctor": "check env info-env",
+    }.items()
+    for other in others.split()
+}
+"""Commands by their names in other tools."""
+
+
 def meant_option(name: str, ours: Collection[str], similarity: float = 0.75) -> str | None:
     """Return the option among `ours` that has this name elsewhere, or else the most similar name, or None.
 
