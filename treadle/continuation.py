@@ -316,8 +316,9 @@ class TextWriter:
         wrong = [prompt for prompt in given if not isinstance(prompt, str)]
         if wrong:
             raise UsageError("a prompt must be a string", received=f"{wrong[0]!r}"[:200])
-        for prompt in prompts if self.images is not None else ():
-            self.images.refuse_marks(prompt)
+        if self.images is not None:
+            for prompt in prompts:
+                self.images.refuse_marks(prompt)
         return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:

@@ -207,12 +207,14 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        if "threads" in (error.option, *OTHER_NAMES.get(error.option or "", ())) and any(
-            each.name == "target" for each in taken_by(self.entry)
-        ):
-            count = printable(repr(self.config[error.option])) if error.option in self.config else 2
+        name = error.option
+        if name is None:
+            return
+        takes_target = any(each.name == "target" for each in taken_by(self.entry))
+        if takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
+            count = printable(repr(self.config[name])) if name in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
-        elif error.option is not None and (meant := self._meant(error.option)):
+        elif meant := self._meant(name):
             command = str(getattr(error.hint, "command", error.hint) or "")
             error.hint = Hint(f"did you mean {meant}=, an option of {entry_text(self.entry)}?", command)
 
