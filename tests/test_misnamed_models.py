@@ -57,6 +57,23 @@ def test_a_name_without_such_a_file_is_answered_as_before() -> None:
     assert str(caught.value.hint).startswith("gpt2? ")
 
 
+@pytest.mark.parametrize("file", ["weights.safetensors", "config.json"])
+def test_a_file_of_a_model_names_its_folder(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    t.Trainer("gpt2", backend="numpy", layers=1, dim=8, heads=2, vocab=9, context=8).save("out")
+    with raises_freely(t.UsageError, match="a file is a model only if") as caught:
+        t.compile(f"out/{file}")
+    assert str(caught.value.hint) == "out?"
+    assert t.compile("out", backend="numpy").seed is None
+    monkeypatch.chdir("out")
+    with raises_freely(t.UsageError, match="a file is a model only if") as caught:
+        t.compile(file)
+    assert str(caught.value.hint) == ".?"
+    Path("config.json").rename("other.json")
+    with raises_freely(t.UsageError, match="a file is a model only if") as caught:
+        t.compile("other.json")
+    assert str(caught.value.hint).startswith("a folder with config.json")
+
+
 CALLS: list[str] = [
     "t.compile('out', quantize='int8-weights', backend='numpy').weights",
     "t.Trainer('out', learning_rate=0.5, backend='numpy').schedule",

@@ -13,7 +13,6 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
-from treadle.exporting.file_formats import writing_hint
 from treadle.files.nearest_names import check_suffix
 from treadle.ir.errors import BackendError, UsageError
 
@@ -72,6 +71,8 @@ def export_model(
 
     For dot, model-explorer and json, MODEL@PASS is the graph after a pass.
     """
+    from treadle.exporting.file_formats import writing_hint
+
     if to not in _SUFFIXES:
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
     if _SUFFIXES[to]:

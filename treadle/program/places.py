@@ -11,6 +11,7 @@ from pathlib import Path
 from treadle.fetch import fetched_model
 from treadle.files.nearest_names import argument_hint, nearest_path, nearest_path_hint
 from treadle.files.shown_names import shown_path
+from treadle.frontends.model_folder import CONFIG
 from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import Hint, UsageError
@@ -44,7 +45,9 @@ def find_place(name: str) -> Path:
             raise UsageError(
                 f"a file is a model only if it ends in {', '.join(MODEL_SUFFIXES[:-1])} or {MODEL_SUFFIXES[-1]}",
                 received=shown_path(place),
-                hint="a folder with config.json and model.safetensors, or such a file",
+                hint=argument_hint(name, os.path.dirname(name) or ".")
+                if (place.parent / CONFIG).exists()
+                else "a folder with config.json and model.safetensors, or such a file",
             )
         return place
     if Path(name).suffix in MODEL_SUFFIXES:
