@@ -14,15 +14,29 @@ class Hint(str):
     """A suggestion in Python. `command` is the same suggestion for the command line, if it differs.
 
     replaces  an argument of the command line: the suggestion is the same command line with `words` in its place
+    without   options that this command line leaves out
+    before    text before this command line, such as a pipe
     """
 
     command: str
     replaces: str | None
     words: tuple[str, ...]
+    without: tuple[str, ...]
+    before: str
 
-    def __new__(cls, text: str, command: str, *, replaces: str | None = None, words: tuple[str, ...] = ()) -> Hint:
+    def __new__(
+        cls,
+        text: str,
+        command: str,
+        *,
+        replaces: str | None = None,
+        words: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
+        before: str = "",
+    ) -> Hint:
         made = super().__new__(cls, text)
         made.command, made.replaces, made.words = command, replaces, words
+        made.without, made.before = without, before
         return made
 
     def on_command_line(self, words: Sequence[str]) -> str:
@@ -37,7 +51,7 @@ class Hint(str):
         for at in places:
             name = words[at].removesuffix(str(self.replaces))  # "NAME=", or nothing
             made[at] = name + self.words[0]
-        return shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]])
+        return self.before + shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]])
 
 
 class TreadleError(Exception):

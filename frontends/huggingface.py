@@ -25,6 +25,7 @@ from treadle.files.limits import MORE, limit_hint
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader
+from treadle.frontends.adapter_folders import adapter_error
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.model_folder import CACHED, CONFIG, LISTED, ModelFolder
 from treadle.frontends.safetensors_file import (
@@ -268,7 +269,7 @@ def _no_config(place: ModelFolder) -> CheckpointError:
             within=place.shown,
             hint=f"name one of them: {place.show(models[0])}",
         )
-    return CheckpointError(
+    return adapter_error(place) or CheckpointError(
         f"the folder has no {CONFIG}",
         received=_list(entries),
         within=place.shown,
@@ -291,7 +292,7 @@ def _no_weights(place: ModelFolder, *, is_plain: bool = False) -> CheckpointErro
             within=place.shown,
             hint=conversion(),
         )
-    return CheckpointError(
+    return adapter_error(place) or CheckpointError(
         f"the folder has {'none of ' if is_plain else 'neither '}{names}",
         received=_list(entries),
         within=place.shown,

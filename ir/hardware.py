@@ -120,9 +120,9 @@ _HOPPER = {"f32": 67e12, "tf32": 495e12, "bf16": 989e12, "f16": 989e12, "fp8": 1
 
 _ROWS = (
     _cpu("cpu", "cpu", "the CPU of this machine", 60e9, 20e9),
-    Hardware("cuda", "cuda", "an NVIDIA GPU of this machine: cuda, or cuda:1", 2e12, MappingProxyType({"f32": 60e12})),
-    _device("opencl", "an OpenCL device of this machine"),
-    _device("webgpu", "a GPU of this machine through WebGPU: Vulkan, Direct3D 12 or Metal"),
+    Hardware("cuda", "cuda", "an NVIDIA GPU", 2e12, MappingProxyType({"f32": 60e12})),
+    _device("opencl", "an OpenCL device"),
+    _device("webgpu", "a GPU through WebGPU: Vulkan, Direct3D 12 or Metal"),
     _device("metal", "an Apple GPU: kernels as text, which is not launched yet"),
     _cpu("x86-64-amx", "isa", "an Intel CPU with AVX-512 and AMX", 150e9, 16e9),
     _cpu("x86-64-v4-bf16", "isa", "a CPU with AVX-512 and its products of bf16 pairs", 100e9, 20e9),

@@ -38,6 +38,7 @@ from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.types import bf16
+from treadle.ir.wording.named_values import value_hint
 from treadle.passes.framework.facts import (
     FULL_PRECISION,
     LEGAL,
@@ -225,7 +226,7 @@ class Precision(PassStage):
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTED:
-            hint = "dtype " + " or ".join(COMPUTED)
+            hint = value_hint("dtype", self.dtype, COMPUTED)
             raise UsageError(f"unknown computation dtype {str(self.dtype)[:40]!r}", hint=hint)
 
     def passes(self) -> Sequence[Pass]:

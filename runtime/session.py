@@ -253,15 +253,15 @@ class Session:
         if not self.resumes or further:
             raise UsageError(
                 f"rows of {self.derived.graph.name} cannot resume from prefixes in host memory",
-                received="the session does not reuse prefixes"
-                if not self.resumes
-                else "the model has windows, running sums or further inputs",
-                hint=Hint(
+                received="the model has windows, running sums or further inputs"
+                if further
+                else "the session does not reuse prefixes",
+                hint=Hint("no cache_prefixes", "leave out --prefix-cache")
+                if further
+                else Hint(
                     "a session with resumes=True",
                     "--reuse, which is off by default on some backends, such as numpy",
-                )
-                if not self.resumes
-                else Hint("no cache_prefixes", "leave out --prefix-cache"),
+                ),
             )
         self._slots.cache = PrefixCache(_positive("limit", limit))
 
@@ -485,11 +485,22 @@ class Session:
                 raise UsageError(
                     f"the cache of row {row} is full",
                     received=f"{self._rows[row].length} of {self.capacity} positions filled, {count} more are needed",
-                    hint="a larger capacity=, or full='slide', which forgets the older half",
+                    hint=self._way_to_room(self._rows[row].length + count, count),
                 )
         for row, count in wanted.items():
             if self._rows[row].length + count > self.capacity:
                 self._slide(row)
+
+    def _way_to_room(self, length: int, count: int) -> str:
+        """Return the hint for a row without room for `count` tokens more, `length` in all: settings that differ from
+        the session's.
+        """
+        half, context = self.capacity // 2, self.derived.context
+        ways = [f"capacity={length} or more"] if context is None or length <= context else []
+        slides = [] if self.full == "slide" else ["full='slide', which forgets the older half"]
+        if half and (slides or count > half):
+            ways.append(" and ".join([*slides, *[f"at most {half} tokens in a call"] * (count > half)]))
+        return ", or ".join(ways) or f"a shorter text: the model takes {context} positions"
 
     def _slide(self, row: int) -> None:
         """Drop the older part of a row. The other tokens move to the positions from 0 on and are recomputed."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import treadle.cli
 
@@ -103,6 +104,19 @@ def commands_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         return Result(code if isinstance(code, int) else 0, said.out, said.err)
 
     return run
+
+
+def with_last_values(command: str, words: str) -> list[str]:
+    """Return the words of a command without values that a later one of the same option overrides. Options that are
+    repeatable keep all values.
+    """
+    group: Any = typer.main.get_command(treadle.cli.app)
+    single = {flag for param in group.commands[command].params if not param.multiple for flag in param.opts}
+    kept = words.split()
+    for at, word in reversed([*enumerate(kept)]):
+        if word in single and word in kept[at + 1 :]:
+            del kept[at : at + 2]
+    return kept
 
 
 def refused(said: Result, *parts: str) -> None:

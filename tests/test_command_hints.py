@@ -20,6 +20,7 @@ from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import BackendError, Hint
 from treadle.passes.stages import left_out
+from treadle.program.given_texts import read_sentences
 
 SMALL = ["--set", "layers=1", "--set", "dim=32", "--set", "heads=2", "--set", "vocab=50", "--set", "context=64"]
 TINY = {"layers": 1, "dim": 8, "heads": 2, "vocab": 9, "context": 32}
@@ -162,3 +163,33 @@ def test_a_declaration_that_ends_the_process(place: str, tmp_path: Path) -> None
         assert "__main__" in done.output
         file.write_text(DECLARATION + 'if __name__ == "__main__":\n    ' + indented)
         runs("inspect", f"{file}:p3", "--set", "n=4", "--set", "m=4")
+
+
+@pytest.mark.parametrize("text", ["a text of words", "it's"])
+def test_a_text_in_place_of_a_file_is_piped(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "gpt2", text, *SMALL, "--vocab", "9", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["treadle", *words])
+    what, hint = refused(*words)
+    assert what == "the file does not exist"
+    echo, _, command = hint.partition(" | ")
+    assert shlex.split(echo) == ["echo", text]
+    assert shlex.split(command)[1:] == [*words[:2], "-", *words[3:]]
+    done = CliRunner().invoke(app, shlex.split(command)[1:], input=text)
+    assert "the file does not exist" not in done.output
+
+
+def test_a_missing_file_of_texts_names_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "gpt2", "none.txt", *SMALL, "--vocab", "300"]
+    assert refused(*words)[1] == "the path of a text file, or -, which is standard input"
+    Path("nome.txt").write_text("a")
+    monkeypatch.setattr("sys.argv", ["treadle", *words])
+    assert shlex.split(refused(*words)[1])[1:4] == ["train", "gpt2", "nome.txt"]
+
+
+def test_a_text_in_place_of_a_file_of_sentences_is_an_argument() -> None:
+    with raises_freely(t.CheckpointError, match="the file does not exist") as caught:
+        read_sentences([], "a text")
+    assert str(caught.value.hint) == "'a text' without --file, as an argument"
+    assert read_sentences(["a text"], None) == ["a text"]

@@ -118,6 +118,35 @@ def test_the_hint_leads_to_a_file(words: str, what: str, treadle_command: Treadl
         place.rename(f"{number}{place.suffix}")
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("export ll -o o.treadle --opset 20 --external-above 5 --seed 3", "compile ll -o o.treadle --seed 3"),
+        ("export ll --to json -o o.treadle --sizes B=1 --dtype f32", "compile ll -o o.treadle --dtype f32"),
+        ("export ll -o o.html --opset=18 --set layers=1", "report ll -o o.html --set layers=1"),
+        ("report ll -o o.treadle --cache f16 --quantize int4", "compile ll -o o.treadle --quantize int4"),
+        ("report ll -o o.onnx --memory 3MB --json", "export ll -o o.onnx --json"),
+        ("compile ll -o o.onnx --backend numpy --threads 2 --dtype f32", "export ll -o o.onnx --dtype f32"),
+        ("compile ll -o o.dot --memory 3MB --backend numpy --sizes B=1", "export --to dot ll -o o.dot --backend numpy"),
+        ("export ll -o o.safetensors", "compile ll -o o.treadle"),
+        ("report ll -o o.pt", "compile ll -o o.treadle"),
+    ],
+)
+def test_the_name_of_another_format_leads_to_its_command(words: str, command: str, treadle_command: Treadle) -> None:
+    """The command keeps the options that it has with the same meaning."""
+    save("ll")
+    said = treadle_command(*words.split())
+    text = said.out if "--json" in words else said.err
+    assert said.code == 2 and "must end in" in text
+    (found,) = re.findall(r"treadle ([^:,\"]*)", text)
+    assert found.strip() == command
+    assert treadle_command(*command.split()).code == 0
+
+
+def test_an_artifact_is_not_compiled_again(treadle_command: Treadle) -> None:
+    refused(treadle_command("export", "a.treadle", "-o", "b.treadle"), "try       b.treadle.onnx")
+
+
 def save(model: str) -> None:
     """Save one of the models of the commands."""
     if model.startswith("ll"):

@@ -334,6 +334,7 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     ("key", "value", "what"),
     [
         ("general.architecture", "mamba", "general.architecture is not supported"),
+        ("general.type", "adapter", "general.type is that of an adapter, which changes the weights of a model"),
         ("llama.block_count", 3, "llama.block_count is larger than the file's number of tensors allows"),
         ("llama.block_count", 2**31, "llama.block_count must be an integer from 1 to 1000"),
         ("llama.attention.head_count", 5, "llama.attention.head_count_kv must divide"),

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+import treadle
+from tests.error_texts import raises_freely
+from treadle.frontends.huggingface import Checkpoint, open_checkpoint, open_weights
 from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.ir.errors import CheckpointError
 
@@ -227,6 +229,48 @@ def test_no_config_no_weights_no_folder(tmp_path: Path) -> None:
     assert "this is a file" in refusal(write_model(tmp_path / "n") / "model.safetensors").what
     cache = write_model(tmp_path / "hub" / "models--org--name").parent
     assert "models--org--name" in (refusal(cache).hint or "")
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_an_adapter_is_merged_into_its_model(tmp_path: Path, has_config: bool) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    if not has_config:
+        (folder / "config.json").unlink()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    error = refusal(folder)
+    assert error.what == "the folder has an adapter, which changes the weights of a model, and no model"
+    assert error.received == "an adapter (LORA) of org/base"
+    assert f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload()" in (error.hint or "")
+    with pytest.raises(CheckpointError, match="has an adapter"):
+        open_weights(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "PROMPT_TUNING"}))
+    assert (refusal(folder).hint or "").startswith("org/base alone: this kind of adapter cannot be merged")
+    (folder / "adapter_config.json").write_text("{}")
+    error = refusal(folder)
+    assert error.received == "an adapter (unknown kind) of a model that it does not name"
+    (folder / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in (refusal(folder).within or "")
+
+
+def test_the_hint_for_an_adapter_computes_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    from tests.test_export_hints import save_llama
+
+    monkeypatch.chdir(tmp_path)
+    save_llama("base")
+    settings = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    base = transformers.AutoModelForCausalLM.from_pretrained("base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    adapted.save_pretrained("adapter")
+    with raises_freely(CheckpointError) as caught:
+        open_checkpoint("adapter")
+    exec((caught.value.hint or "").partition("\n")[2])
+    tokens = np.array([[1, 2, 3]])
+    expected = adapted(torch.from_numpy(tokens)).logits.detach().numpy()
+    found = treadle.compile("merged", backend="numpy")(tokens=tokens)["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_an_unknown_tensor_names_the_nearest(tmp_path: Path) -> None:

@@ -409,8 +409,27 @@ def test_micro_batches_are_four_for_each_stage_or_as_many_as_rows() -> None:
         assert plan.axes["batch"] == ("dp micro" if "dp" in mesh else "micro")
     with pytest.raises(UsageError, match="recipe gpipe splits over a mesh axis pp, which the mesh does not have"):
         shard_model("gpt2", "tp=2", recipe="gpipe", **SMALL)
-    with pytest.raises(PassError, match="do not give each of 8 micro-batches or ranks a part"):
-        run_lab(shard(recognized("gpt2"), "pp=2", recipe="gpipe"), {"tokens": np.ones((7, 3), int)}, numbers("gpt2")[0])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "other"),
+    [("pp=2", 7, "pp=2,micro=7"), ("pp=2", 1, "pp=2,micro=1"), ("pp=2,dp=2", 5, "pp=2,dp=2,micro=2")],
+)
+def test_few_rows_are_fewer_micro_batches(mesh: str, rows: int, other: str) -> None:
+    """The mesh of the hint runs."""
+    inputs, weights = {"tokens": np.ones((rows, 3), int)}, numbers("gpt2")[0]
+    with pytest.raises(PassError, match=r"do not give each of \d+ micro-batches or ranks a part") as caught:
+        run_lab(shard(recognized("gpt2"), mesh, recipe="gpipe"), inputs, weights)
+    assert (str(caught.value.hint), getattr(caught.value.hint, "command", "")) == (f"mesh={other!r}", f"--mesh {other}")
+    assert run_lab(shard(recognized("gpt2"), other, recipe="gpipe"), inputs, weights)
+
+
+def test_one_row_for_several_ranks_needs_more_rows() -> None:
+    with pytest.raises(PassError, match="micro-batches or ranks a part") as caught:
+        run_lab(
+            shard(recognized("gpt2"), "pp=2,dp=2", recipe="gpipe"), {"tokens": np.ones((1, 3), int)}, numbers("gpt2")[0]
+        )
+    assert str(caught.value.hint).endswith("or more, or a smaller mesh")
 
 
 def test_the_plan_and_its_explanation_show_the_timetable() -> None:

@@ -24,6 +24,7 @@ REFUSED = [
     ("inspect m.py:small --follow B --source", "--follow prints neither"),
     ("inspect m.py:small --follow B --unfold", "--follow prints neither"),
     ("inspect m.py:small --source --unfold", "--unfold unfolds the graph"),
+    ("inspect m.py:small --backend numpy", "--backend, --target and --threads change neither"),
     ("inspect m.py:small --backend nump", "there is no backend 'nump'"),
     (f"inspect m.treadle --inputs y --widen bf16 --after dead-code {HOW}", "an artifact is already compiled"),
     ("inspect m.treadle --after dead-code", "an artifact has no graphs after single passes"),
@@ -107,6 +108,7 @@ REFUSED = [
     ("serve gpt2 --key-file empty", "empty has no key"),
     ("serve gpt2 --key-file words", "words has no key"),
     ("serve gpt2 --key-file accents", "accents has no key"),
+    ("generate gpt2 a --tokens 3 --tokens 5", "Usage: treadle generate"),
     ("serve =gpt2", "a model needs a name to be served under"),
 ]
 

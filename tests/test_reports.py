@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import treadle as t
+from treadle.backends.tvm.runtimes.machine_devices import MachineDevice
 from treadle.fitting import fit_prose, fitted
 from treadle.reporting.arrays import array_facts, array_table, shortest, similarity_tables
 from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
@@ -185,3 +186,36 @@ def test_a_pipe_has_a_width_and_lines_whole(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True)
     assert console().width == console(stderr=True).width == 70
     assert max(map(len, fitted("word " * 50, fit_prose).split("\n"))) <= 70
+
+
+@pytest.mark.parametrize(
+    ("target", "devices", "line"),
+    [
+        (
+            "cuda",
+            0,
+            "all of it is compiled in tvm for cuda, an NVIDIA GPU; this machine has none, which needs NVIDIA's",
+        ),
+        ("cuda", 1, "all of it runs in tvm on cuda, an NVIDIA GPU of this machine"),
+        ("cuda:1", 1, "all of it is compiled in tvm for cuda:1, an NVIDIA GPU; this machine has no cuda:1"),
+        (
+            "metal",
+            0,
+            "all of it is compiled in tvm for metal, an Apple GPU: kernels as text",
+        ),
+        ("h100", 1, "all of it is compiled in tvm for h100, NVIDIA H100 SXM with 80 GB"),
+        ("arm64", 1, "all of it is compiled in tvm for arm64, a 64-bit Arm CPU, with NEON"),
+    ],
+)
+def test_a_program_runs_on_a_device_that_this_machine_has(
+    target: str, devices: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(
+        "treadle.reporting.compilations.list_devices", lambda kind: [MachineDevice("GPU", "CUDA")] * devices
+    )
+    made = t.compile(double, backend="tvm", target=target)
+    (found,) = [each for each in compiled_lines(made, 0.0) if each.startswith("all of it")]
+    assert found.startswith(line)
+    if not line.endswith(("text", "needs")):
+        assert found == line

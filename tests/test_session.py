@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from treadle.ir.errors import BackendError, PassError, UsageError
 from treadle.runtime.generation import generate
 
 Array = np.ndarray[Any, Any]
-SMALL = {"vocab": 50, "dim": 32, "heads": 4, "layers": 2, "context": 64}
+CONTEXT = 64
+SMALL = {"vocab": 50, "dim": 32, "heads": 4, "layers": 2, "context": CONTEXT}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,43 @@ def test_a_row_that_is_full_says_so_and_others_go_on(exe: Compiled) -> None:
     assert "8 of 8 positions" in str(refused.value)
     assert session.tokens(other) == (2, 3), "nothing was appended"
     near(session.step({other: 4})[other], whole(exe, [2, 3, 4])[-1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "filled", "more", "ways"),
+    [
+        ({"capacity": 8}, 8, 1, ["capacity=9", "full='slide'"]),
+        ({"capacity": 8}, 2, 7, ["capacity=9", "full='slide' at most 4"]),
+        ({"capacity": 8, "full": "slide"}, 2, 7, ["capacity=9", "at most 4"]),
+        ({}, CONTEXT, 1, ["full='slide'"]),
+        ({"full": "slide"}, 0, CONTEXT + 1, [f"at most {CONTEXT // 2}"]),
+    ],
+)
+def test_a_full_row_names_settings_that_it_has_not(
+    settings: dict[str, Any], filled: int, more: int, ways: list[str], exe: Compiled
+) -> None:
+    """Each way of the hint, followed, makes room."""
+
+    def filled_session(**chosen: Any) -> Any:
+        session = exe.session(rows=1, **chosen)
+        row = session.open()
+        if filled:
+            session.prefill({row: [1] * filled})
+        return session
+
+    with pytest.raises(UsageError, match="the cache of row 0 is full") as refused:
+        filled_session(**settings).prefill({0: [2] * more})
+    hint = str(refused.value.hint)
+    found = [" ".join(re.findall(r"capacity=\d+|full='slide'|at most \d+", way)) for way in hint.split(", or ")]
+    assert found == ways
+    for way in ways:
+        chosen = dict(settings)
+        for name, value in re.findall(r"(\w+)=(\S+)", way):
+            chosen[name] = eval(value)
+        step = int(way.partition("at most ")[2] or more)
+        session = filled_session(**chosen)
+        for at in range(0, more, step):
+            session.prefill({0: [2] * min(step, more - at)})
 
 
 def test_a_row_that_slides_forgets_its_older_half(exe: Compiled) -> None:

@@ -24,7 +24,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from tests.command_line import Result, Treadle, commands_in, refused
+from tests.command_line import Result, Treadle, commands_in, refused, with_last_values
 from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
 from tests.test_terminal import on_terminal, piped, seen
@@ -155,7 +155,7 @@ def train(
         (tmp_path / name).symlink_to(place)
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
     run = commands_in(tmp_path, capsys, monkeypatch)
-    return lambda *words: run("train", *" ".join(words).split())
+    return lambda *words: run("train", *with_last_values("train", " ".join(words)))
 
 
 SMALL = "--length 16 --batch 2 --steps 4"

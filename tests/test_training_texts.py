@@ -46,8 +46,9 @@ def test_short_values_are_refused_with_what_was_received() -> None:
     assert str(caught.value) == (
         "the texts are too short for a block of 1,024 tokens\n"
         "  received  3 tokens in 2 documents\n"
-        "  try       more text, or shorter blocks"
+        "  try       length=3, or more text"
     )
+    assert len(blocks_of([[1, 2], [3]], 3, end=None)) == 1
     with pytest.raises(UsageError, match="a block must have 1 token or more"):
         blocks_of([[1, 2]], 0, end=None)
 
@@ -154,5 +155,7 @@ def test_the_seed_draws_the_order() -> None:
 
 @pytest.mark.parametrize("rows", [0, 4])
 def test_fewer_blocks_than_a_batch_are_refused(rows: int) -> None:
-    with pytest.raises(UsageError, match=f"a batch of {rows} rows cannot be formed from 3 blocks"):
+    with pytest.raises(UsageError, match=f"a batch of {rows} rows cannot be formed from 3 blocks") as caught:
         BlockBatches(np.zeros((3, 2), np.int64), rows)
+    assert str(caught.value.hint) == "rows=3, or more text"
+    assert BlockBatches(np.zeros((3, 2), np.int64), 3).epoch == 1

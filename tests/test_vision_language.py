@@ -19,7 +19,7 @@ from treadle.continuation import TextWriter
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.serving.models import ServedWriter
 from treadle.serving.refusals import RequestRefusal
-from treadle.serving.requests import Fields, read_chat
+from treadle.serving.requests import Fields, Prompt, read_chat
 from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
@@ -89,10 +89,26 @@ def test_pixels_are_those_of_hugging_face(kind: str, options: dict[str, Any], tm
 @pytest.mark.parametrize("files", [[], image_files(2)])
 def test_images_and_marks_must_agree(files: list[bytes], saved: Callable[[str], VisionModel]) -> None:
     writer = TextWriter.open(saved("llava").place, backend="numpy")
-    with pytest.raises(UsageError, match=f"the text marks 1 images, and there are {len(files)}"):
+    with pytest.raises(UsageError, match=f"the text marks 1 image, and there are {len(files)}"):
         writer.chat_prompt(writer.chat_template(), asked(1), writer.read_images(files))
-    with pytest.raises(UsageError, match="marks 1 images, and there are 0"):
+    with pytest.raises(UsageError, match="marks 1 image, and there are 0"):
         writer.chat_prompt(writer.chat_template(), asked(0, "an <image>, as text"))
+
+
+def test_a_text_to_continue_marks_no_image(saved: Callable[[str], VisionModel]) -> None:
+    """Commands, Python and the server refuse it before a token is computed."""
+    place = str(saved("llava").place)
+    done = CliRunner().invoke(app, ["generate", place, "x<image>", "--tokens", "2", "--backend", "numpy"])
+    assert done.exit_code == 2 and "the text marks 1 image, and there are 0" in done.output
+    assert "treadle describe MODEL IMAGE QUESTION, treadle chat MODEL --image FILE" in done.output
+    loaded = t.load(place, backend="numpy")
+    with pytest.raises(UsageError, match="marks 2 images, and there are 0") as caught:
+        loaded.generate("a <image> and an <image>", most=2)
+    assert str(caught.value.hint).startswith("describe(image, question) of t.load(MODEL)")
+    assert loaded.generate("an image", most=2)
+    assert loaded.writer.images is not None
+    with pytest.raises(UsageError, match="marks 1 image"):
+        loaded.writer.images.refuse_marks((3, loaded.writer.images.token))
 
 
 def test_damaged_images_are_refused(saved: Callable[[str], VisionModel], tmp_path: Path) -> None:
@@ -164,4 +180,8 @@ def test_a_request_shows_images(saved: Callable[[str], VisionModel]) -> None:
     with pytest.raises(RequestRefusal, match="is not an image that can be read") as caught:
         served.chat_prompt(wanted.messages, [b"no image"])
     assert (caught.value.status, caught.value.field) == (400, "messages")
+    assert writer.images is not None
+    for marking in (Prompt(text=f"a {writer.images.mark}"), Prompt(ids=(3, writer.images.token))):
+        with pytest.raises(RequestRefusal, match="marks 1 image, and there are 0"):
+            served.prompt_ids(marking)
     served.close(drain=0.0)

@@ -308,7 +308,7 @@ class TextWriter:
 
     def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Return the token ids of each prompt. Raises UsageError if there are no prompts, or if a prompt is not a
-        string or not valid Unicode.
+        string, is not valid Unicode, or marks an image.
         """
         if not prompts:
             raise UsageError("there is no text")
@@ -316,6 +316,9 @@ class TextWriter:
         wrong = [prompt for prompt in given if not isinstance(prompt, str)]
         if wrong:
             raise UsageError("a prompt must be a string", received=f"{wrong[0]!r}"[:200])
+        if self.images is not None:
+            for prompt in prompts:
+                self.images.refuse_marks(prompt)
         return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import treadle.frontends.language as t
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.rotary import Divided, LinearScaling, Scaling
@@ -65,6 +66,15 @@ def from_gguf(file: GGUFFile) -> t.Model:
                 "the language model's file as MODEL, and this file as mmproj=",
                 "the language model's file as MODEL, and this file as --mmproj",
             ),
+        )
+    if file.text("general.type", "model") == "adapter":
+        base = file.text("general.base_model.0.name", "a model that it does not name")
+        file.fail(
+            "general.type",
+            "is that of an adapter, which changes the weights of a model",
+            f"an adapter of {printable(base)}",
+            "merge it into its model, with llama.cpp: "
+            f"llama-export-lora -m MODEL.gguf --lora {file.path} -o merged.gguf",
         )
     if kind not in LAYOUTS:
         received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"

@@ -14,6 +14,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.ir.transforms.rounded_inputs import AS_STORED
+from treadle.ir.wording.named_values import value_hint
 from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -52,7 +53,7 @@ class QuantizeWeights(Pass):
         if self.scheme not in SCHEMES:
             raise UsageError(
                 f"unknown quantization scheme {str(self.scheme)[:40]!r}",
-                hint="quantize " + " or ".join((*SCHEMES, AS_STORED)),
+                hint=value_hint("quantize", self.scheme, (*SCHEMES, AS_STORED)),
             )
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.errors import PassError
+from treadle.ir.errors import Hint, PassError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.placement.mesh import ways
 from treadle.ir.placement.placements import held_placement, taken_part
@@ -74,6 +74,9 @@ def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) ->
 
 def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
     """Raise PassError if some rank would have no part of a value at these sizes of symbols."""
+    error: PassError | None = None
+    turns = set(plan.turns)
+    most = ways(plan.turns)
     for planned in plan.functions:
         for each in planned.nodes:
             for value, placed in zip(each.node.results, each.gives, strict=True):
@@ -81,11 +84,20 @@ def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
                     if split is None or not size.symbols <= sizes.keys():
                         continue
                     units = size.evaluate(sizes) // split.grain.evaluate(sizes)
-                    if units < ways(split.over):
-                        who = "ranks" if plan.pipeline is None else "micro-batches or ranks"
-                        raise PassError(
-                            f"{value.name}: {units} along {size} do not give each of {ways(split.over)} {who} a part",
-                            received=", ".join(f"{name}={n}" for name, n in sizes.items()),
-                            source=str(each.node.source or "") or None,
-                            hint=f"{size} of {ways(split.over)} or more, or a smaller mesh",
-                        )
+                    if units >= ways(split.over):
+                        continue
+                    ranks = ways(part for part in split.over if part not in turns)
+                    most = min(most, units // ranks if turns.intersection(split.over) else 0)
+                    who = "ranks" if plan.pipeline is None else "micro-batches or ranks"
+                    error = error or PassError(
+                        f"{value.name}: {units} along {size} do not give each of {ways(split.over)} {who} a part",
+                        received=", ".join(f"{name}={n}" for name, n in sizes.items()),
+                        source=str(each.node.source or "") or None,
+                        hint=f"{size} of {ways(split.over)} or more, or a smaller mesh",
+                    )
+    if error is None:
+        return
+    if plan.pipeline is not None and most > 0:
+        mesh = ",".join(f"{name}={n}" for name, n in (*plan.devices.axes, (plan.pipeline.turns, most)))
+        error.hint = Hint(f"mesh={mesh!r}", f"--mesh {mesh}")
+    raise error

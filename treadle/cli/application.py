@@ -17,10 +17,16 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
+from treadle.cli.command_options import (
+    options_by_name,
+    point_to_meant,
+    refuse_several_values,
+    without_other_options,
+)
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
-from treadle.files.nearest_names import NearestNames
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
+from treadle.program.other_names import OTHER_COMMANDS, meant_option
 
 LEFT = 128 + 13
 """The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
@@ -42,10 +48,34 @@ class _Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # of typer or of click, depending on typer's version
+                point_to_meant(error, str(self.name), self.get_params(ctx))
+            raise
+        if not ctx.resilient_parsing:
+            refuse_several_values(self.make_parser(ctx).parse_args(given)[2], ctx)
+        return rest
+
 
 class _Group(TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            other = OTHER_COMMANDS.get(args[0])
+            if other is not None and hasattr(error, "format_message"):
+                message = (
+                    f"No such command '{args[0]}'; treadle {other}: {self.commands[other].get_short_help_str(200)}"
+                )
+                error.message = message  # type: ignore[attr-defined]
+            raise
 
 
 app = typer.Typer(
@@ -143,7 +173,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
         if error.is_reported:
             raise typer.Exit(2) from None
         if isinstance(error.hint, Hint):
-            error.hint = _of_ranks(error.hint.on_command_line(["treadle", *sys.argv[1:]]))
+            error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
         with saying():
@@ -175,6 +205,17 @@ def print_error(error: TreadleError, *, as_json: bool) -> None:
         console(stderr=True).print(error_text(error), soft_wrap=True)
 
 
+def _words_for(hint: Hint, name: str) -> list[str]:
+    """Return the words of the command line. If a hint replaces the command by another one, leave out the options that
+    the other one lacks.
+    """
+    group: Any = typer.main.get_command(app)
+    words, other = sys.argv[1:], group.commands.get(next(iter(hint.words), ""))
+    if hint.replaces != name or other is None:
+        return words
+    return without_other_options(words, group.commands[name].params, other.params, hint.without)
+
+
 def _of_ranks(hint: str) -> str:
     """Return a hint for the command of a rank, which `treadle launch` started, as a command that starts ranks again."""
     from treadle.runtime.distributed.ranks import LAUNCHER
@@ -190,11 +231,11 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
     the given hint, or the command's --help.
     """
     group: Any = typer.main.get_command(app)
-    spelled = [flag for param in group.commands[name].params for flag in param.opts if flag.startswith("--")]
-    flags = {flag[2:].replace("-", "_"): flag for flag in spelled}
-    for meant in (option, *([] if hint else NearestNames(flags).of(option, 1, 0.75))):
-        if meant in flags:
-            return f"{flags[meant]}, an option of treadle {name}"
+    known = options_by_name(group.commands[name].params)
+    flags = {each: flag for each, flag in known.items() if flag.startswith("--")}
+    meant = option if option in flags else meant_option(option, flags, 1.0 if hint else 0.75)
+    if meant is not None:
+        return f"{flags[meant]}, an option of treadle {name}"
     return hint or f"treadle {name} --help, for its own options"
 
 

@@ -71,11 +71,13 @@ def export_model(
 
     For dot, model-explorer and json, MODEL@PASS is the graph after a pass.
     """
+    from treadle.exporting.file_formats import writing_hint
+
     if to not in _SUFFIXES:
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
     if _SUFFIXES[to]:
         others = [each for each, ends in _SUFFIXES.items() if output.suffix in ends]
-        hint = f"--to {' or '.join(others)}" if others else None
+        hint = f"--to {' or '.join(others)}" if others else writing_hint(output, model, of="export")
         check_suffix(output, _SUFFIXES[to], {"onnx": "an ONNX model"}.get(to, f"a file for {to}"), hint)
     if times is not None:
         check_suffix(times, [".json"], "a file of times")

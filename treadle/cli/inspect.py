@@ -79,6 +79,12 @@ def inspect_graph(
     backend = check_backend(options.backend)
     if backend in KINDS:
         refuse_target(backend, options.where)
+    chosen = any(name in keywords for name in ("backend", "target"))
+    if chosen and not (source or after or options.passes or options.certify):
+        raise UsageError(
+            "--backend, --target and --threads change neither the optimized graph nor its costs",
+            hint="--source as well, which prints the code; or --after with a pass of the backend, or leave them out",
+        )
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
             options.refuse_for_artifact(model, also=("passes",))

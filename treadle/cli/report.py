@@ -47,6 +47,7 @@ def report_command(
     """
     from treadle.artifact_reading import is_artifact
     from treadle.explaining.sharding import explain_sharding
+    from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.program.flag_values import parse_axes, parse_sizes
     from treadle.program.option_table import taken_by
@@ -57,7 +58,7 @@ def report_command(
     from treadle.report.subjects import lowered_subject
     from treadle.reporting.counts import human
 
-    check_suffix(output, SUFFIXES, "an HTML page")
+    check_suffix(output, SUFFIXES, "an HTML page", writing_hint(output, model, of="report"))
     split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
     given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:

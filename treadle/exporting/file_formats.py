@@ -10,6 +10,9 @@ from treadle.files.shown_names import shown_path
 from treadle.frontends.safetensors_file import PICKLE_SUFFIXES
 from treadle.ir.errors import Hint, UsageError
 
+OF_PROGRAMS = ("--backend", "--target", "--threads")
+"""Options of a program for a device, which an ONNX file does not contain."""
+
 
 def refuse_other_format(path: PathLike, what: str, *own: str, instead: str | None = None) -> None:
     """Raise UsageError for a name with the suffix of another format than `own`, with the code that writes that format.
@@ -23,31 +26,35 @@ def refuse_other_format(path: PathLike, what: str, *own: str, instead: str | Non
         raise UsageError(f"the name of {what} cannot end in {suffix}", received=shown_path(path), hint=instead or hint)
 
 
-def writing_hint(path: PathLike, model: str) -> Hint | None:
+def writing_hint(path: PathLike, model: str, *, of: str = "compile") -> Hint | None:
     """Return the code that writes the compiled model `exe` in the format of the path's suffix, and the command for
     `model`; None for the suffix of no format.
+
+    of  the command that got the path
     """
     file, suffix = shown_path(path), Path(path).suffix.lower()
     artifact = f"{file.removesuffix(Path(path).suffix)}.treadle"
     quoted, model = shlex.quote(file), shlex.quote(model)
+    instead = artifact if of == "compile" else f"treadle compile {model} -o {shlex.quote(artifact)}"
     hint: Hint | None = None
 
     def in_place(code: str, command: str, *more: str) -> Hint:
-        """Return the hint for another command in place of `compile`, which keeps the options of the command line."""
+        """Return the hint for another command in place of `of`, which keeps the options of the command line."""
         text = shlex.join(["treadle", command, *more])
-        return Hint(code, f"{text} {model} -o {quoted}", replaces="compile", words=(command, *more))
+        without = OF_PROGRAMS if (command, *more) == ("export",) else ()
+        return Hint(code, f"{text} {model} -o {quoted}", replaces=of, words=(command, *more), without=without)
 
-    if suffix == ".treadle":
-        hint = Hint(f"exe.save({file!r})", f"treadle compile {model} -o {quoted}")
+    if suffix == ".treadle" and not model.endswith(".treadle"):
+        hint = in_place(f"exe.save({file!r})", "compile")
     elif suffix == ".onnx":
         code = f"from treadle.backends.onnx.exporter import export_onnx; export_onnx(exe.graph, exe.weights, {file!r})"
         hint = in_place(code, "export")
     elif suffix == ".gguf":
         export = f"`treadle export FOLDER --to gguf -o {quoted}`, for a model of the Llama family"
-        hint = Hint(f"exe.save({artifact!r}); or {export}", f"{artifact}; or {export}")
+        hint = Hint(f"exe.save({artifact!r}); or {export}", f"{instead}; or {export}")
     elif suffix == ".safetensors":
         code = f"from treadle.training.weight_files import write_weights; write_weights({file!r}, exe.weights)"
-        hint = Hint(code, f"{artifact}, which holds the weights")
+        hint = Hint(code, f"{instead}, which holds the weights")
     elif suffix in (".html", ".htm"):
         hint = in_place(f"exe.report().save({file!r})", "report")
     elif suffix in (".dot", ".gv"):
@@ -55,5 +62,5 @@ def writing_hint(path: PathLike, model: str) -> Hint | None:
     elif suffix == ".json":
         hint = in_place(f"exe.save({artifact!r}); `treadle export` writes JSON", "export", "--to", "json")
     elif suffix in PICKLE_SUFFIXES:
-        hint = Hint(f"exe.save({artifact!r}): no pickle is ever written", f"{artifact}: no pickle is ever written")
+        hint = Hint(f"exe.save({artifact!r}): no pickle is ever written", f"{instead}: no pickle is ever written")
     return hint

@@ -6,11 +6,15 @@ document or sentence.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 
+from treadle.files.nearest_names import nearest_path_hint
 from treadle.files.shown_names import printable
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.text_files import read_column, read_text, shown_source
 
 
@@ -22,7 +26,8 @@ def read_sentences(
     column   the column of a table, as in `read_column`
     command  the command that reads them, for the hint of an error
 
-    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, and the errors of `read_column`.
+    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, CheckpointError for a file that
+    does not exist, and the errors of `read_column`.
     """
     if column is not None and file is None:
         raise UsageError("a column is a column of a file", received=f"--column {column}", hint="--file as well")
@@ -36,6 +41,9 @@ def read_sentences(
         return list(given)
     if file is None and sys.stdin.isatty():
         raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
+    if file is not None and not _exists(file):
+        argument = f"{shlex.quote(printable(file))} without --file, as an argument" if _is_text(file) else None
+        raise _no_file(file, argument or "the path of a file with a text on each line")
     rows = None if file is None else read_column(file, column)
     lines = read_text(file or "-").splitlines() if rows is None else rows
     found = [line for line in map(str.strip, lines) if line]
@@ -50,13 +58,36 @@ def read_documents(files: Sequence[str], column: str | None = None) -> list[str]
 
     column  the column of tables, as in `read_column`
 
-    Raises UsageError if there is no document, and the errors of `read_text` and `read_column`.
+    Raises UsageError if there is no document, CheckpointError for a file that does not exist, and the errors of
+    `read_text` and `read_column`.
     """
     found: list[str] = []
     for file in files:
+        if not _exists(file):
+            piped = f"echo {shlex.quote(printable(file))} | "
+            of_text = Hint(
+                "the path of a file with the text", f"{piped}treadle ... -", replaces=file, words=("-",), before=piped
+            )
+            raise _no_file(
+                file, of_text if _is_text(file) else "the path of a text file, or -, which is standard input"
+            )
         rows = read_column(file, column)
         found += [read_text(file)] if rows is None else rows
     found = [text for text in found if text.strip()]
     if not found:
         raise UsageError("there is no text", received=", ".join(map(printable, files)), hint="a file with a text in it")
     return found
+
+
+def _exists(file: str) -> bool:
+    return file == "-" or os.path.lexists(file)
+
+
+def _is_text(file: str) -> bool:
+    """Return True for a name that is a text rather than the path of a file."""
+    return " " in file or not PurePath(file).suffix
+
+
+def _no_file(file: str, hint: str) -> CheckpointError:
+    shown = printable(file, 80)
+    return CheckpointError("the file does not exist", within=shown, hint=nearest_path_hint(file) or hint)

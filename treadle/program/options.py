@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.target import Target
@@ -34,6 +33,7 @@ from treadle.program.option_table import (
     not_taken,
     taken_by,
 )
+from treadle.program.other_names import OTHER_NAMES, meant_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,24 +197,26 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     @property
     def doubtful(self) -> bool:
         """True if a name of the configuration is similar to an option's, so that it may be misspelled."""
-        return any(map(self._nearest, self.config))
+        return any(map(self._meant, self.config))
 
-    def _nearest(self, name: str) -> list[str]:
-        """Return the option that has this name in other libraries, or else the most similar name, or an empty list."""
-        names = [*own_parameters(self.entry), *[each.name for each in taken_by(self.entry)]]
-        other = _OTHER_LIBRARIES.get(name)
-        return [other] if other is not None and other in names else list(NearestNames(names).of(name, 1, 0.75))
+    def _meant(self, name: str) -> str | None:
+        """Return the option that may be meant by a name, or None; see `meant_option`."""
+        return meant_option(name, [*own_parameters(self.entry), *[each.name for each in taken_by(self.entry)]])
 
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        if error.option in _THREADS and any(each.name == "target" for each in taken_by(self.entry)):
-            count = printable(repr(self.config[error.option])) if error.option in self.config else 2
+        name = error.option
+        if name is None:
+            return
+        takes_target = any(each.name == "target" for each in taken_by(self.entry))
+        if takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
+            count = printable(repr(self.config[name])) if name in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
-        elif error.option is not None and (near := self._nearest(error.option)):
+        elif meant := self._meant(name):
             command = str(getattr(error.hint, "command", error.hint) or "")
-            error.hint = Hint(f"did you mean {near[0]}=, an option of {entry_text(self.entry)}?", command)
+            error.hint = Hint(f"did you mean {meant}=, an option of {entry_text(self.entry)}?", command)
 
 
 def _dtype_names(value: Any) -> Any:
@@ -222,23 +224,3 @@ def _dtype_names(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
     return str(value) if isinstance(value, DType) else value
-
-
-_THREADS = ("threads", "num_threads", "n_threads", "nthreads", "num_cpus")
-"""The number of threads, which belongs to the target, by its names in other libraries."""
-
-_OTHER_LIBRARIES = {
-    "lr": "learning_rate",
-    "device": "target",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "max_norm": "max_grad_norm",
-    "clip_grad_norm": "max_grad_norm",
-    "torch_dtype": "dtype",
-    "precision": "dtype",
-    "quantization": "quantize",
-    "loss_fn": "loss",
-    "criterion": "loss",
-    "optim": "optimizer",
-    "state_dict": "weights",
-}
-"""Options by their names in other libraries, which are not similar enough."""

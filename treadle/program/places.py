@@ -11,6 +11,7 @@ from pathlib import Path
 from treadle.fetch import fetched_model
 from treadle.files.nearest_names import argument_hint, nearest_path, nearest_path_hint
 from treadle.files.shown_names import shown_path
+from treadle.frontends.model_folder import CONFIG
 from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import Hint, UsageError
@@ -44,7 +45,9 @@ def find_place(name: str) -> Path:
             raise UsageError(
                 f"a file is a model only if it ends in {', '.join(MODEL_SUFFIXES[:-1])} or {MODEL_SUFFIXES[-1]}",
                 received=shown_path(place),
-                hint="a folder with config.json and model.safetensors, or such a file",
+                hint=argument_hint(name, os.path.dirname(name) or ".")
+                if (place.parent / CONFIG).exists()
+                else "a folder with config.json and model.safetensors, or such a file",
             )
         return place
     if Path(name).suffix in MODEL_SUFFIXES:
@@ -53,9 +56,11 @@ def find_place(name: str) -> Path:
         try:
             return cached_hub_model(name)
         except UsageError as error:
-            error.hint = nearest_path_hint(name, _is_model) or error.hint
+            error.hint = _declaration_hint(name) or nearest_path_hint(name, _is_model) or error.hint
             raise
     if name not in PINNED:
+        if (declared := _declaration_hint(name)) is not None:
+            raise UsageError(f"there is no model {name!r}", hint=declared)
         known, path = [*family_names(), *PINNED], nearest_path(name, _is_model)
         paths = [] if path is None else [path]
         near, hub = difflib.get_close_matches(name, [*known, *paths], n=1), hub_name_in(name)
@@ -77,6 +82,20 @@ def find_place(name: str) -> Path:
             f"{name} is in a format that Treadle cannot read", received=folder.name, within=str(folder.parent)
         )
     return folder
+
+
+def _declaration_hint(name: str) -> Hint | None:
+    """Return the hint for a declaration that is named as a module, `models:my_gpt`, `models.my_gpt` or `models`, in
+    place of `models.py:my_gpt`; None if there is no such file.
+    """
+    before, mark, function = name.rpartition(":") if ":" in name else name.rpartition(".")
+    modules = {before.rstrip(":"): function} if mark else {}
+    for module, declared in {**modules, name: "FUNCTION"}.items():
+        stem = module.removesuffix(".py")
+        for file in (f"{stem}.py", f"{stem.replace('.', '/')}.py"):
+            if stem and Path(file).is_file():
+                return argument_hint(name, f"{file}:{declared}")
+    return None
 
 
 def _is_model(path: str) -> bool:

@@ -159,15 +159,15 @@ class DeclarationReference:
 
     def needs_file(self, folder: str) -> UsageError:
         """Return the error for a folder, as the user named it, that is opened without the declaration."""
-        words = (self.label, "--weights", folder)
+        words, instead = (self.label, "--weights", folder), f"weights={folder!r} in place of {folder!r}"
         if self.file is None:
             hint = Hint(
-                f"t.load({self.function}, weights={folder!r})",
+                f"{self.function}, {instead}",
                 f"write {self.function} to a file, and name FILE.py:{self.function} --weights {shown_path(folder)}",
             )
         else:
             hint = Hint(
-                f"t.load({self.label!r}, weights={folder!r})",
+                f"{self.label!r}, {instead}",
                 f"{self.label} --weights {shown_path(folder)}",
                 replaces=folder,
                 words=words,

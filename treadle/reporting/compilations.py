@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
+from treadle.backends.tvm.runtimes.machine_devices import list_devices, what_to_install
 from treadle.compiled import Compiled
 from treadle.files.shown_names import printable
 from treadle.ir.analysis.cost import parameter_count
 from treadle.ir.analysis.run_counts import count_run_ops
+from treadle.ir.target import Target
 from treadle.passes.framework.pass_log import PassLog
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
 from treadle.reporting import Facts
@@ -45,15 +47,12 @@ def weights_text(compiled: Compiled) -> str:
 
 def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
     """Yield the lines that `compile` prints in addition to the pass table."""
-    target, ops = compiled.target, count_run_ops(compiled.graph)
-    cores = target.cores()
+    ops = count_run_ops(compiled.graph)
     yield f"{compiled.name}({', '.join(map(str, compiled.inputs))})"
     yield f"  -> ({', '.join(map(str, compiled.outputs))})"
     passes = sum(record.seconds for record in compiled.log)
     yield f"compiled in {seconds:.2f} s, of which {passes * 1e3:.0f} ms in passes"
-    yield f"all of it runs in {compiled.backend} on {target}, {target.description}" + (
-        f", {counted(cores, 'core')}" if cores else ""
-    )
+    yield _place_text(compiled.backend, compiled.target)
     yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
     yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
     for record in compiled.log:
@@ -66,6 +65,20 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
         if names:
             shown = ", ".join(map(printable, names[:4])) + (", ..." if len(names) > 4 else "")
             yield f"{counted(len(names), kind)} {text}: {shown}"
+
+
+def _place_text(backend: str, target: Target) -> str:
+    """Return the device that a program runs on, or, if this machine has none, the hardware that its code is for."""
+    if target.kind == "cpu":
+        return f"all of it runs in {backend} on {target}, {target.description}, {counted(target.cores() or 1, 'core')}"
+    code = f"all of it is compiled in {backend} for {target}, {target.description}"
+    if target.is_elsewhere:
+        return code
+    devices = list_devices(target.kind)
+    if len(devices) > (target.index or 0):
+        return f"all of it runs in {backend} on {target}, {target.description} of this machine"
+    missing = f"has no {target}" if devices else f"has none, which needs {what_to_install(target.kind)}"
+    return f"{code}; this machine {missing}"
 
 
 def pass_table(log: PassLog) -> Table:

@@ -183,6 +183,8 @@ class ServedWriter:
         """Return the token ids of a prompt. Raises RequestRefusal if the prompt does not fit into a row."""
         try:
             ids = prompt.ids if prompt.text is None else tuple(self.writer.tokens([prompt.text])[0])
+            if self.writer.images is not None:
+                self.writer.images.refuse_marks(ids)
             self.scheduler.check(ids)
         except TreadleError as error:
             raise refused(error, field="prompt") from error

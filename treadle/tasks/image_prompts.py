@@ -24,6 +24,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.image_inputs import ImageModel
 from treadle.program.source import ModelSource
+from treadle.reporting.counts import counted
 from treadle.tasks.image_patches import PatchReader
 from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import Image, ImagePlace, ImageReader, ImageSettings, open_image
@@ -119,11 +120,7 @@ class ImagePrompts(ABC):
         """
         parts = text.split(self.mark)
         if len(parts) - 1 != len(images):
-            raise UsageError(
-                f"the text marks {len(parts) - 1} images, and there are {len(images)}",
-                received=f"marks {printable(self.mark)}",
-                hint=f"one {printable(self.mark)} for each image, which the chat template writes",
-            )
+            raise self._other_count(len(parts) - 1, len(images))
         whole = parts[0] + "".join(image.text + part for image, part in zip(images, parts[1:], strict=True))
         ids = list(self.tokenizer.encode([whole], special=False)[0][0].ids)
         if not images:
@@ -141,6 +138,23 @@ class ImagePrompts(ABC):
             ids = [0 if number == self.token else number for number in ids]
         joined = {name: np.concatenate([image.arrays[name] for image in images]) for name in images[0].arrays}
         return ChatPrompt(ids, {"image_index": index, **joined, **self._placed(images, index)})
+
+    def refuse_marks(self, prompt: str | Sequence[int]) -> None:
+        """Raise UsageError for a text, or for token ids, that mark an image where there are no images."""
+        marks = prompt.count(self.mark if isinstance(prompt, str) else self.token)  # type: ignore[arg-type]
+        if marks:
+            raise self._other_count(marks, 0)
+
+    def _other_count(self, marks: int, images: int) -> UsageError:
+        mark = printable(self.mark)
+        hint: str = f"one {mark} for each image, which the chat template writes"
+        if not images:
+            hint = Hint(
+                f"describe(image, question) of t.load(MODEL), or a text without {mark}",
+                f"treadle describe MODEL IMAGE QUESTION, treadle chat MODEL --image FILE, or a text without {mark}",
+            )
+        what = f"the text marks {counted(marks, 'image')}, and there are {images}"
+        return UsageError(what, received=f"marks {mark}", hint=hint)
 
     def _placed(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
         """Return the inputs that depend on the places of the image tokens in the text."""

@@ -16,7 +16,7 @@ from itertools import chain, count
 import numpy as np
 import numpy.typing as npt
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.ops.losses import IGNORED
 from treadle.reporting.counts import counted
 
@@ -29,6 +29,12 @@ MASKED = 0.8
 """Fraction of the chosen positions that are masked."""
 REPLACED = 0.1
 """Fraction of the chosen positions that get a random token. The other chosen positions are unchanged."""
+
+_SHORTER = Hint("more text, or shorter blocks", "more text, a smaller --length, or a smaller --holdout")
+
+
+def _or_more_text(python: str, command: str) -> Hint:
+    return Hint(f"{python}, or more text", f"{command}, or more text")
 
 
 def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | None) -> Tokens:
@@ -52,7 +58,7 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
         raise UsageError(
             f"the texts are too short for a block of {counted(length, 'token')}",
             received=f"{counted(len(joined), 'token')} in {counted(len(token_ids), 'document')}",
-            hint="more text, or shorter blocks",
+            hint=_SHORTER if len(joined) < 2 else _or_more_text(f"length={len(joined)}", f"--length {len(joined)}"),
         )
     return joined[: whole * length].reshape(whole, length)
 
@@ -125,7 +131,7 @@ class BlockBatches:
         if not 1 <= self.rows <= len(self.blocks):
             raise UsageError(
                 f"a batch of {counted(self.rows, 'row')} cannot be formed from {counted(len(self.blocks), 'block')}",
-                hint="smaller batches, more text, or shorter blocks",
+                hint=_or_more_text(f"rows={most}", f"--batch {most}") if (most := len(self.blocks)) else _SHORTER,
             )
 
     @property

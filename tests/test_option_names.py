@@ -1,0 +1,147 @@
+"""Options under the names of other tools lead to ours, in all commands and in Python; an option has one value."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import treadle as t
+from tests.error_texts import raises_freely
+from treadle.cli import COMMANDS, app
+from treadle.cli.command_options import options_by_name
+from treadle.program.option_table import declared_options
+from treadle.program.options import CompileOptions
+from treadle.program.other_names import OTHER_COMMANDS, OTHER_NAMES
+
+GROUP: Any = typer.main.get_command(app)
+
+
+def refusal(command: str, *words: str) -> str:
+    """Return typer's error for the words of a command."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  its class depends on typer's version
+        GROUP.commands[command].make_context(command, [*words])
+    return str(caught.value.format_message())
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "launch"])
+def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
+    params = GROUP.commands[command].params
+    known = options_by_name(params)
+    for other, ours in OTHER_NAMES.items():
+        meant = next((each for each in ours if each in known), None)
+        if meant is None or other in known:
+            continue
+        for spelled in {f"--{other}", f"--{other.replace('_', '-')}"}:
+            what = refusal(command, spelled, "3")
+            wanted = f"has {known[meant]}: " if known[meant][0] == "-" else f"{known[meant]} is an argument"
+            assert what.startswith(f"No such option: {spelled}; ") and wanted in what
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "meant"),
+    [
+        ("train", "--lr", "--learning-rate"),
+        ("train", "--epochs", "--steps: Total number of updates of the weights."),
+        ("train", "--learning_rate", "--learning-rate"),
+        ("train", "--batch-size", "--batch"),
+        ("generate", "--temp", "--temperature"),
+        ("generate", "--n-predict", "--tokens"),
+        ("generate", "--max-tokens", "--tokens"),
+        ("generate", "-n", "--tokens"),
+        ("generate", "--prompt", "TEXTS is an argument of treadle generate"),
+        ("chat", "--ctx-size", "--context"),
+        ("serve", "--max-model-len", "--context"),
+        ("serve", "--device", "--target"),
+        ("compile", "--batch-size", "--sizes"),
+        ("compile", "--trget", "--target"),
+        ("classify", "--top-k", "--top"),
+    ],
+)
+def test_names_that_one_reaches_for(command: str, given: str, meant: str) -> None:
+    assert meant in refusal(command, given, "3")
+
+
+def test_an_option_with_no_similar_name_is_unknown_without_a_guess() -> None:
+    assert refusal("generate", "--foobar", "3") == "No such option: --foobar"
+
+
+def test_every_name_of_ours_is_an_option_of_a_command_or_of_a_function() -> None:
+    ours = {name for each in GROUP.commands.values() for name in options_by_name(each.params)}
+    ours |= {*declared_options(), *inspect.signature(t.Trainer).parameters}
+    assert {each for names in OTHER_NAMES.values() for each in names} <= ours
+
+
+def test_names_of_other_libraries_in_python() -> None:
+    with raises_freely(t.FrontendError, match="has no option lr") as caught:
+        t.Trainer("gpt2", lr=0.1)
+    assert str(caught.value.hint) == "did you mean learning_rate=, an option of train?"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "gpt2", "a", "--tokens", "3", "--tokens", "5"],
+        ["generate", "gpt2", "a", "--tokens=3", "--tokens=3"],
+        ["serve", "gpt2", "--reuse", "--no-reuse"],
+        ["compile", "gpt2", "-o", "a.treadle", "--output", "b.treadle"],
+    ],
+)
+def test_an_option_has_one_value(words: list[str]) -> None:
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "it is given 2 times, and has one value" in done.output
+
+
+def test_repeatable_options_and_flags_are_repeated() -> None:
+    sizes = ["--set", "layers=1", "--set", "dim=8", "--set", "heads=2", "--set", "vocab=9"]
+    assert CliRunner().invoke(app, ["inspect", "gpt2", *sizes, "--json", "--json"]).exit_code == 0
+
+
+def test_a_batch_and_a_block_that_the_texts_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hint is followed, until the model is trained."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("abcdefgh " * 9, encoding="utf-8")
+    model = ["--set", "layers=1", "--set", "dim=8", "--set", "heads=2", "--set", "vocab=300", "--set", "context=128"]
+    words = ["train", "gpt2", "text.txt", *model, "--vocab", "260", "--steps", "1", "--backend", "numpy"]
+    tried = []
+    while (done := CliRunner().invoke(app, words)).exit_code == 2:
+        hint = done.output.partition("  try       ")[2].partition(",")[0]
+        tried.append(hint.split()[0])
+        words += hint.split()
+        assert len(tried) < 3, done.output
+    assert done.exit_code == 0 and tried == ["--length", "--batch"]
+
+
+@pytest.mark.parametrize("other", OTHER_COMMANDS)
+def test_another_name_of_a_command_leads_to_ours(other: str) -> None:
+    assert other not in COMMANDS and OTHER_COMMANDS[other] in COMMANDS
+    done = CliRunner().invoke(app, [other, "gpt2"], env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and f"No such command '{other}'; treadle {OTHER_COMMANDS[other]}: " in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "python", "command"),
+    [
+        ({"dtype": "float32"}, "dtype='f32'", "--dtype f32"),
+        ({"dtype": "torch.bfloat16"}, "dtype='bf16'", "--dtype bf16"),
+        ({"dtype": "fp16"}, "dtype='f32' or 'bf16'", "--dtype f32 or bf16"),
+        ({"dtype": "int8"}, "quantize='int8'", "--quantize int8"),
+        ({"quantize": "4bit"}, "quantize='int4'", "--quantize int4"),
+        ({"quantize": "Q4_K_M"}, "quantize='int4'", "--quantize int4"),
+        ({"quantize": "q8_0"}, "quantize='int8-weights'", "--quantize int8-weights"),
+        ({"quantize": "int8-weight"}, "quantize='int8-weights'", "--quantize int8-weights"),
+        ({"quantize": "bf16"}, "dtype='bf16'", "--dtype bf16"),
+    ],
+)
+def test_another_name_of_a_value_leads_to_ours(options: dict[str, str], python: str, command: str) -> None:
+    with raises_freely(t.UsageError, match="^unknown ") as caught:
+        t.compile("gpt2", backend="numpy", **options)
+    assert (str(caught.value.hint), getattr(caught.value.hint, "command", None)) == (python, command)
+    if " or " not in python:
+        stages = CompileOptions.of("compile", {python.partition("=")[0]: python.partition("'")[2][:-1]}).stages()
+        assert len(stages) == 3
