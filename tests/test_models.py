@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -192,6 +192,19 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     ),
 }
 """Every declaration, with the number of calls of each function of its graph except main."""
+
+
+def in_turns(others: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of a declaration and one of `others`, such as backends: all pairs for the first declaration of a
+    model; those with other heads and options take turns.
+    """
+    pairs: list[tuple[str, str]] = []
+    paired = set()
+    for number, (name, (model, _)) in enumerate(ZOO.items()):
+        some = [others[number % len(others)]] if model.name in paired else others
+        paired.add(model.name)
+        pairs += [(name, other) for other in some]
+    return pairs
 
 
 def test_every_family_is_here() -> None:
