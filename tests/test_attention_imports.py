@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 nn: Any = pytest.importorskip("torch.nn")
 
 from tests.onnx_models import answers, runtime
+from tests.remembered_exports import remember_functions
 from tests.test_from_torch import FAMILIES, built, tokens
 from tests.torch_modules import assert_equal, drawn
 from treadle.frontends.onnx_import.importer import import_onnx
@@ -53,6 +54,7 @@ def exported(
     else:
         options |= {"dynamo": False, "dynamic_axes": dict.fromkeys(names.split(), axes)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    remember_functions()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, example, str(path), **options)

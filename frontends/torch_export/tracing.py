@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -269,13 +270,31 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 
     with _quietly(), torch.no_grad(), _any_size():
         try:
-            table: Any = torch.export.default_decompositions()
-            for target in kept:
-                table.pop(target, None)
-            made: torch.export.ExportedProgram = program.run_decompositions(table)
-            return made
+            return program.run_decompositions(_decompositions(program, frozenset(kept)))
         except Exception as error:
             raise _refused(error) from error
+
+
+def _decompositions(program: torch.export.ExportedProgram, kept: frozenset[Any]) -> dict[Any, Any]:
+    """Return PyTorch's table of decompositions without `kept`. The table of its own operators is built once, because
+    that takes as long as tracing a small module; others may be registered at any time.
+    """
+    namespaces = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes}
+    return dict(_own_decompositions(kept)) if namespaces <= {"aten"} else _all_decompositions(kept)
+
+
+@cache
+def _own_decompositions(kept: frozenset[Any]) -> dict[Any, Any]:
+    return _all_decompositions(kept)
+
+
+def _all_decompositions(kept: frozenset[Any]) -> dict[Any, Any]:
+    import torch
+
+    table: Any = torch.export.default_decompositions()
+    for target in kept:
+        table.pop(target, None)
+    return dict(table.items())
 
 
 def name_symbols(
