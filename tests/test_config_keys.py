@@ -64,7 +64,7 @@ from safetensors.numpy import load_file, save_file
 from tests.fuzz.config_keys import ABSENT, MODELS, Base, Case, bases, cases, fields_of, quiet, save, verdict
 from treadle.resolving import resolve
 
-DRAWN = 6
+DRAWN = 12
 """Number of bases in the suite, with five cases each. `python -m tests.fuzz.config_keys` runs all."""
 
 
