@@ -380,3 +380,15 @@ def test_an_example_of_size_one_names_the_remedy(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(FrontendError) as caught:
             treadle.from_torch(nn.ReLU(), (torch.ones(rows, 4),), dynamic={"input": "B _"})
         assert caught.value.hint == hint
+
+
+def test_operators_that_are_registered_after_an_import_are_decomposed() -> None:
+    """The first module is decomposed, too: its square is written in place."""
+    x = torch.randn(2, 3)
+    first = Applied(lambda x: x.clone().pow_(2))
+    assert_equal(treadle.from_torch(first, (x,)), first, (x,))
+    with torch.library._scoped_library("treadle_tests", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
+        second = Applied(lambda x: torch.ops.treadle_tests.twice(x) + 1)
+        assert_equal(treadle.from_torch(second, (x,)), second, (x,))

@@ -270,29 +270,32 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 
     with _quietly(), torch.no_grad(), _any_size():
         try:
-            return program.run_decompositions(_decompositions(program, frozenset(kept)))
+            made: torch.export.ExportedProgram = program.run_decompositions(_decompositions(program, frozenset(kept)))
+            return made
         except Exception as error:
             raise _refused(error) from error
 
 
-def _decompositions(program: torch.export.ExportedProgram, kept: frozenset[Any]) -> dict[Any, Any]:
-    """Return PyTorch's table of decompositions without `kept`. The table of its own operators is built once, because
-    that takes as long as tracing a small module; others may be registered at any time.
+def _decompositions(program: torch.export.ExportedProgram, ours: frozenset[Any]) -> dict[Any, Any]:
+    """Return PyTorch's table of decompositions without the operators that we support.
+
+    Building the table takes as long as tracing a small module, so it is built once for programs of PyTorch's own
+    operators. Others may be registered at any time.
     """
     namespaces = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes}
-    return dict(_own_decompositions(kept)) if namespaces <= {"aten"} else _all_decompositions(kept)
+    return dict(_own_decompositions(ours)) if namespaces <= {"aten"} else _all_decompositions(ours)
 
 
 @cache
-def _own_decompositions(kept: frozenset[Any]) -> dict[Any, Any]:
-    return _all_decompositions(kept)
+def _own_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
+    return _all_decompositions(ours)
 
 
-def _all_decompositions(kept: frozenset[Any]) -> dict[Any, Any]:
+def _all_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
     import torch
 
     table: Any = torch.export.default_decompositions()
-    for target in kept:
+    for target in ours:
         table.pop(target, None)
     return dict(table.items())
 
