@@ -32,7 +32,7 @@ demo: .venv/ready-$(DEMO) ## see a model declared, compiled, inspected and run o
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
 
 test: .venv/ready-test ## run all tests
-	@PYTHONDONTWRITEBYTECODE= $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: dev ## check style, format, types and plain English
 	@$(VENV_PYTHON) -m ruff check

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import treadle
 from tests.numeric_gradients import gradients
+from tests.remembered_exports import remember_functions
 from tests.torch_modules import Rule, leaves
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.graph import Graph
@@ -467,6 +468,7 @@ def _imported(rule: Callable[..., Any], held: list[Any], onnx: bool) -> Imported
         model = treadle.from_torch(module, detached)
         inputs = {v.name for v in model.graph.main.inputs}
         return model.graph, model.weights, [n if n in inputs else None for n in model.inputs]
+    remember_functions()
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module, detached, dynamo=True, verbose=False)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tests.hf_models import TINY, VOCAB
+from tests.remembered_exports import remember_functions
 
 Array = np.ndarray[Any, Any]
 
@@ -98,6 +99,7 @@ def export(
     else:
         options |= {"dynamo": False, "dynamic_axes": axes}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    remember_functions()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(wrapped, example, str(path), **options)

@@ -1,26 +1,21 @@
-"""A record of the files that are opened while a block of code runs, from Python's audit events."""
+"""A record of the files that Python opens while a block of code runs.
+
+Python's audit events would show them too, but an audit hook stays for the rest of the process: it would be called for
+millions of events of other tests.
+"""
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-_RECORDS: list[tuple[Path, Counter[str]]] = []
-
-
-def _record(event: str, given: tuple[object, ...]) -> None:
-    if event == "open" and _RECORDS and isinstance(given[0], str | os.PathLike):
-        path = Path(os.path.realpath(os.fspath(given[0])))
-        for below, counts in _RECORDS:
-            if path.is_relative_to(below):
-                counts[path.relative_to(below).as_posix()] += 1
-
-
-sys.addaudithook(_record)  # an audit hook cannot be removed
+import pytest
 
 
 @contextmanager
@@ -28,9 +23,19 @@ def opened_in(folder: Path) -> Iterator[Counter[str]]:
     """Count how often each file in this folder is opened; `folder` may also be a file. Keys are paths relative to it;
     links are followed.
     """
-    entry = (Path(os.path.realpath(folder)), Counter[str]())
-    _RECORDS.append(entry)
-    try:
-        yield entry[1]
-    finally:
-        _RECORDS.remove(entry)
+    below, counts = Path(os.path.realpath(folder)), Counter[str]()
+
+    def counting(open: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(file: Any, *rest: Any, **options: Any) -> Any:
+            if isinstance(file, str | os.PathLike):
+                path = Path(os.path.realpath(os.fspath(file)))
+                if path.is_relative_to(below):
+                    counts[path.relative_to(below).as_posix()] += 1
+            return open(file, *rest, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (builtins, io, os):
+            patch.setattr(module, "open", counting(module.open))
+        yield counts

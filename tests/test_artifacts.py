@@ -24,7 +24,7 @@ import treadle
 from tests.fuzz.artifacts import Parts, judge, mutations, put, sealed
 from tests.fuzz.safetensors_files import header_and_data, split
 from tests.op_checks import BACKENDS
-from tests.test_models import ZOO
+from tests.test_models import ZOO, in_turns
 from treadle import artifact_reading
 from treadle.artifact_file import write_sections
 from treadle.artifact_reading import ArtifactLimits, open_artifact
@@ -59,8 +59,7 @@ def same_bits(a: Any, b: Any) -> bool:
 # -- round trips -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "backend"), in_turns(BACKENDS))
 def test_every_model_of_the_zoo_comes_back(name: str, backend: str, tmp_path: Path) -> None:
     if reason := find_backend(backend).available():
         pytest.skip(reason)

@@ -20,7 +20,8 @@ transformers = pytest.importorskip("transformers")
 nn: Any = pytest.importorskip("torch.nn")
 
 from tests.onnx_models import answers, runtime
-from tests.test_from_torch import FAMILIES, built, tokens
+from tests.remembered_exports import remember_functions
+from tests.test_from_torch import tokens
 from tests.torch_modules import assert_equal, drawn
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.notes import Imported
@@ -53,6 +54,7 @@ def exported(
     else:
         options |= {"dynamo": False, "dynamic_axes": dict.fromkeys(names.split(), axes)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    remember_functions()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, example, str(path), **options)
@@ -138,26 +140,6 @@ def test_a_triangle_one_off_says_so() -> None:
 
 
 # -- Hugging Face's models ---------------------------------------------------------------------------------------------
-
-_SDPA = {
-    "bert": ["mask(b t)"],
-    "mistral": ["causal, window(3), mask(b t)"],
-    "gemma": ["causal, mask(b t)"],
-    "t5-encoder": ["bias(b t), t5_relative(32, 128, bidirectional)"],
-}
-_MISTRAL = ("MistralForCausalLM", {**FAMILIES["llama"][1], "sliding_window": 3})
-
-
-@pytest.mark.parametrize("family", _SDPA)
-def test_masks_of_models_are_recognized(family: str) -> None:
-    module = built(*{**FAMILIES, "mistral": _MISTRAL}[family])
-    example = tokens(2, 7)
-    model = treadle.from_torch(module, example, dynamic={"input_ids": "B S", "attention_mask": "B S"})
-    assert "scaled_dot_product_attention.default" in model.operators
-    graph = assert_equal(model, module, example, tokens(3, 11)).graph
-    assert terms(graph) == _SDPA[family] * 2
-    grouped = {n.inputs[1].type.shape[1].constant for _, n in graph.walk() if n.op.name == "attention"}
-    assert grouped == {{"mistral": 2, "gemma": 1}.get(family, 4)}
 
 
 def test_a_decoder_with_what_it_listens_to() -> None:

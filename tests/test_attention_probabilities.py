@@ -481,7 +481,9 @@ def test_bert_with_its_attentions_through_onnx(dynamo: bool, tmp_path: Path) -> 
     import torch
 
     from tests.onnx_models import runtime
+    from tests.remembered_exports import remember_functions
 
+    remember_functions()
     inputs = drawn(2, 5)
     layers = len(wanted_of(module, inputs)) - 1
     path = tmp_path / "bert.onnx"

@@ -79,7 +79,7 @@ RULES: dict[str, dict[str, Any]] = {
     "begin_suppress_tokens": {"begin_suppress_tokens": [int(n) for n in range(1, 250)]},
     "bad_words_ids": {"bad_words_ids": [[0], *([n] for n in range(1, 200)), *([250, n] for n in range(200, 270))]},
     "min_new_tokens": {"min_new_tokens": 7, "eos_token_id": list(range(200))},
-    "min_length": {"min_length": 12, "eos_token_id": list(range(200))},
+    "min_length": {"min_length": 9, "eos_token_id": list(range(200))},
     "forced_eos_token_id": {"forced_eos_token_id": 7},
     "all": {
         "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [5], "bad_words_ids": [[4], [6, 9]],

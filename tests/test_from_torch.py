@@ -63,11 +63,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", _ENCODER),
     "t5-encoder": ("T5EncoderModel", _T5),
     "llama": ("LlamaForCausalLM", _DECODER),
+    "mistral": ("MistralForCausalLM", {**_DECODER, "sliding_window": 3}),
     "qwen2": ("Qwen2ForCausalLM", _DECODER),
     "gemma": ("GemmaForCausalLM", {**_DECODER, "num_key_value_heads": 1, "head_dim": 8}),
     "clip-text": ("CLIPTextModel", {**_ENCODER, "bos_token_id": 0, "eos_token_id": 5}),
     "bart-encoder": ("BartModel", _BART),
 }
+
+
+MASKS = {
+    "bert": "mask(b t)",
+    "mistral": "causal, window(3), mask(b t)",
+    "gemma": "causal, mask(b t)",
+    "t5-encoder": "bias(b t), t5_relative(32, 128, bidirectional)",
+}
+"""The terms of each attention, of families that differ in them."""
+KEY_HEADS = {"bert": 4, "mistral": 2, "gemma": 1, "t5-encoder": 4}
 
 
 def built(architecture: str, config: Mapping[str, Any], attention: str = "sdpa") -> Any:
@@ -98,7 +109,11 @@ def test_language_models_at_any_size(family: str) -> None:
     assert not model.opaque
     assert ("scaled_dot_product_attention.default" in model.operators) is not eager
     exe = assert_equal(model, module, example, tokens(3, 11), tokens(1, 5))
-    assert sum(node.op.name == "attention" for _, node in exe.graph.walk()) == 2
+    attention: list[Any] = [node for _, node in exe.graph.walk() if node.op.name == "attention"]
+    assert len(attention) == 2
+    if family in MASKS:
+        assert [", ".join(term.text for term in node.op.terms) for node in attention] == [MASKS[family]] * 2
+        assert {node.inputs[1].type.shape[1].constant for node in attention} == {KEY_HEADS[family]}
 
 
 def test_nodes_say_their_module_and_line() -> None:
@@ -365,3 +380,15 @@ def test_an_example_of_size_one_names_the_remedy(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(FrontendError) as caught:
             treadle.from_torch(nn.ReLU(), (torch.ones(rows, 4),), dynamic={"input": "B _"})
         assert caught.value.hint == hint
+
+
+def test_operators_that_are_registered_after_an_import_are_decomposed() -> None:
+    """The first module is decomposed, too: its square is written in place."""
+    x = torch.randn(2, 3)
+    first = Applied(lambda x: x.clone().pow_(2))
+    assert_equal(treadle.from_torch(first, (x,)), first, (x,))
+    with torch.library._scoped_library("treadle_tests", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
+        second = Applied(lambda x: torch.ops.treadle_tests.twice(x) + 1)
+        assert_equal(treadle.from_torch(second, (x,)), second, (x,))

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import typer
 
 import treadle
 from tests.command_line import commands_in, refused
+from tests.many_cases import every_case
 from treadle.cli import COMMANDS, app
 from treadle.ir.errors import CheckpointError
 from treadle.ir.op_registry import OPS
@@ -57,11 +59,20 @@ def shown(node: ast.AST) -> str:
     return "…"
 
 
-def hints() -> Iterator[tuple[str, str]]:
+@cache
+def sources() -> dict[Path, str]:
+    """The text of every module."""
+    paths = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+    return {path: path.read_text(encoding="utf-8") for path in paths}
+
+
+def hints_in_sources() -> Iterator[tuple[str, str]]:
     """Yield every text that is used as a hint, also under another name, with its location."""
-    for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
+    for path, source in sources().items():
+        if not any(name in source for name in ("hint", *KNOWN)):
+            continue
         place = path.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(source)):
             match node:
                 case ast.keyword(arg="hint", value=value):
                     yield f"{place}:{value.lineno}", shown(value)
@@ -73,15 +84,23 @@ def hints() -> Iterator[tuple[str, str]]:
 
 
 KNOWN = {"WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "SAME_AXES", "INCLUDED"}
-HINTS = list(hints())
+
+
+@cache
+def hints() -> list[tuple[str, str]]:
+    """Every hint with its location. Reading them takes seconds, so it waits for the first test."""
+    return list(hints_in_sources())
+
+
 GROUP: Any = typer.main.get_command(app)
 OPTIONS = {name: {o for p in GROUP.commands[name].params for o in p.opts} for name in COMMANDS}
 
 
+@cache
 def callables() -> dict[str, list[Callable[..., Any]]]:
     """Functions, methods and classes of ours by their bare names."""
     found: dict[str, list[Callable[..., Any]]] = {}
-    for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
+    for path in sources():
         dotted = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
         module = dotted if dotted.startswith("treadle") else f"treadle.{dotted}"
         if module.endswith(("__init__", "__main__")):
@@ -95,26 +114,27 @@ def callables() -> dict[str, list[Callable[..., Any]]]:
     return found
 
 
-CALLABLES = callables()
-
-
 def test_there_are_hints_to_look_at() -> None:
-    assert len(HINTS) > 200
-    assert sum("--" in text for _, text in HINTS) > 5
+    assert len(hints()) > 200
+    assert sum("--" in text for _, text in hints()) > 5
 
 
-@pytest.mark.parametrize(("place", "text"), [h for h in HINTS if "treadle " in h[1] or "--" in h[1]])
-def test_commands_and_options_are_there(place: str, text: str) -> None:
-    named = re.findall(r"(?:^|[`\s])treadle (\w+)", text)
-    assert all(command in COMMANDS for command in named), text
-    ours = [OPTIONS[command] for command in named] or list(OPTIONS.values())
-    for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"pip install.*|… -m .*", "", text)):
-        assert any(option in options for options in ours), f"{option} of {text!r}"
+def test_commands_and_options_are_there() -> None:
+    with every_case() as case:
+        for place, text in hints():
+            if "treadle " not in text and "--" not in text:
+                continue
+            with case(place):
+                named = re.findall(r"(?:^|[`\s])treadle (\w+)", text)
+                assert all(command in COMMANDS for command in named), text
+                ours = [OPTIONS[command] for command in named] or list(OPTIONS.values())
+                for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"pip install.*|… -m .*", "", text)):
+                    assert any(option in options for options in ours), f"{option} of {text!r}"
 
 
 def test_python_is_told_no_options_of_the_command_line_and_commands_no_arguments() -> None:
     wrong = []
-    for place, text in HINTS:
+    for place, text in hints():
         python, _, command = text.partition(ON_THE_COMMAND_LINE)
         if not place.startswith(FOR_COMMANDS) and re.search(
             r"(?<![\w-])--[a-z]", re.sub(r"pip install.*|… -m .*", "", python)
@@ -167,7 +187,7 @@ def test_hints_that_commands_print_have_a_form_for_the_command_line() -> None:
     assert IN_PYTHON.search("compile for Target('cpu')") and IN_PYTHON.search('target="cpu"')
     wrong = [
         f"{place}: {text}"
-        for place, text in HINTS
+        for place, text in hints()
         if ON_THE_COMMAND_LINE not in text and not place.startswith((*FOR_PYTHON, *FOR_COMMANDS))
         if IN_PYTHON.search(re.sub(r"(?<![\w-])--[a-z][\w=-]*…?", "", text))
     ]
@@ -177,12 +197,12 @@ def test_hints_that_commands_print_have_a_form_for_the_command_line() -> None:
 def test_arguments_are_those_of_what_is_called() -> None:
     """`Name(argument=...)`: a function of that name is ours, and takes the argument."""
     wrong = []
-    for place, text in HINTS:
+    for place, text in hints():
         for name, inside in re.findall(r"(?<!torch\.)\b([A-Za-z_]\w*)\(([^()]*)\)?", text):
             given = re.findall(r"(?:^|,\s*)(\w+)=", inside)
             if not given or name in THEIRS:
                 continue
-            takers = [inspect.signature(each).parameters for each in CALLABLES.get(name, []) if _has_signature(each)]
+            takers = [inspect.signature(each).parameters for each in callables().get(name, []) if _has_signature(each)]
             takers += [{f.name: f for f in dataclasses.fields(OPS[name])}] if name in OPS else []  # type: ignore[arg-type]
             if not any(all(g in taker or _takes_any(taker) for g in given) for taker in takers):
                 wrong.append(f"{place}: {name}({inside})")
@@ -190,14 +210,14 @@ def test_arguments_are_those_of_what_is_called() -> None:
 
 
 def test_words_after_t_and_treadle_are_there() -> None:
-    for place, text in HINTS:
+    for place, text in hints():
         for package, word in re.findall(r"(?<![\w.'])(t|treadle)\.([a-z]\w*)(?![\w.])", text):
             assert hasattr(treadle, word), f"{place}: {package}.{word}"
 
 
 def test_variables_are_read() -> None:
-    source = "".join(p.read_text(encoding="utf-8") for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
-    for place, text in HINTS:
+    source = "".join(sources().values())
+    for place, text in hints():
         for name in re.findall(r"\bTREADLE_[A-Z]+", text):
             assert re.search(rf'environ[^\n]*"{name}"', source), f"{place}: {name}"
 
@@ -207,8 +227,7 @@ def test_extras_are_those_of_the_package() -> None:
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     calls = 0
-    for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
+    for path, source in sources().items():
         assert "pip install 'treadle[" not in source, f"{path}: there may be no package of this name"
         for called in re.findall(r"\bpip_install\((.*?)\)", source):
             named = re.findall(r"""(?:^|, )["'](\w+)["']""", called)
@@ -232,6 +251,8 @@ def _takes_any(taker: Any) -> bool:
 # -- followed to the letter ------------------------------------------------------------------------------------
 
 
+# The exporter of PyTorch copies a graph, which constructs a class that PyTorch deprecates.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 def test_a_model_of_no_family_comes_in_by_the_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")

@@ -38,14 +38,15 @@ class SmallGPT(nn.Module):  # type: ignore[misc]
         return {"logits": self.head(x)}
 
 
-@pytest.fixture
-def words(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer."""
-    save(tmp_path / "words", "GPT2LMHeadModel", without_specials())
-    return tmp_path / "words"
+    folder = tmp_path_factory.mktemp("words")
+    save(folder, "GPT2LMHeadModel", without_specials())
+    return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def module(words: Path) -> TorchModel:
     from transformers import AutoConfig
 
@@ -86,11 +87,10 @@ def test_modules_of_transformers_continue_text(family: str, words: Path) -> None
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
     module.config.use_cache = False
     ids = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 7]])
-    model = t.load(t.from_torch(module, (ids,), dynamic={"input_ids": "B S"}), backend="numpy", tokenizer=words)
+    imported = t.from_torch(module, (ids,), dynamic={"input_ids": "B S"})
+    model = t.load(imported, backend="numpy", tokenizer=words)
     assert model.generate("the cat", most=4)
-    session = t.compile(t.from_torch(module, (ids,), dynamic={"input_ids": "B S"}), backend="numpy").session(
-        rows=1, capacity=8
-    )
+    session = t.compile(imported, backend="numpy").session(rows=1, capacity=8)
     row = session.open()
     session.prefill({row: ids[0, :3].tolist()})
     last = session.step({row: int(ids[0, 3])})[row]

@@ -39,6 +39,7 @@ def test_the_tokenizer_of_the_models_name_is_saved_there(tmp_path: Path) -> None
     assert isinstance(t.load(tmp_path / "model").translate("the cat"), str)
 
 
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
 def test_a_kind_that_transformers_cannot_convert(tmp_path: Path) -> None:
     """Marian's files are source.spm, target.spm and vocab.json."""
     folder = tmp_path / "model"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -68,6 +68,8 @@ def small(model: t.Model, **config: Any) -> t.Model:
     optional = tuple(i.name for i in model.declared_inputs if i.optional)
     return model.configure(**{"inputs": optional, **sizes, **config})
 
+
+Other = TypeVar("Other")
 
 ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "gpt2": (small(gpt2, inputs=()), {"h": 4}),
@@ -192,6 +194,19 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     ),
 }
 """Every declaration, with the number of calls of each function of its graph except main."""
+
+
+def in_turns(others: Sequence[Other]) -> list[tuple[str, Other]]:
+    """Return pairs of a declaration and one of `others`, such as backends: all pairs for the first declaration of a
+    model; those with other heads and options take turns.
+    """
+    pairs: list[tuple[str, Other]] = []
+    paired = set()
+    for number, (name, (model, _)) in enumerate(ZOO.items()):
+        some = [others[number % len(others)]] if model.name in paired else others
+        paired.add(model.name)
+        pairs += [(name, other) for other in some]
+    return pairs
 
 
 def test_every_family_is_here() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from tests.onnx_files import weights_of
-from tests.test_models import ZOO
+from tests.test_models import ZOO, in_turns
 from tests.test_onnx_export import two_sizes
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.frontends.onnx_import.importer import import_onnx
@@ -70,8 +70,8 @@ def declared_model(name: str) -> Declared:
     return Declared(graph, optimized, weights, [(x, interpret(graph, x, own, float64=True)) for x in drawn])
 
 
-@pytest.mark.parametrize("opset", [17, 23])
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "clip"])  # its towers are tested, and it is large
+# The whole CLIP is large, and its towers are tested.
+@pytest.mark.parametrize(("name", "opset"), [(name, opset) for name, opset in in_turns((17, 23)) if name != "clip"])
 def test_a_saved_model_is_read_back_equal(name: str, opset: int, tmp_path: Path) -> None:
     declared = declared_model(name)
     optimized = declared.optimized

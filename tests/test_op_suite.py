@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
@@ -44,6 +44,7 @@ each_op = pytest.mark.parametrize("name", TESTED)
 each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
+@cache
 def dtypes_of(name: str, number: int) -> list[str | None]:
     """Return None, which stands for the sample's own dtypes, and every other dtype for its floats, or for its
     integers.

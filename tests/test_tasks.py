@@ -121,6 +121,7 @@ def test_a_text_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
     ("architecture", "tokenizer"),
     [("BertForTokenClassification", wordpiece), ("RobertaForTokenClassification", byte_level)],
 )
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words:UserWarning")  # Hugging Face's, of byte-level
 def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
     place, _ = kept(architecture, tokenizer, id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
     tagger = TokenTagger.open(Program.of(place, backend=backend))

@@ -162,6 +162,7 @@ CASES = INDEXED | SHAPED | REDUCED | ELEMENTS
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", ["B S 8", "2 3 8"])
+@pytest.mark.filterwarnings("ignore:The use of `x.T`:UserWarning")  # PyTorch's, of the transpose of a vector
 def test_the_same_code_on_pytorchs_tensors_gives_the_same_numbers(case: str, shape: str) -> None:
     x = np.random.default_rng(1).standard_normal((2, 3, 8)).astype(np.float32)
     expected = CASES[case](torch.from_numpy(x)).numpy()

@@ -270,7 +270,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "differences": (lambda x: torch.diff(x, 2), (X,), "a higher order is not supported"),
     "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "dim is required"),
     "roll": (lambda x: torch.roll(x, 1), (X,), "dims are required"),
-    "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), ""),
+    "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), "mode circular"),
     "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "bools are not supported"),
     "products": (
         lambda x: x.scatter_reduce(0, x.long(), x, "prod"),

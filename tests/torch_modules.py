@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import treadle
+from tests.remembered_exports import remember_operators
 from treadle.frontends.torch_export.model import TorchModel
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
+remember_operators()
 
 ROOM = 2e-5
 BACKENDS = ("numpy", "torch")

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -269,13 +270,34 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 
     with _quietly(), torch.no_grad(), _any_size():
         try:
-            table: Any = torch.export.default_decompositions()
-            for target in kept:
-                table.pop(target, None)
-            made: torch.export.ExportedProgram = program.run_decompositions(table)
+            made: torch.export.ExportedProgram = program.run_decompositions(_decompositions(program, frozenset(kept)))
             return made
         except Exception as error:
             raise _refused(error) from error
+
+
+def _decompositions(program: torch.export.ExportedProgram, ours: frozenset[Any]) -> dict[Any, Any]:
+    """Return PyTorch's table of decompositions without the operators that we support.
+
+    Building the table takes as long as tracing a small module, so it is built once for programs of PyTorch's own
+    operators. Others may be registered at any time.
+    """
+    namespaces = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes}
+    return dict(_own_decompositions(ours)) if namespaces <= {"aten"} else _all_decompositions(ours)
+
+
+@cache
+def _own_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
+    return _all_decompositions(ours)
+
+
+def _all_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
+    import torch
+
+    table: Any = torch.export.default_decompositions()
+    for target in ours:
+        table.pop(target, None)
+    return dict(table.items())
 
 
 def name_symbols(
