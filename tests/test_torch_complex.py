@@ -84,6 +84,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "moved": lambda z, turn: REAL((z[:, None] * turn[None, None]).transpose(1, 2).flatten(1)[:, 1:]),
     "looked up": lambda z, turn: REAL(z * turn[torch.tensor([2, 0, 1])]),
     "joined": lambda z, turn: REAL(torch.cat([z, z * turn], 1)),
+    "from a real": lambda z, turn: REAL(z.real.to(torch.complex64) * turn),
     "copied": lambda z, turn: REAL((z * turn).to(torch.complex64).clone().contiguous()),
 }
 

@@ -62,10 +62,10 @@ def of_complex(site: TorchSite, name: str) -> Made | None:
     """
     given = [x for each in site.arguments.values() for x in (each if isinstance(each, list) else [each])]
     kind = name.partition(".")[0]
+    if kind in _SAME and dtype_of_parts(site.vals[0].dtype) is not None:
+        return _as_complex(site, site.given("self"))
     if kind in _OWN or not any(isinstance(x, Complex) for x in given):
         return None
-    if kind in _SAME:
-        return site.given("self")
     if kind in _MOVES:
         parts = (OPERATORS[name](_Part(site, part)) for part in ("real", "imag"))
         return Complex(*parts)
