@@ -194,7 +194,6 @@ ODD: dict[str, tuple[Any, str, str]] = {
     "quantized": (lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "not a dense", "quantized"),
     "nested": (lambda: nested(torch.strided), "not a dense tensor", "nested"),
     "jagged": (lambda: nested(torch.jagged), "not a dense tensor", "nested"),
-    "complex": (lambda: torch.eye(3).cfloat(), "dtype complex64 is not supported", "odd"),
 }
 
 
@@ -322,7 +321,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "training": (lambda x: F.batch_norm(x, *STATISTICS, training=True), (X,), "training mode is not supported"),
     "batch_norm": (nn.BatchNorm1d(4), (X,), "training mode is not supported"),
     "instance_norm": (nn.InstanceNorm1d(3, track_running_stats=True), (X[None],), "training mode is not supported"),
-    "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),
+    "dtype": (lambda x: x.to(torch.uint16).float(), (X,), "dtype uint16 is not supported"),
     "subgraph": (lambda x: torch.cond(x.sum() > 2, torch.sin, torch.cos, (x,)), (X,), "a node of get_attr"),
 }
 """Refused forms of operators that are supported in other forms."""

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
 from treadle.frontends.recipes.stored_triangles import triangle_of
+from treadle.frontends.torch_export.complex_numbers import Complex, dtype_of_parts, of_complex
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
 from treadle.frontends.torch_export.module_hints import experts_hint, mutation_hint
 from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported
-from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
+from treadle.frontends.torch_export.sizes import Symbols, Traced, UnknownSize, bounds_of
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
     decomposed,
@@ -128,7 +129,8 @@ def _imported(
 ) -> TorchModel:
     symbols, sizes = name_symbols(program, opened)
     if not _is_plain(program):
-        env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
+        env = symbols.env
+        traced = None if env is None else Traced(len(env.guards), dict(env.var_to_range))
         program = decomposed(program, _kept())
         symbols, sizes = name_symbols(program, opened)
         symbols.traced = traced if symbols.env is env else None
@@ -259,10 +261,16 @@ class TorchImporter:
                 raise FrontendError(f"an argument of kind {kind.lower()} is not supported", received=node.name)
         return tuple(inputs)
 
-    def _weight(self, name: str) -> Expr:
-        """Return a tensor of the module; a tensor with several names enters the graph once."""
+    def _weight(self, name: str) -> Expr | Complex:
+        """Return a tensor of the module. A complex tensor enters the graph as two tensors."""
         state = self.program.state_dict
         tensor: Any = state[name] if name in state else self.program.constants[name]
+        if dtype_of_parts(tensor.dtype) is None:
+            return self._stored(name, tensor)
+        return Complex(*(self._stored(f"{name}.{part}", getattr(tensor, part)) for part in ("real", "imag")))
+
+    def _stored(self, name: str, tensor: Any) -> Expr:
+        """Return a dense tensor of the module; a tensor with several names enters the graph once."""
         expect_dense(name, tensor)
         dtype = _dtype_of(name, tensor)
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
@@ -333,25 +341,32 @@ class TorchImporter:
             ) as error:  # this matters if the size is used; a size that only checks use is never needed
                 self.values[node] = error
             return
-        handler = OPERATORS.get(name or "")
-        if handler is None:
+        if name is None:
             raise unsupported(node, "the operator is not supported")
-        self.operators[name or ""] += 1
         schema = node.target._schema.arguments
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments |= {a.name: self._plain(x) for a, x in zip(schema, node.args, strict=False)}
         arguments |= {key: self._plain(x) for key, x in node.kwargs.items()}
         site = TorchSite(self, node, arguments)
-        made = handler(site)
+        made = of_complex(site, name)
+        if made is None:
+            handler = OPERATORS.get(name)
+            if handler is None:
+                raise unsupported(node, "the operator is not supported")
+            made = handler(site)
+        self.operators[name] += 1
         results = list(made) if isinstance(made, list | tuple) else [made]
         for position, result in enumerate(results):
             if result is not None:
                 self._check(site, position, result)
         self.values[node] = results if isinstance(node.meta.get("val"), list | tuple) else results[0]
 
-    def _check(self, site: TorchSite, position: int, made: Expr) -> None:
+    def _check(self, site: TorchSite, position: int, made: Expr | Complex) -> None:
         """Check a result against the dtype and the shape that PyTorch found."""
-        dtype, shape = site.dtype(position), site.shape(position)
+        parts = dtype_of_parts(site.vals[position].dtype)
+        dtype, shape = parts or site.dtype(position), site.shape(position)
+        if isinstance(made, Complex) != (parts is not None):
+            site.refuse(f"its result is {site.vals[position].dtype} in torch")
         if made.dtype is not dtype:
             site.refuse(f"its result is {made.dtype} here, {dtype} in torch")
         if made.shape != shape and not self._same(made.shape, shape):
@@ -391,6 +406,12 @@ class TorchImporter:
                 )
             name, at = names[at], at + 1
             made = self._plain(value)
+            if isinstance(made, Complex):
+                raise FrontendError(
+                    "the module returns a complex tensor, and a graph has none",
+                    received=name,
+                    hint="torch.view_as_real, which returns its two parts",
+                )
             if isinstance(made, Expr):
                 found[name] = made
         if not found:

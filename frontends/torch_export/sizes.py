@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -42,6 +43,14 @@ def depends_on_data(received: str | None = None) -> UnknownSize:
     )
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The number of guards, and the range of each symbol of PyTorch, after a module was traced."""
+
+    guards: int
+    ranges: Mapping[Any, Any]
+
+
 class Symbols:
     """Names for the symbols of one export.
 
@@ -50,7 +59,7 @@ class Symbols:
     bounds  known bounds of each of our symbols, which decide minima and maxima
     expressions  sizes for PyTorch's symbols that are known here as expressions
     least   differences of sizes that must be nonnegative in every call, in addition to the bounds
-    traced  number of guards of the module's own code; later guards come from decompositions
+    traced  what the module's own code demanded of sizes, without what came from decompositions later
     """
 
     def __init__(self) -> None:
@@ -59,7 +68,7 @@ class Symbols:
         self.bounds: dict[str, Bounds] = {}
         self.expressions: dict[str, Size] = {}
         self.least: set[Size] = set()
-        self.traced: int | None = None
+        self.traced: Traced | None = None
 
     def size(self, value: Any) -> Size:
         """Return an int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
@@ -194,7 +203,8 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
     if env is None:
         return {}
     found = symbols.bounds
-    for symbol, range in env.var_to_range.items():
+    ranges = env.var_to_range if symbols.traced is None else symbols.traced.ranges
+    for symbol, range in ranges.items():
         name = symbols.names.get(symbol.name)
         if name is not None:
             found[name] = found.get(name, Bounds()).intersect(_of_range(range))
@@ -228,8 +238,8 @@ def _conditions(symbols: Symbols, env: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the guards of an export with their conditions, split into parts that must all hold."""
     asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
     for position, guard in enumerate((*env.guards, *asserted)):
-        late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
-        if not _is_of_one_op(guard, late):
+        late = symbols.traced is not None and symbols.traced.guards <= position < len(env.guards)
+        if not _is_of_one_op(guard, late) and not (late and _is_of_guards(guard)):
             yield from ((guard, part) for part in _all_of(env.replace(guard.expr)))
 
 
@@ -269,9 +279,20 @@ def _is_of_one_op(guard: Any, late: bool) -> bool:
 
     The operator's result does not depend on the case. (The shape of squeeze does; its handler checks the case itself.)
     """
-    place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
     general = type(guard.expr).__name__ == "Unequality"
-    return general and (late or _SHAPE_RULES.search(place) is not None)
+    return general and (late or _SHAPE_RULES.search(_place(guard)) is not None)
+
+
+def _is_of_guards(guard: Any) -> bool:
+    """Return True if a guard was added by evaluating another one, as an exported program does when it is decomposed:
+    S <= 32, in the form `S == min(32, S)`, compares S < 32.
+    """
+    return "torch/nn/modules/module.py" in _place(guard) or _place(guard).startswith("nn/modules/module.py")
+
+
+def _place(guard: Any) -> str:
+    """Return the line of PyTorch that added a guard."""
+    return str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
 
 
 def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401
 
+import treadle.frontends.torch_export.complex_numbers
 import treadle.frontends.torch_export.creation
 import treadle.frontends.torch_export.indexing
 import treadle.frontends.torch_export.pointwise
