@@ -221,7 +221,7 @@ def _by_stored_form(
     if (sides := narrow_sides(w, fused)) is not None:
         ready = sides[0].made(w, node), sides[1].made(w, node)
         return product(w.view(x), w.view(y), sides=ready)
-    weight = _in_panels(w, node, y, equation)
+    weight = _in_panels(w, y, equation)
     return None if weight is None else product(_widened(w, w.view(x)), weight, packed=True)
 
 
@@ -288,7 +288,7 @@ def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
     return own and reads and value not in w.plan.function.outputs.values()
 
 
-def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -> View | None:
+def _in_panels(w: RoutineWriter, value: Value, equation: Equation) -> View | None:
     """Return a parameter in the panels that a product reads, or None if the product does not read it in panels."""
     n = equation.result[-1] if equation.result else None
     if value.type.rank != 2 or n is None or n not in equation.operands[1]:
