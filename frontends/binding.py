@@ -274,22 +274,22 @@ class _Reader:
         self._tensors: dict[str, Array] = {}
         self._blocks: dict[str, Array | ConvertedArray] = {}
 
-    def read(self, name: str, source: Source, rank: int, needed: str) -> None:
+    def read(self, name: str, source: Source, rank: int, dtype: str) -> None:
         """Add the array of a parameter, in the dtype that it needs or in blocks."""
         record = self.checkpoint.record(source.name)
-        if self.blocks is not None and record.encoding and source.whole_rows and rank > 1 and needed == "f32":
+        if self.blocks is not None and record.encoding and source.whole_rows and rank > 1 and dtype == "f32":
             self.arrays[name], self.encodings[name] = self._in_blocks(self.blocks, source), record.encoding
             return
         held = record.dtype
-        if held != needed:
-            self.converted[name] = held, needed
-        if self.deferred and (held == "bf16" or held != needed):
-            self.arrays[name] = _deferred(name, held, needed, source, self.checkpoint)
+        if held != dtype:
+            self.converted[name] = held, dtype
+        if self.deferred and (held == "bf16" or held != dtype):
+            self.arrays[name] = _deferred(name, held, dtype, source, self.checkpoint)
             return
         if source.name not in self._tensors:
             self._tensors[source.name] = self.checkpoint.array(source.name)
         array = source.view(self._tensors[source.name])
-        self.arrays[name] = array if held == needed else _convert(name, array, needed, source, self.checkpoint)
+        self.arrays[name] = array if held == dtype else _convert(name, array, dtype, source, self.checkpoint)
 
     def _in_blocks(self, blocks: BlockStore, source: Source) -> Array | ConvertedArray:
         if source.name not in self._blocks:

@@ -268,10 +268,14 @@ class MatrixProduct:
             rows += [row] if row != ZERO else []
         return tuple(how), rows
 
-    def _add_step(self, kernel: Kernel, read: Sequence[View], sizes: Sequence[Size], written: Sequence[View]) -> None:
-        """Add a step whose pointers are the operands, the epilogue's inputs, the result and its workspace."""
-        pointers = [*read, *[extra.view for extra in self.extras], *written]
-        self.w.step(kernel, pointers, sizes, self.node, writes=len(written))
+    def _add_step(
+        self, kernel: Kernel, operands: Sequence[View], sizes: Sequence[Size], results: Sequence[View]
+    ) -> None:
+        """Add a step. Its pointers are the operands, the epilogue's inputs, and the arrays that it writes: the result
+        and a workspace, if it has one.
+        """
+        pointers = [*operands, *[extra.view for extra in self.extras], *results]
+        self.w.step(kernel, pointers, sizes, self.node, writes=len(results))
 
     def _step_of_bytes(self, encoded: tuple[View, View], how: tuple[str, ...], whole: bool, sizes: list[Size]) -> None:
         """Add the product of integers: of rows with their scales, and of a weight in bytes or in blocks."""

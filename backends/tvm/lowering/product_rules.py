@@ -203,9 +203,9 @@ def _by_stored_form(
     fused = w.groups[node].product or node
     x, y = values
 
-    def product(left: View, right: View, **forms: Any) -> MatrixProduct:
-        of_left, of_right = map(LetteredView.of, (left, right), equation.operands)
-        return MatrixProduct(w, node, equation.sizes, of_left, of_right, to, finish, **forms)
+    def product(of_x: View, of_y: View, **forms: Any) -> MatrixProduct:
+        one, other = map(LetteredView.of, (of_x, of_y), equation.operands)
+        return MatrixProduct(w, node, equation.sizes, one, other, to, finish, **forms)
 
     if isinstance(fused.op, EncodedLinear):
         whole = form_of(fused.op)

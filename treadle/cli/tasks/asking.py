@@ -97,11 +97,11 @@ def scored_text(scores: Sequence[Scored]) -> str:
     return ", ".join(f"{each.label} {each.score:.4f}" for each in scores)
 
 
-def print_rewritten(rewriter: TextRewriter, sources: Sequence[str], found: Sequence[Rewritten], as_json: bool) -> None:
+def print_rewritten(rewriter: TextRewriter, sources: Sequence[str], texts: Sequence[Rewritten], as_json: bool) -> None:
     """Print the rewritten texts, as JSON with their sources."""
     if as_json:
-        records = [{"source": text, **asdict(each)} for text, each in zip(sources, found, strict=True)]
+        records = [{"source": text, **asdict(each)} for text, each in zip(sources, texts, strict=True)]
         print_json({"model": rewriter.model.name, "backend": rewriter.model.backend, "texts": records})
         return
-    for each in found:
+    for each in texts:
         print(each.text)
