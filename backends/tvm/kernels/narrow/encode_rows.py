@@ -115,15 +115,15 @@ class EncodeRows(Kernel):
                 k.store(rows, [row, 1], zero)
 
     def _coding(
-        self, k: Emitter, number: Numbers, depth: Expr, of_row: tuple[Expr, Expr] | None, given: Sequence[Any]
+        self, k: Emitter, number: Numbers, depth: Expr, of_row: tuple[Expr, Expr] | None, steps: Sequence[Any]
     ) -> tuple[Expr, Expr, Expr]:
         """Return the bits of a row's scale, the factor of its numbers, and its zero point.
 
         of_row  the bits of the scale and the zero point of an encoded row, or None
-        given   views of the scale and of the zero point of all rows, if `static`
+        steps   views of the scale and of the zero point of all rows, if `static`
         """
         if self.static:
-            factor, zero = (k.let(k.load(each, [k.index(0)])) for each in given)
+            factor, zero = (k.let(k.load(each, [k.index(0)])) for each in steps)
             largest, _ = self._ends(k, number, depth, magnitude=True)
             none = largest > k.number(_INFINITY, _i32)
             scale = k.select(none, k.number(float("nan"), f32), factor)
