@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded
-from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
 from treadle.backends.tvm.kernels.attention.scratch import SPAN, Scratch
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, f32

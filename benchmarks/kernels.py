@@ -17,8 +17,8 @@ from collections.abc import Callable
 import numpy as np
 
 from treadle.backends.registry import find_backend
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.matmul import Matmul, panel_width
 from treadle.backends.tvm.weight_packing import pack

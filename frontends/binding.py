@@ -214,6 +214,31 @@ def bind(
     has scales or other parts of a quantized weight next to a tensor, which then is not the parameter's numbers.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
+    sources, missing, misfits = _sources_of(parameters, lookup, checkpoint)
+    used = {source.name for source in sources.values()}
+    ignored = [compiled_pattern(prefix + pattern) for pattern in ignore for prefix in prefixes]
+    unused = tuple(
+        name
+        for name in checkpoint.names()
+        if name not in used and not any(pattern.fullmatch(name) for pattern in ignored)
+    )
+    if missing or misfits:
+        raise mismatch(missing, misfits, len(parameters), unused, checkpoint)
+    for name in parameters:
+        _check_tied(lookup.stored_names(lookup.wanted(name)), checkpoint)
+    reader = _Reader(checkpoint, blocks, deferred)
+    for name, source in sources.items():
+        shape, dtype = parameters[name]
+        reader.read(name, source, len(shape), str(dtype))
+    return Binding(reader.arrays, sources, reader.converted, unused, reader.encodings)
+
+
+def _sources_of(
+    parameters: Mapping[str, tuple[Sequence[int], str | DType]], lookup: _Lookup, checkpoint: TensorStore
+) -> tuple[dict[str, Source], list[MissingTensor], list[FoldedLine]]:
+    """Return the source of each parameter that has one, the missing tensors, and lines on tensors that do not fit. No
+    tensor is read.
+    """
     sources: dict[str, Source] = {}
     missing: list[MissingTensor] = []
     misfits: list[FoldedLine] = []
@@ -233,47 +258,46 @@ def bind(
         misfit = _misfit(wanted.pattern, tuple(shape), str(dtype), found, record)
         if misfit:
             misfits.append((misfit, wanted.numbers))
-    used = {source.name for source in sources.values()}
-    ignored = [compiled_pattern(prefix + pattern) for pattern in ignore for prefix in prefixes]
-    unused = tuple(
-        name
-        for name in checkpoint.names()
-        if name not in used and not any(pattern.fullmatch(name) for pattern in ignored)
-    )
-    if missing or misfits:
-        raise mismatch(missing, misfits, len(parameters), unused, checkpoint)
-    for name in parameters:
-        _check_tied(lookup.stored_names(lookup.wanted(name)), checkpoint)
+    return sources, missing, misfits
 
-    arrays: dict[str, Any] = {}
-    converted: dict[str, tuple[str, str]] = {}
-    stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
-    encodings: dict[str, Encoding] = {}
-    in_blocks: dict[str, Array | ConvertedArray] = {}
-    for name, source in sources.items():
-        shape, dtype = parameters[name]
-        encoding = checkpoint.record(source.name).encoding
-        if blocks is not None and encoding is not None and source.whole_rows and len(shape) > 1 and str(dtype) == "f32":
-            if source.name not in in_blocks:
-                in_blocks[source.name] = blocks.block_bytes(source.name)
-            whole = in_blocks[source.name]
-            if isinstance(whole, ConvertedArray) and source.part:
-                whole = in_blocks[source.name] = whole.array
-            arrays[name] = whole if isinstance(whole, ConvertedArray) else source.view(whole)
-            encodings[name] = encoding
-            continue
-        held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])
-        if held != needed:
-            converted[name] = held, needed
-        if deferred and (held == "bf16" or held != needed):
-            arrays[name] = _deferred(name, held, needed, source, checkpoint)
-            continue
-        if source.name not in stored:
-            stored[source.name] = checkpoint.array(source.name)
-        arrays[name] = source.view(stored[source.name])
-        if held != needed:
-            arrays[name] = _convert(name, arrays[name], needed, source, checkpoint)
-    return Binding(arrays, sources, converted, unused, encodings)
+
+class _Reader:
+    """A reader of parameters' arrays, which reads each tensor of a file once: three slices of one bf16 tensor widen it
+    once.
+    """
+
+    def __init__(self, checkpoint: TensorStore, blocks: BlockStore | None, deferred: bool) -> None:
+        self.checkpoint, self.blocks, self.deferred = checkpoint, blocks, deferred
+        self.arrays: dict[str, Any] = {}
+        self.converted: dict[str, tuple[str, str]] = {}
+        self.encodings: dict[str, Encoding] = {}
+        self._tensors: dict[str, Array] = {}
+        self._blocks: dict[str, Array | ConvertedArray] = {}
+
+    def read(self, name: str, source: Source, rank: int, dtype: str) -> None:
+        """Add the array of a parameter, in the dtype that it needs or in blocks."""
+        record = self.checkpoint.record(source.name)
+        if self.blocks is not None and record.encoding and source.whole_rows and rank > 1 and dtype == "f32":
+            self.arrays[name], self.encodings[name] = self._in_blocks(self.blocks, source), record.encoding
+            return
+        held = record.dtype
+        if held != dtype:
+            self.converted[name] = held, dtype
+        if self.deferred and (held == "bf16" or held != dtype):
+            self.arrays[name] = _deferred(name, held, dtype, source, self.checkpoint)
+            return
+        if source.name not in self._tensors:
+            self._tensors[source.name] = self.checkpoint.array(source.name)
+        array = source.view(self._tensors[source.name])
+        self.arrays[name] = array if held == dtype else _convert(name, array, dtype, source, self.checkpoint)
+
+    def _in_blocks(self, blocks: BlockStore, source: Source) -> Array | ConvertedArray:
+        if source.name not in self._blocks:
+            self._blocks[source.name] = blocks.block_bytes(source.name)
+        whole = self._blocks[source.name]
+        if isinstance(whole, ConvertedArray) and source.part:
+            whole = self._blocks[source.name] = whole.array
+        return whole if isinstance(whole, ConvertedArray) else source.view(whole)
 
 
 def alternatives(

@@ -167,7 +167,7 @@ class _Matching:
                     self._bind(dim.factors[0], t.dims[j], i)
                 elif dim.factors:
                     products.append((i, j, dim))
-                elif not t.dims[j].is_one and not self._is_ellipsis(i, j, spans[i], t):
+                elif not t.dims[j].is_one and not self._is_ellipsis(i, j, spans[i]):
                     raise RuleError(f"dimension {j} of {self.names[i]} must be 1, is {t.dims[j].size}")
         self._solve(products)
         results = tuple(
@@ -201,7 +201,7 @@ class _Matching:
     def _start(self, i: int) -> int:
         return next(k for k, d in enumerate(self.rule.operands[i]) if isinstance(d, LeadingDims))
 
-    def _is_ellipsis(self, i: int, j: int, span: int | None, t: Type) -> bool:
+    def _is_ellipsis(self, i: int, j: int, span: int | None) -> bool:
         return span is not None and self._start(i) <= j < self._start(i) + span
 
     def _bind_ellipsis(self, spans: Sequence[int | None], depth: int) -> None:

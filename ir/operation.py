@@ -172,8 +172,8 @@ class Op:
         return None
 
     def encodings(self, types: Sequence[Type | None], application: Application) -> Sequence[Encoding | None]:
-        """Return the encoding of each result, None if it has none. `found` is the application, with the results' axes.
-        Raises RuleError for an encoded operand that the op does not accept.
+        """Return the encoding of each result, None if it has none. Raises RuleError for an encoded operand that the op
+        does not accept.
         """
         if all(t is None or t.encoding is None for t in types):
             return (None,) * len(application.shapes)

@@ -35,6 +35,7 @@ from treadle.files.user_cache import cache_folder, mark_used
 from treadle.ir.graph import Graph
 from treadle.passes.certificates import certifying
 from treadle.passes.certificates.certificate import Certificate, Counterexample
+from treadle.passes.certificates.certifying import Trial
 
 Found = Certificate | Counterexample
 
@@ -135,17 +136,17 @@ def remember() -> None:
         for other in folder.glob("*.sqlite"):
             if other.stat().st_mtime < time.time() - UNUSED:
                 other.unlink()
-    store, tried, known = Store(folder / f"{version()}.sqlite"), certifying._tried_shrunk, certifying._known
+    store, tried, known = Store(folder / f"{version()}.sqlite"), Trial.run_shrunk, certifying._known
     mark_used(store.path)
 
-    def looked_up(rule: str, key: str, claim: Any, region: Any, sides: tuple[Graph, Graph], *others: Any) -> Found:
+    def looked_up(trial: Trial, claim: Any, region: Any, sides: tuple[Graph, Graph], *others: Any) -> Found:
         report = "certificate" not in os.environ.get("PYTEST_CURRENT_TEST", "") and certifying._known is known
         if not (report and is_ours(sides)):
-            return tried(rule, key, claim, region, sides, *others)
-        found = store.get(key)
+            return tried(trial, claim, region, sides, *others)
+        found = store.get(trial.key)
         if found is None:
-            found = tried(rule, key, claim, region, sides, *others)
-            store.keep(key, found)
+            found = tried(trial, claim, region, sides, *others)
+            store.keep(trial.key, found)
         return found
 
-    certifying._tried_shrunk = looked_up
+    Trial.run_shrunk = looked_up  # type: ignore[method-assign]

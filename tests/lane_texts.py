@@ -17,9 +17,9 @@ from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.conversions import F16_TO_F32, F32_TO_F16
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction
 from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS, emit
-from treadle.backends.tvm.kernels.cache import tvm_script
-from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.emitter import Emitter
+from treadle.backends.tvm.kernels.host.cache import tvm_script
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import RuleError

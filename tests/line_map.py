@@ -74,7 +74,7 @@ def _switch(context: str) -> None:
 
 def pytest_configure() -> None:
     """Make each kernel a separate context, and record the contexts that use it."""
-    from treadle.backends.tvm.kernels.cache import KernelCache
+    from treadle.backends.tvm.kernels.host.cache import KernelCache
 
     os.register_at_fork(after_in_child=lambda: set_context(os.environ.get(CONTEXT, "")))  # after coverage's own hook
     entries, compiled = KernelCache.entries, KernelCache._compile

@@ -78,8 +78,8 @@ def test_a_backend_that_refuses_the_graph_leads_to_the_next(lines: list[str], mo
 
 
 def test_a_platform_without_a_wheel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.backends.tvm.kernels import tvm_runtime
-    from treadle.backends.tvm.kernels.platforms import Platform
+    from treadle.backends.tvm.kernels.host import tvm_runtime
+    from treadle.backends.tvm.kernels.host.platforms import Platform
 
     without(monkeypatch, "tvm", "torch")
     monkeypatch.setattr(tvm_runtime, "this_platform", lambda: Platform("Darwin", "x86_64"))

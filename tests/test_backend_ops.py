@@ -134,7 +134,7 @@ def test_no_row_without_keys_reaches_a_product_in_torch(
     """PyTorch's product in bfloat16 may spread NaN from one row to others, on some CPUs and at some sizes."""
     import torch
 
-    from treadle.backends.torch import kernels as torch_kernels
+    from treadle.backends.torch import attention_kernels as torch_kernels
 
     seen = []
 

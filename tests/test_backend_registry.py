@@ -21,7 +21,7 @@ from treadle.backends import registry
 from treadle.backends.refusals import out_of_memory, refuse_nodes
 from treadle.backends.registry import backend_names, find_backend
 from treadle.backends.torch.devices import find_device
-from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.host import tvm_runtime
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph

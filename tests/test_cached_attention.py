@@ -290,7 +290,7 @@ def test_the_body_sees_no_nan_that_the_reference_does_not_see() -> None:
 
 def test_pytorch_computes_rows_that_have_come_equally_far_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    import treadle.backends.torch.kernels as kernels
+    import treadle.backends.torch.attention_kernels as kernels
 
     calls: list[tuple[int, ...]] = []
     attention = kernels.attention

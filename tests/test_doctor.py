@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from treadle.backends.tvm.kernels import linking
+from treadle.backends.tvm.kernels.host import linking
 from treadle.cli import COMMANDS, app
 from treadle.extras import OPTIONAL_PACKAGES
 from treadle.reporting import installation_report
@@ -71,7 +71,7 @@ def test_without_optional_packages_it_says_what_adds_them(bare: None, monkeypatc
 
 
 def test_a_platform_without_a_wheel_gets_no_command(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.backends.tvm.kernels.platforms import Platform
+    from treadle.backends.tvm.kernels.host.platforms import Platform
 
     monkeypatch.setattr(installation_report, "this_platform", lambda: Platform("Darwin", "x86_64"))
     tvm = next(each for each in installation_facts()["missing"] if "apache-tvm" in each["packages"])

@@ -289,7 +289,7 @@ def test_a_program_for_another_machine_is_read_or_compiled_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tvm")
-    from treadle.backends.tvm.kernels.platforms import this_platform
+    from treadle.backends.tvm.kernels.host.platforms import this_platform
 
     other = "arm64" if this_platform().machine == "x86_64" else "x86-64"
     run = commands_in(tmp_path, capsys, monkeypatch)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from treadle.ir.errors import RankError, UsageError
 from treadle.ir.placement.mesh import Mesh
 from treadle.runtime.distributed import ranks
-from treadle.runtime.distributed.ranks import Ranks, is_rank, join, refuse_other_mesh
+from treadle.runtime.distributed.ranks import Ranks, join, refuse_other_mesh
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "far", "MASTER_PORT": "7"}
 
@@ -197,18 +197,15 @@ def place(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return PLACE
 
 
-@pytest.mark.parametrize("lacks", [None, *PLACE])
-def test_a_rank_has_four_variables(lacks: str | None, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if lacks:
-        monkeypatch.delenv(lacks)
-    assert is_rank() == (lacks is None)
-    if lacks:
-        with pytest.raises(UsageError, match="this process was not started as a rank") as error:
-            join()
-        assert error.value.received == f"no {lacks}"
-        monkeypatch.setenv(lacks, "")
-        with pytest.raises(UsageError, match="this process was not started as a rank"):
-            join()
+@pytest.mark.parametrize("lacks", PLACE)
+def test_a_rank_has_four_variables(lacks: str, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(lacks)
+    with pytest.raises(UsageError, match="this process was not started as a rank") as error:
+        join()
+    assert error.value.received == f"no {lacks}"
+    monkeypatch.setenv(lacks, "")
+    with pytest.raises(UsageError, match="this process was not started as a rank"):
+        join()
 
 
 @pytest.mark.parametrize(

@@ -22,18 +22,18 @@ import pytest
 pytest.importorskip("tvm")
 
 from treadle.backends.tvm.host_machine import _TableRunner
-from treadle.backends.tvm.kernels import cache as kernel_cache
 from treadle.backends.tvm.kernels import isa as instruction_sets
-from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED, FUNCTIONS, add_function, formula
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly, tvm_script
-from treadle.backends.tvm.kernels.calling import PROTOTYPE, bind
 from treadle.backends.tvm.kernels.devices.device import DEVICES
+from treadle.backends.tvm.kernels.host import cache as kernel_cache
+from treadle.backends.tvm.kernels.host import linking, tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly, tvm_script
+from treadle.backends.tvm.kernels.host.calling import PROTOTYPE, bind
+from treadle.backends.tvm.kernels.host.platforms import Platform
+from treadle.backends.tvm.kernels.host.runner import RECORD, Runner
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, isa_of, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.platforms import Platform
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction, Pointwise
-from treadle.backends.tvm.kernels.runner import RECORD, Runner
 from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
@@ -143,7 +143,7 @@ sys.modules["torch"] = None  # which TVM imports where it can, for seconds
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tests.test_kernel_cache import Scale, scaled, expected
-from treadle.backends.tvm.kernels.cache import KernelCache
+from treadle.backends.tvm.kernels.host.cache import KernelCache
 from treadle.backends.tvm.kernels.isa import host_isa
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):

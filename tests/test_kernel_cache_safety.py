@@ -19,9 +19,9 @@ import pytest
 pytest.importorskip("tvm")
 
 from treadle.backends.registry import find_backend
-from treadle.backends.tvm.kernels import cache as kernel_cache
-from treadle.backends.tvm.kernels.cache import KernelCache
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host import cache as kernel_cache
+from treadle.backends.tvm.kernels.host.cache import KernelCache
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.files.user_cache import is_private
@@ -170,7 +170,7 @@ sys.modules["torch"] = None  # which TVM imports where it can, for seconds
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from treadle.backends.registry import find_backend
-from treadle.backends.tvm.kernels import linking
+from treadle.backends.tvm.kernels.host import linking
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target

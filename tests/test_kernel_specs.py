@@ -20,7 +20,6 @@ from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
-from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
@@ -31,6 +30,8 @@ from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockPro
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.encoded.wide_block_product import WideBlockProduct
 from treadle.backends.tvm.kernels.gathering import Take
+from treadle.backends.tvm.kernels.host.cache import tvm_script
+from treadle.backends.tvm.kernels.host.runner import Runner
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, panel_width, tile_rows
@@ -48,7 +49,6 @@ from treadle.backends.tvm.kernels.normalization import Normalize
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction, Pointwise
 from treadle.backends.tvm.kernels.reduction import Reduce, RunningSum
 from treadle.backends.tvm.kernels.rotary import Rotary
-from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
 from treadle.backends.tvm.kernels.softmax import Softmax

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.host import tvm_runtime
 
 pytestmark = [
     pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing())),

@@ -14,10 +14,10 @@ import pytest
 
 import treadle
 from tests.portability import small_models
-from treadle.backends.tvm.kernels import cpu_features, linking, platforms, tvm_runtime
 from treadle.backends.tvm.kernels import isa as instruction_sets
+from treadle.backends.tvm.kernels.host import cpu_features, linking, platforms, tvm_runtime
+from treadle.backends.tvm.kernels.host.platforms import Platform, this_platform
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa
-from treadle.backends.tvm.kernels.platforms import Platform, this_platform
 from treadle.ir.errors import BackendError
 
 MAC = Platform("Darwin", "aarch64")

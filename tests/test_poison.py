@@ -19,7 +19,7 @@ from tests.test_models import ZOO, in_turns
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.calling import address
+from treadle.backends.tvm.kernels.host.calling import address
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.storage.views import StorageKind

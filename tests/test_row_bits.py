@@ -16,11 +16,11 @@ from tests.backend_checks import graph_of
 from tests.fuzz.row_bits import ROWS, Case, differing, draw, instruction_sets
 from tests.op_checks import Array
 from treadle.backends.tvm.kernels.arithmetic.vector_math import formula
-from treadle.backends.tvm.kernels.cache import compile_module
-from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.wide_block_product import WideBlockProduct
+from treadle.backends.tvm.kernels.host.cache import compile_module
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul

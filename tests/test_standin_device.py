@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch", minversion="2.9")
 
 from tests.standin_checks import Foreign, check_model, check_op, model_cases
 from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInDevice, StandInTensor, moved, standin
-from treadle.backends.torch import devices, kernels
+from treadle.backends.torch import attention_kernels, devices, kernels
 from treadle.backends.torch.devices import TorchDevice
 from treadle.files.mapped_files import give_back
 
@@ -590,7 +590,7 @@ def test_no_attention_has_a_mask_of_all_pairs(case: str, monkeypatch: pytest.Mon
         q, k, v = (b.input(n, "f32[B, 2, S, 8]") for n in "qkv")
         return attend(b, q, k, v, masks=masks(b))
 
-    shapes, empty, whole = [], [], kernels.F.scaled_dot_product_attention
+    shapes, empty, whole = [], [], attention_kernels.F.scaled_dot_product_attention
 
     def watched(*operands: Any, attn_mask: Any = None, **options: Any) -> Any:
         shapes.append(() if attn_mask is None else tuple(attn_mask.shape[-2:]))
@@ -600,12 +600,12 @@ def test_no_attention_has_a_mask_of_all_pairs(case: str, monkeypatch: pytest.Mon
         empty.append(found := _empty_rows(mask, all_see))
         return found
 
-    _empty_rows = kernels._empty_rows
+    _empty_rows = attention_kernels._empty_rows
     wanted = treadle.compile(graph_of(build), backend="torch")(**given)
     with standin() as counts:
         exe = treadle.compile(graph_of(build), backend="torch", target="cuda")
-        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", watched)
-        monkeypatch.setattr(kernels, "_empty_rows", watched_rows)
+        monkeypatch.setattr(attention_kernels.F, "scaled_dot_product_attention", watched)
+        monkeypatch.setattr(attention_kernels, "_empty_rows", watched_rows)
         made = exe(**given)
         assert counts.waits == 1
     for output, expected in wanted.items():
@@ -617,7 +617,7 @@ def test_no_attention_has_a_mask_of_all_pairs(case: str, monkeypatch: pytest.Mon
 
 
 def test_a_step_has_no_mask_of_all_pairs_and_no_rows_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, whole = [], kernels.F.scaled_dot_product_attention
+    shapes, whole = [], attention_kernels.F.scaled_dot_product_attention
 
     def watched(*operands: Any, attn_mask: Any, **options: Any) -> Any:
         shapes.append(tuple(attn_mask.shape))
@@ -626,7 +626,7 @@ def test_a_step_has_no_mask_of_all_pairs_and_no_rows_without_keys(monkeypatch: p
     with standin():
         session = t.compile("gpt2", backend="torch", target="cuda", **SMALL).session(rows=2, capacity=400)
         session.prefill({session.open(): [1] * 20, session.open(): [2] * 140})
-        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", watched)
+        monkeypatch.setattr(attention_kernels.F, "scaled_dot_product_attention", watched)
         session.step({0: 1, 1: 2})
         assert shapes == [(2, 1, 1, 256)] * 2  # the 141 live keys in a bucket
 

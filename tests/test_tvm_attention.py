@@ -21,7 +21,7 @@ from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.attention.attention_masks import RelativeBias
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, SPAN, tile_rows
-from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.host.cache import assembly
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.lowering.routine_writer import steps_of
 from treadle.backends.tvm.lowering.rules import keeps

@@ -34,10 +34,10 @@ from treadle.passes.products.narrow_products import NarrowProducts
 pytest.importorskip("tvm")
 
 from tests.tiles_in_memory import stand_in
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow.pair_product import PairProduct
 from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, held_elements

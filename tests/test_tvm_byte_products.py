@@ -34,8 +34,8 @@ from treadle.passes.quantization.quantize import QuantizeWeights
 pytest.importorskip("tvm")
 
 from tests.tiles_in_memory import stand_in
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
 from treadle.backends.tvm.kernels.narrow.encode_rows import EncodeRows, form_of_rows, rows_elements
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction

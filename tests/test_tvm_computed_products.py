@@ -25,8 +25,8 @@ pytest.importorskip("tvm")
 
 from tests.tiles_in_memory import stand_in
 from treadle.backends.tvm import backend as backend_module
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.narrow.round_rows import held_elements
 from treadle.backends.tvm.kernels.narrow.round_squares import RoundSquares
 

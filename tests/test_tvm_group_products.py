@@ -33,11 +33,11 @@ from treadle.models.llama import llama
 pytest.importorskip("tvm")
 
 from tests.tiles_in_memory import stand_in
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.narrow.encode_groups import EncodeGroups, form_of_groups, rows_of_groups
 from treadle.backends.tvm.kernels.narrow.register_tiles import HEIGHTS
 

@@ -17,7 +17,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.tvm import host_machine
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
-from treadle.backends.tvm.kernels.calling import POINTER, address
+from treadle.backends.tvm.kernels.host.calling import POINTER, address
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps

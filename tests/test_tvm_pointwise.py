@@ -21,11 +21,11 @@ import pytest
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_for_pairs, exp_nonpositive
 from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS
-from treadle.backends.tvm.kernels.cache import assembly, compile_module
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import assembly, compile_module
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import BLOCK, Chain, Instruction, Pointwise

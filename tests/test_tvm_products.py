@@ -14,8 +14,8 @@ from tests.backend_checks import graph_of
 from tests.op_checks import EPSILON, Array
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.lowering.program import RoutineStep

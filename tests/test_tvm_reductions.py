@@ -12,9 +12,9 @@ import pytest
 from tests.backend_checks import assert_near, compiled, graph_of
 from tests.op_checks import EPSILON, Case
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.cache import assembly
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.normalization import Normalize

@@ -12,8 +12,8 @@ from tests.backend_checks import graph_of, message
 from tests.op_checks import Array
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
+from treadle.backends.tvm.kernels.host.cache import assembly
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.pointwise import Pointwise
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota

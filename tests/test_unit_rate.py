@@ -12,8 +12,8 @@ import pytest
 from tests.tiles_in_memory import stand_in
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import read_rate, unit_rate
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
-from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
+from treadle.backends.tvm.kernels.host.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
 from treadle.backends.tvm.kernels.read_rate import ReadRate, measure_read
 from treadle.backends.tvm.kernels.unit_rate import UnitRate, measure_unit, unit_of

@@ -13,7 +13,7 @@ import pytest
 import treadle
 from tests.backend_checks import graph_of, needs_tvm
 from treadle.backends.tvm import backend
-from treadle.backends.tvm.kernels.calling import address
+from treadle.backends.tvm.kernels.host.calling import address
 from treadle.explaining.memory import explain_memory
 from treadle.explaining.memory_drawing import draw_memory
 from treadle.ir.builder import Builder, Expr

@@ -19,7 +19,7 @@ from treadle.backends.numpy import spelling as numpy_spelling
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.backend import TvmBackend
-from treadle.backends.tvm.kernels.platforms import this_platform
+from treadle.backends.tvm.kernels.host.platforms import this_platform
 from treadle.cli import app
 from treadle.ir.analysis.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
 from treadle.ir.builder import Builder

@@ -64,7 +64,7 @@ def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
     """The numbers of rows, and the depths, are not multiples of a panel or a step. Memory around the matrix is not
     copied.
     """
-    from treadle.backends.tvm.kernels.calling import bind
+    from treadle.backends.tvm.kernels.host.calling import bind
     from treadle.backends.tvm.kernels.matmul import Pack
     from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
 

@@ -16,8 +16,8 @@ import pytest
 
 import treadle as t
 from tests.backend_checks import needs_tvm
-from treadle.backends.tvm.kernels import woken_threads
-from treadle.backends.tvm.kernels.woken_threads import ASLEEP, WokenThreads, thread_numbers
+from treadle.backends.tvm.kernels.host import woken_threads
+from treadle.backends.tvm.kernels.host.woken_threads import ASLEEP, WokenThreads, thread_numbers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can set the cores of a thread")
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.made_weights import as_numpy_weight
+from treadle.backends.onnx.kept_composites import keeps
 from treadle.backends.onnx.quantized_weights import quantized_parts, quantized_tensors
 from treadle.backends.onnx.schemas import CODES, code_of
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
-from treadle.backends.onnx.spelling import keeps, spell
+from treadle.backends.onnx.spelling import spell
 from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.installation import pip_install

@@ -249,48 +249,59 @@ class FunctionWriter:
     # -- writing ---------------------------------------------------------------------------------------------
 
     def write(self) -> _Text:
+        body = self._body()
+        head = self._head(self._bindings())  # records the symbols that the caller has to pass
+        return _Text([*_aligned(head), *_aligned(body)])
+
+    def _body(self) -> _Text:
+        """Return the lines of the nodes, each followed by `poison` and `del` of the values that no later line reads."""
         body = _Text()
         plan = self.program.plan.functions[self.function.name]
-        destinations = self.program.destinations[self.function.name] = {}
-        frames = self.program.frames[self.function.name] = {}
-        workspaces = self.program.workspaces[self.function.name] = {}
+        self.program.destinations[self.function.name] = {}
+        self.program.frames[self.function.name] = {}
+        self.program.workspaces[self.function.name] = {}
         poisoned = _owners_dead_after(plan) if self.program.poison else {}
         dead = {at: list(values) for at, values in plan.dead_after().items()}
         for at, owners in poisoned.items():  # these values keep their names until their storage dies
             dead = {n: [v for v in values if v not in owners] for n, values in dead.items()}
             dead[at] = [*dead.get(at, ()), *owners]
         for at, step in enumerate(plan.steps):
-            node = step.root
-            made = [r for r in node.results if r.state is None]
-            self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
-            names = [self.names.new(result.name) for result in made]
-            beside: str | None = None
-            if node.op.callee is None:
-                if at in plan.workspaces:
-                    beside = self.names.new(f"{names[0]}_work")
-                    workspaces[beside] = at
-                expression = self._spelled(plan, node, self._destination(plan, made, names, destinations), beside)
-            elif self.program.has_memory(node.op.callee):
-                frame = names[0] if names else self.names.new(node.op.callee)
-                frames[frame] = at
-                expression = self._call(node, f"memory.{frame}")
-            else:
-                expression = self._call(node)
-            self.text |= dict(zip(made, names, strict=True))
-            target = ", ".join(names)
-            types = ", ".join(str(r.type) for r in node.named_results) or "()"
-            code = f"{target} = {expression}" if target else expression
-            body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
-            if beside is not None and self.program.poison:
-                body.add(f"    poison(*vars(memory.{beside}).values())")
+            self._add_node(body, plan, at, step.root)
             for value in poisoned.get(at, ()):
                 body.add(f"    poison({self.text[value]})")
             if dead.get(at):
                 body.add(f"    del {', '.join([self.text[v] for v in dead[at]])}")
         body.add(f"    return {self._returned()}")
+        return body
 
+    def _add_node(self, body: _Text, plan: FunctionPlan, at: int, node: Node) -> None:
+        """Add the line of the node at a step, and name its results."""
+        made = [r for r in node.results if r.state is None]
+        self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
+        names = [self.names.new(result.name) for result in made]
+        workspace: str | None = None
+        if node.op.callee is None:
+            if at in plan.workspaces:
+                workspace = self.names.new(f"{names[0]}_work")
+                self.program.workspaces[self.function.name][workspace] = at
+            expression = self._spelled(plan, node, self._destination(plan, made, names), workspace)
+        elif self.program.has_memory(node.op.callee):
+            frame = names[0] if names else self.names.new(node.op.callee)
+            self.program.frames[self.function.name][frame] = at
+            expression = self._call(node, f"memory.{frame}")
+        else:
+            expression = self._call(node)
+        self.text |= dict(zip(made, names, strict=True))
+        target = ", ".join(names)
+        types = ", ".join(str(r.type) for r in node.named_results) or "()"
+        code = f"{target} = {expression}" if target else expression
+        body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
+        if workspace is not None and self.program.poison:
+            body.add(f"    poison(*vars(memory.{workspace}).values())")
+
+    def _head(self, bindings: Sequence[str]) -> _Text:
+        """Return the parameters of the function, and the lines that read symbols from shapes."""
         head = _Text()
-        bindings = self._bindings()  # records the symbols that the caller has to pass
         head.add(f"def {self.program.function_names[self.function.name]}(")
         for value in self.function.inputs if self.is_entry else self.function.arguments:
             head.add(f"    {self.text[value]},", str(value.type))
@@ -300,18 +311,16 @@ class FunctionWriter:
                 head.add("    states,")
         for symbol in self.program.needs[self.function.name]:
             head.add(f"    {self.program.symbols[symbol]},")
-        if destinations or frames or workspaces:
+        if self.program.has_memory(self.function.name):
             head.add("    memory,")
         if self.function.name in self.program.reporting:
             head.add("    status,")
         head.add("):")
         for line in bindings:
             head.add(f"    {line}")
-        return _Text([*_aligned(head), *_aligned(body)])
+        return head
 
-    def _destination(
-        self, plan: FunctionPlan, made: Sequence[Value], names: Sequence[str], destinations: dict[str, Value]
-    ) -> str | None:
+    def _destination(self, plan: FunctionPlan, made: Sequence[Value], names: Sequence[str]) -> str | None:
         """Return the destination of a node's result as text; None if the node allocates its result, or
         returns a view.
         """
@@ -320,12 +329,12 @@ class FunctionWriter:
             if isinstance(place.of, Value) and place.how is How.OVER:
                 return self.text[place.of]
             if place.how is How.OWN and place.storage is not None and place.storage.kind is StorageKind.LOCAL:
-                destinations[name] = value
+                self.program.destinations[self.function.name][name] = value
                 return f"memory.{name}"
         return None
 
-    def _spelled(self, plan: FunctionPlan, node: Node, out: str | None, beside: str | None) -> str:
-        work = None if beside is None else f"memory.{beside}"
+    def _spelled(self, plan: FunctionPlan, node: Node, out: str | None, workspace: str | None) -> str:
+        work = None if workspace is None else f"memory.{workspace}"
         copies = node.op.is_view and plan.places[node.results[0]].how is How.OWN
         line, dialect = Line(self, node, out, work, copies), self.program.dialect
         text = dialect.spell(line)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from treadle.backends.python.axis_spelling import axes_of, keeping
 from treadle.backends.python.spelled_line import Line, Spelling
-from treadle.backends.torch.spelling import dtype_text, embedding_call
+from treadle.backends.torch.dtype_names import dtype_text
+from treadle.backends.torch.spelling import embedding_call
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.normalization import Softmax

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from treadle.backends.python.spelled_line import Line
 from treadle.backends.torch.destinations import DESTINATIONS
-from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated, dtype_text
+from treadle.backends.torch.dtype_names import dtype_text
+from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.activated_products import ActivatedLinear

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
-from treadle.backends.torch.attention_forms import AttentionForm, form_of
-from treadle.backends.torch.term_spelling import spelled_term
-from treadle.ir.attention.seen_keys import leave_a_key
+from treadle.backends.torch.attention_spelling import (
+    attention_text,
+    attention_with_probabilities_text,
+    cached_attention_text,
+)
+from treadle.backends.torch.dtype_names import dtype_text
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import BackendError
@@ -18,21 +20,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.attending import Attending
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.convolution import Conv
-from treadle.ir.types import DType, Type, bf16, f16
-
-DTYPES = {
-    "f64": "float64",
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "i64": "int64",
-    "i32": "int32",
-    "i16": "int16",
-    "i8": "int8",
-    "u8": "uint8",
-    "bool": "bool",
-}
-"""Our names of dtypes, and PyTorch's."""
+from treadle.ir.types import Type, bf16, f16
 
 # -- 16 bits ---------------------------------------------------------------------------------------------------
 
@@ -119,6 +107,10 @@ SPELLINGS: dict[str, Spelling] = {
         f"kernels.group_linear({line.x}, {line.weight}, {line.array('bias')}, {line.op.of.group})"
     ),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
+    # attention
+    "attention": attention_text,
+    "attention_with_probabilities": attention_with_probabilities_text,
+    "cached_attention": cached_attention_text,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
     "slice": sliced,
@@ -132,11 +124,6 @@ def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str
         return spelling
 
     return add
-
-
-def dtype_text(dtype: DType) -> str:
-    """Return a dtype as text: `torch.float32`."""
-    return f"torch.{DTYPES[dtype.name]}"
 
 
 @_spells("cast")
@@ -412,58 +399,6 @@ def _layer_norm(line: Line) -> str:
 def _rms_norm(line: Line) -> str:
     width = line.shape(line.type("x").shape[-1:])
     return f"F.rms_norm({line.x}, {width}, {line.weight}, {float_text(line.op.eps)})"
-
-
-@_spells("attention")
-def _attention(line: Line) -> str:
-    """Return a call of PyTorch's own function if it computes the same: without terms, or with only causal and a visible
-    key for every query. Otherwise return a call of our kernel.
-    """
-    scale, to = scale_of(line), line.op.to
-    if form_of(line.op, line.on_device) is not AttentionForm.FUSED:
-        factors = [line.q, line.k, line.v]
-        if to is not None:
-            factors = [f"{x}.to({dtype_text(to)})" for x in factors]
-        if form_of(line.op, line.on_device) is AttentionForm.BLOCKS:
-            return _in_blocks_of_queries(line, factors)
-        return attention(line, spelled_term, factors, options=_seeing(line))
-    options = ", is_causal=True" if line.op.terms else ""
-    options += f", scale={float_text(scale)}"
-    options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
-    out = f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
-    return out if to is None else f"{out}.to({dtype_text(to)})"
-
-
-@_spells("attention_with_probabilities")
-def _attention_with_probabilities(line: Line) -> str:
-    """Return a call of our kernel, since PyTorch's own call does not return probabilities."""
-    return attention(line, spelled_term, options=_seeing(line))
-
-
-def _seeing(line: Line) -> str:
-    """Return the argument that says if every query sees a key. On the CPU, a mask of data is read to find out."""
-    q, k = line.type("q"), line.type("k")
-    if not line.op.terms:
-        return ""
-    all_see = leave_a_key(line.op.terms, q.shape[2], k.shape[2])
-    return f", all_see={all_see}" if all_see or line.on_device else ""
-
-
-def _in_blocks_of_queries(line: Line, factors: Sequence[str]) -> str:
-    terms = "".join(f'"{term}", ' for term in line.op.terms)
-    operands = [line.array(name) for name in line.names[3:]]
-    arguments = [*factors, *operands, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
-    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
-    return f"kernels.attention_in_blocks({', '.join(arguments)}{_seeing(line)})"
-
-
-@_spells("cached_attention")
-def _cached_attention(line: Line) -> str:
-    terms = "".join(f'"{term}", ' for term in line.op.terms)
-    arguments = [line.arrays, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
-    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
-    arguments += ["ring=True"] if line.op.ring else []
-    return f"kernels.cached_attention({', '.join(arguments)}{line.report_args})"
 
 
 def _met(line: Line) -> str:

@@ -21,7 +21,7 @@ from treadle.backends.refusals import (
 )
 from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.torch.devices import TorchDevice
-from treadle.backends.torch.spelling import DTYPES
+from treadle.backends.torch.dtype_names import DTYPES
 from treadle.ir.errors import BackendError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DType, Type, f32, f64

@@ -1,7 +1,7 @@
 """The TVM backend. Treadle writes the kernels; TVM generates their machine code and runs their parallel loops.
 
-graph -> legalized graph and storage plan -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables
-of calls (`executable`). TVM is imported only when a kernel has to be compiled.
+graph -> legalized graph and storage plan -> kernel program (`lowering`) -> compiled kernels (`kernels.host.cache`) ->
+tables of calls (`executable`). TVM is imported only when a kernel has to be compiled.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.host_machine import HostMachine
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import refuse_kernels
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import KernelCache
+from treadle.backends.tvm.kernels.host.runner import Runner
 from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
-from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported

@@ -15,9 +15,9 @@ from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.states import ARRAYS, StateKinds, States
 from treadle.backends.tvm.host_machine import HostMachine
-from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_ptx
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel
+from treadle.backends.tvm.kernels.host.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.cache import Entry
-from treadle.backends.tvm.kernels.calling import PROTOTYPE
+from treadle.backends.tvm.kernels.host.cache import Entry
+from treadle.backends.tvm.kernels.host.calling import PROTOTYPE
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.types import DType

@@ -20,11 +20,11 @@ import numpy as np
 from treadle.backends.poison import poisons
 from treadle.backends.states import States
 from treadle.backends.tvm.host_calls import HostCall
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.cache import Entry, KernelCache
-from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, function_of
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.cache import Entry, KernelCache
+from treadle.backends.tvm.kernels.host.calling import INTEGER, POINTER, address, function_of
+from treadle.backends.tvm.kernels.host.runner import Runner
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import KernelProgram
 from treadle.backends.tvm.machine_calls import MachineCall
 from treadle.backends.tvm.output_memory import OutputMemory, allocated, placed, stored

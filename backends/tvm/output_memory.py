@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.refusals import out_of_memory
-from treadle.backends.tvm.kernels.calling import address
+from treadle.backends.tvm.kernels.host.calling import address
 from treadle.ir.types import DType
 from treadle.passes.memory.frames import ALIGNMENT
 

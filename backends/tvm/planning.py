@@ -17,10 +17,10 @@ from typing import Any, assert_never
 import numpy as np
 
 from treadle.backends.states import States
-from treadle.backends.tvm.kernels.cache import Entry
-from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
+from treadle.backends.tvm.kernels.host.cache import Entry
+from treadle.backends.tvm.kernels.host.calling import INTEGER, POINTER, address
+from treadle.backends.tvm.kernels.host.runner import RECORD
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.runner import RECORD
 from treadle.backends.tvm.lowering.program import KernelStep
 from treadle.backends.tvm.placed_calls import STATUS_WORDS, Freed, PlacedCalls
 from treadle.backends.tvm.spaces import Arena, Constant, Fixed, Held, Input, Moving, Output, Pointer, State, Status
@@ -51,7 +51,7 @@ class Relocation:
 class Plan:
     """The program at one set of sizes.
 
-    table      one record for each kernel call; see `treadle.backends.tvm.kernels.runner`
+    table      one record for each kernel call; see `treadle.backends.tvm.kernels.host.runner`
     words      all arguments, 16 bytes each: a type code and a value
     moves      for each space that moves between calls, the words that hold addresses in it, and their offsets
     arena      bytes of the arena for local values

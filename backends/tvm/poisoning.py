@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.poison import BYTE
-from treadle.backends.tvm.kernels.calling import address
+from treadle.backends.tvm.kernels.host.calling import address
 from treadle.backends.tvm.planning import Plan
 from treadle.backends.tvm.runtimes.device_memory import DeviceBuffer, DeviceMemory
 from treadle.backends.tvm.runtimes.device_plans import DevicePlan

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -52,7 +53,7 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.types import f64
 from treadle.passes.certificates.certificate import INCONCLUSIVE, Certificate, Counterexample
 from treadle.passes.certificates.comparing import compared
-from treadle.passes.certificates.derivatives import differentiated
+from treadle.passes.certificates.derivatives import Gradients, differentiated
 from treadle.passes.certificates.drawn_cases import MASKED, TIES, cases_of, draw_inputs
 from treadle.passes.certificates.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.certificates.regions import DEPTHS, Claim, Region
@@ -61,6 +62,8 @@ from treadle.passes.certificates.rounding_moves import MASKING
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Sizes = Mapping[str, int]
+Point = tuple[tuple[str, int], ...]
+"""Sizes as pairs."""
 
 _MOST_FLOPS, _MOST_ELEMENTS = 1 << 29, 1 << 23
 _FAILURES = (TreadleError, ArithmeticError, IndexError, TypeError, ValueError)
@@ -104,7 +107,7 @@ def certify(
         tried.add(key)
         now = _known.get(key)
         if now is None:
-            now = _tried_shrunk(rule, key, claim, region, sides, graphs, seed, finite, derivatives)
+            now = Trial(rule, key, seed, finite, derivatives).run_shrunk(claim, region, sides, graphs)
             if len(_known) < _MOST_KNOWN:
                 _known[key] = now
         if isinstance(now, Certificate):
@@ -134,105 +137,145 @@ def _computed(region: Region) -> frozenset[str]:
     return frozenset(f"x{n}" for n, v in enumerate(region.free) if v.node is not None and v.type.dtype.is_float)
 
 
-def _tried_shrunk(
-    rule: str,
-    key: str,
-    claim: Claim,
-    region: Region,
-    sides: tuple[Graph, Graph],
-    graphs: tuple[Graph, Graph],
-    seed: int,
-    finite: frozenset[str],
-    derivatives: bool,
-) -> Certificate | Counterexample:
-    """Try with large axes made small. Try at full size if that is not possible or fails.
-
-    If the region is too large for full size, and no constant may depend on sizes, a failure at reduced sizes counts as
-    a counterexample.
-    """
-    against: Counterexample | None = None
-    partial: Certificate | None = None
-    for shrinking in shrinkings_of(region):
-        try:
-            small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
-        except TreadleError:
-            continue
-        found = _tried(rule, key, small, seed, "large axes made small", finite, derivatives)
-        if isinstance(found, Counterexample):
-            against = found
-        elif found.cases and found.is_whole:
-            return found
-        elif found.cases:
-            partial = partial or found
-    found = _tried(rule, key, sides, seed, "", finite, derivatives)
-    if against is not None and isinstance(found, Certificate) and not found.cases:
-        doubt = "its constants may depend on the sizes of those axes" if has_numbers(region) else ""
-        what = f"{against.what}, with large axes made small, and otherwise {found.note}"
-        return dataclasses.replace(against, what=what, doubt=doubt)
-    return partial if partial is not None and isinstance(found, Certificate) and not found.cases else found
-
-
 # -- trying ----------------------------------------------------------------------------------------------------------
 
 
-def _tried(
-    rule: str,
-    key: str,
-    sides: tuple[Graph, Graph],
-    seed: int,
-    note: str,
-    finite: frozenset[str],
-    derivatives: bool,
-) -> Certificate | Counterexample:
-    before, after = sides
-    instance = key[:12]
-    for was, now in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
-        if was.type != now.type:
-            return Counterexample("types", (), seed, f"the replacement has type {now.type}, not {was.type}")
-    try:
-        chosen = [s for s in _sizes(before) if _fits(sides, s)]
-    except TreadleError as error:
-        return Certificate(rule, instance, seed, 0, (), note=f"not evaluated: {error.what}")
-    if not chosen:
-        return Certificate(rule, instance, seed, 0, (), note="not evaluated: too large")
-    kinds = cases_of(sides, finite)
-    if _is_constant(before) and _are_same_constants(sides):
-        return Certificate(rule, instance, seed, 1, ((),), note="equal in their own precision")
-    gradients = differentiated(sides) if derivatives else None
-    worst = (0.0, 0.0)
-    cases, undecided, refused = 0, 0, ""
-    at: list[tuple[tuple[str, int], ...]] = []
-    for number, sizes in enumerate(chosen):
-        most = kinds if number == len(chosen) // 2 else kinds[:2]
-        for case in (*most, TIES) if gradients is not None else most:
-            point = tuple(sizes.items())
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a claim.
+
+    key          the hash of both sides, by which the certificate is found again
+    finite       the inputs that hold no masking numbers
+    derivatives  True if gradients are compared, too
+    """
+
+    rule: str
+    key: str
+    seed: int
+    finite: frozenset[str]
+    derivatives: bool
+
+    def run_shrunk(
+        self, claim: Claim, region: Region, sides: tuple[Graph, Graph], graphs: tuple[Graph, Graph]
+    ) -> Certificate | Counterexample:
+        """Try with large axes made small. Try at full size if that is not possible or fails.
+
+        If the region is too large for full size, and no constant may depend on sizes, a failure at reduced sizes counts
+        as a counterexample.
+        """
+        against: Counterexample | None = None
+        partial: Certificate | None = None
+        for shrinking in shrinkings_of(region):
             try:
-                inputs = draw_inputs(sides, sizes, case, [seed, number], finite)
-                old = interpret(before, inputs, float64=True)
-            except _FAILURES as problem:  # sizes that an op refuses, or indices out of range
-                refused = _shown(problem)
+                small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
+            except TreadleError:
                 continue
-            found = _judged(sides, old, inputs, float64=True)
-            if isinstance(found, str):
-                return Counterexample(case, point, seed, found)
-            if case in MASKED and _has_masks(sides, inputs):
-                own = _in_own_dtypes(sides, inputs)
-                if isinstance(own, str):
-                    return Counterexample(f"{case}, in its own precision", point, seed, own)
-                undecided += own is None
-            if gradients is not None:
-                against = gradients.compared(inputs, sizes, [seed, number])
-                if against is not None:
-                    return Counterexample(f"{case}, of derivatives", point, seed, against)
-            undecided += found is None
-            cases += found is not None
-            worst = max(worst, found or worst)
-            if point not in at:
-                at.append(point)
-    if not cases:
-        why = f"not certified: {INCONCLUSIVE}" if undecided else f"not evaluated: {refused}"
-        return Certificate(rule, instance, seed, 0, (), note=why, undecided=undecided)
-    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note, refused, undecided)
+            found = self.run(small, "large axes made small")
+            if isinstance(found, Counterexample):
+                against = found
+            elif found.cases and found.is_whole:
+                return found
+            elif found.cases:
+                partial = partial or found
+        found = self.run(sides)
+        if against is not None and isinstance(found, Certificate) and not found.cases:
+            doubt = "its constants may depend on the sizes of those axes" if has_numbers(region) else ""
+            what = f"{against.what}, with large axes made small, and otherwise {found.note}"
+            return dataclasses.replace(against, what=what, doubt=doubt)
+        return partial if partial is not None and isinstance(found, Certificate) and not found.cases else found
+
+    def run(self, sides: tuple[Graph, Graph], note: str = "") -> Certificate | Counterexample:
+        """Compare both sides in all cases. `note` describes the sides, for the certificate."""
+        before, after = sides
+        for was, now in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
+            if was.type != now.type:
+                return Counterexample("types", (), self.seed, f"the replacement has type {now.type}, not {was.type}")
+        try:
+            chosen = [s for s in _sizes(before) if _fits(sides, s)]
+        except TreadleError as error:
+            return self._certificate(0, note=f"not evaluated: {error.what}")
+        if not chosen:
+            return self._certificate(0, note="not evaluated: too large")
+        kinds = cases_of(sides, self.finite)
+        if _is_constant(before) and _are_same_constants(sides):
+            return self._certificate(1, ((),), note="equal in their own precision")
+        gradients = differentiated(sides) if self.derivatives else None
+        tally = _Tally()
+        for number, sizes in enumerate(chosen):
+            most = kinds if number == len(chosen) // 2 else kinds[:2]
+            for case in (*most, TIES) if gradients is not None else most:
+                failure = self._run_case(sides, sizes, case, number, gradients, tally)
+                if failure is not None:
+                    return failure
+        if not tally.cases:
+            why = f"not certified: {INCONCLUSIVE}" if tally.undecided else f"not evaluated: {tally.refused}"
+            return self._certificate(0, note=why, undecided=tally.undecided)
+        return self._certificate(
+            *(tally.cases, tuple(tally.points), *tally.worst), note, tally.refused, tally.undecided
+        )
+
+    def _certificate(self, cases: int, points: tuple[Point, ...] = (), *rest: Any, **more: Any) -> Certificate:
+        return Certificate(self.rule, self.key[:12], self.seed, cases, points, *rest, **more)
+
+    def _run_case(
+        self,
+        sides: tuple[Graph, Graph],
+        sizes: Sizes,
+        case: str,
+        number: int,
+        gradients: Gradients | None,
+        tally: _Tally,
+    ) -> Counterexample | None:
+        """Compare both sides on one drawing, and count the result. `number` is the number of the sizes."""
+        point = tuple(sizes.items())
+        try:
+            inputs = draw_inputs(sides, sizes, case, [self.seed, number], self.finite)
+            old = interpret(sides[0], inputs, float64=True)
+        except _FAILURES as problem:  # sizes that an op refuses, or indices out of range
+            tally.refused = _shown(problem)
+            return None
+        found = _judged(sides, old, inputs, float64=True)
+        if isinstance(found, str):
+            return Counterexample(case, point, self.seed, found)
+        if case in MASKED and _has_masks(sides, inputs):
+            own = _in_own_dtypes(sides, inputs)
+            if isinstance(own, str):
+                return Counterexample(f"{case}, in its own precision", point, self.seed, own)
+            tally.undecided += own is None
+        if gradients is not None:
+            against = gradients.compared(inputs, sizes, [self.seed, number])
+            if against is not None:
+                return Counterexample(f"{case}, of derivatives", point, self.seed, against)
+        tally.add(point, found)
+        return None
+
+
+@dataclass
+class _Tally:
+    """The results of the cases of a trial.
+
+    cases      the number of cases in which both sides agreed
+    undecided  the number of inconclusive comparisons
+    worst      the largest error, with its tolerance
+    refused    the last reason for which a case could not be evaluated
+    points     the sizes of the evaluated cases
+    """
+
+    cases: int = 0
+    undecided: int = 0
+    worst: tuple[float, float] = (0.0, 0.0)
+    refused: str = ""
+    points: list[Point] = field(default_factory=list)
+
+    def add(self, point: Point, error: tuple[float, float] | None) -> None:
+        """Count a case with its error and tolerance; None if the case was inconclusive."""
+        if error is None:
+            self.undecided += 1
+        else:
+            self.cases += 1
+            self.worst = max(self.worst, error)
+        if point not in self.points:
+            self.points.append(point)
 
 
 def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:

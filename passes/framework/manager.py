@@ -25,17 +25,17 @@ from treadle.files.nearest_names import NearestNames
 from treadle.files.switches import read_switch
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Function, Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.verifier import verify
-from treadle.passes.certificates.certificate import Counterexample
-from treadle.passes.certificates.regions import Claim, Reader, Recorded
+from treadle.passes.certificates.regions import Recorded
 from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
 from treadle.passes.framework.facts import UNPLANNED, Facts, facts_after, initial_facts
 from treadle.passes.framework.lineage import Lineage, NodeNumbers
 from treadle.passes.framework.option_text import options_text
-from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, Product, count_ops
+from treadle.passes.framework.pass_log import PassLog, PassRecord, Product, count_ops
+from treadle.passes.framework.rolling_back import undo_what_fails
 
 if TYPE_CHECKING:
     from treadle.passes.memory.storage_plan import StoragePlan
@@ -234,131 +234,119 @@ class PassManager:
         debug = debug_level()
         if not verified:
             verify(graph)
-        snapshot, working = graph, clone_graph(graph)
-        before = count_ops(working)
-        records: list[PassRecord] = []
-        lineage, numbering = Lineage(graph, working), NodeNumbers(working)
-        expressions = Expressions()
-        numbers: Numbers | None = None  # of the last snapshot, if known
-        is_verified = True  # the whole current graph is verified
-        products: dict[type[Any], Any] = {}
+        run = _Run(self, graph)
         for each in self.passes:
-            certify = self.certify and each.rewrites and not each.changes_numbers
-            record = PassRecord(
-                *(each.name, each.options, before),
-                certifying=certify,
-                differentiated=self.differentiated,
-                target=self.target,
-                lineage=lineage,
-                rules=each.rule_names,
-            )
-            started = time.perf_counter()
-            recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if certify else {}
-            try:
-                record.changes = each.run_graph(working, record)
-                record.after = count_ops(working)
-                is_verified = record.changed and (certify or record.touched is None)
-                if record.changed:
-                    verify(working, None if certify else record.touched)
-                    numbers = None if each.rewrites else check_same_expressions(snapshot, working, expressions, numbers)
-                    if numbers is None and not each.rewrites:
-                        record.notes.append("the graph is too large to be compared with the graph before this pass")
-                    if certify and _undo_what_fails(each, record, recorded, snapshot, working):
-                        record.after = count_ops(working)
-                        verify(working)
-                    products = {}  # made for the graph before this change
-                products |= record.products
-                record.notes += each.check_products(working, record)
-                for fact in each.ensures:
-                    if (reason := fact.refutes(working)) is not None:
-                        raise PassError(f"afterwards, the graph is not {fact}", received=reason)
-            except UsageError:  # the pass's options do not fit the model
-                raise
-            except Exception as error:
-                raise _broken(each, error, snapshot) from error
-            record.seconds = time.perf_counter() - started
-            record.display_values.clear()
-            record.lineage = Lineage()  # the old one holds removed nodes
-            record.history = numbering.unchanged
-            if record.changed:
-                record.history = numbering.after(working, lineage, None if certify else record.touched)
-                same = {} if certify or snapshot is graph else _untouched(snapshot, record)
-                snapshot = clone_graph(working, same)
-            record.graph = snapshot
-            records.append(record)
-            before = record.after
+            record = run.add(each)
             if debug >= 2 and record.changed:
-                print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
-        if not (is_verified or self.certify):
-            try:
-                verify(working)  # even if the pass reports no change
-            except VerifyError as error:
-                raise _broken(self.passes[-1], error, snapshot) from error
-        log = PassLog(records)
+                print(f"# {record.summary}\n{record.graph}", file=sys.stderr)
+        optimized = run.finished()
         if debug >= 1:
-            print(log, file=sys.stderr)
+            print(optimized.log, file=sys.stderr)
         if debug >= 3:
-            print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
-        kept = lineage.restricted(node for _, node in working.walk())
-        return Optimized(graph, working, log, kept, products=products)
+            print(optimized.log.explain(), optimized.log.certified(), sep="\n", file=sys.stderr)
+        return optimized
+
+
+class _Run:
+    """A run of a manager over a copy of a graph, pass by pass.
+
+    working   the copy, which passes change
+    snapshot  the copy as the last pass left it, with which a change is compared
+    """
+
+    def __init__(self, manager: PassManager, graph: Graph) -> None:
+        self.manager, self.source = manager, graph
+        self.snapshot, self.working = graph, clone_graph(graph)
+        self.records: list[PassRecord] = []
+        self._ops = count_ops(self.working)
+        self._lineage, self._numbering = Lineage(graph, self.working), NodeNumbers(self.working)
+        self._expressions = Expressions()
+        self._numbers: Numbers | None = None  # of the last snapshot, if known
+        self._is_verified = True  # the whole current graph is verified
+        self._products: dict[type[Any], Any] = {}
+
+    def add(self, each: Pass) -> PassRecord:
+        """Run a pass, check its result, and return its record."""
+        certify = self.manager.certify and each.rewrites and not each.changes_numbers
+        record = PassRecord(
+            *(each.name, each.options, self._ops),
+            certifying=certify,
+            differentiated=self.manager.differentiated,
+            target=self.manager.target,
+            lineage=self._lineage,
+            rules=each.rule_names,
+        )
+        started = time.perf_counter()
+        recorded = {name: Recorded.of(f) for name, f in self.working.functions.items()} if certify else {}
+        try:
+            record.changes = each.run_graph(self.working, record)
+            record.after = count_ops(self.working)
+            self._is_verified = record.changed and (certify or record.touched is None)
+            if record.changed:
+                self._check_change(each, record, recorded)
+            self._check_claims(each, record)
+        except UsageError:  # the pass's options do not fit the model
+            raise
+        except Exception as error:
+            raise _broken(each, error, self.snapshot) from error
+        record.seconds = time.perf_counter() - started
+        self._save(record)
+        return record
+
+    def _check_change(self, each: Pass, record: PassRecord, recorded: dict[str, Recorded]) -> None:
+        """Verify the changed graph. If the pass only changes when and where values are computed, compare it with the
+        snapshot. If the pass is certified, undo what fails.
+        """
+        verify(self.working, None if record.certifying else record.touched)
+        self._numbers = (
+            None
+            if each.rewrites
+            else check_same_expressions(self.snapshot, self.working, self._expressions, self._numbers)
+        )
+        if self._numbers is None and not each.rewrites:
+            record.notes.append("the graph is too large to be compared with the graph before this pass")
+        if record.certifying and undo_what_fails(each.name, record, recorded, self.snapshot, self.working):
+            record.after = count_ops(self.working)
+            verify(self.working)
+        self._products = {}  # made for the graph before this change
+
+    def _check_claims(self, each: Pass, record: PassRecord) -> None:
+        """Check what the pass made in addition to the graph, and the facts that it ensures."""
+        self._products |= record.products
+        record.notes += each.check_products(self.working, record)
+        for fact in each.ensures:
+            if (reason := fact.refutes(self.working)) is not None:
+                raise PassError(f"afterwards, the graph is not {fact}", received=reason)
+
+    def _save(self, record: PassRecord) -> None:
+        """Complete a record with the graph after its pass, and the numbers of the nodes."""
+        record.display_values.clear()
+        record.lineage = Lineage()  # the old one holds removed nodes
+        record.history = self._numbering.unchanged
+        if record.changed:
+            touched = None if record.certifying else record.touched
+            record.history = self._numbering.after(self.working, self._lineage, touched)
+            same = {} if record.certifying or self.snapshot is self.source else _untouched(self.snapshot, record)
+            self.snapshot = clone_graph(self.working, same)
+        record.graph = self.snapshot
+        self.records.append(record)
+        self._ops = record.after
+
+    def finished(self) -> Optimized:
+        """Return the result of all passes."""
+        if not (self._is_verified or self.manager.certify):
+            try:
+                verify(self.working)  # even if the pass reports no change
+            except VerifyError as error:
+                raise _broken(self.manager.passes[-1], error, self.snapshot) from error
+        lineage = self._lineage.restricted(node for _, node in self.working.walk())
+        return Optimized(self.source, self.working, PassLog(self.records), lineage, products=self._products)
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
     """Return the functions of the last snapshot that the pass left unchanged."""
     touched = snapshot.functions if record.touched is None else record.touched
     return {name: function for name, function in snapshot.functions.items() if name not in touched}
-
-
-def _undo_what_fails(
-    each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
-) -> int:
-    """Certify the changes of a pass to every function, and revert the changes that fail. Return the number of reverted
-    changes.
-    """
-    undone = 0
-    formals = {name: known.arguments for name, known in recorded.items()}
-    for known in [known for known in recorded.values() if known.function in working.functions.values()]:
-        failed: list[tuple[Claim, list[Reader], Counterexample]] = []
-        for claim, edges in list(known.claims(working, formals)):
-            against = None if _is_shown(claim, record) else record.certify(each.name, claim, (before, working))
-            if against is None:
-                continue
-            wrong = [e for e in edges if not _holds_at(e, known, each, record, (before, working))]
-            if wrong:
-                failed.append((claim, wrong, against))
-        for claim, edges, against in failed:
-            event = Event.at(each.name, known.function, claim.at, original_nodes=record.lineage.of((claim.at,)))
-            others = [m for m in record.matches if dataclasses.replace(m, rule=each.name, reason="") != event]
-            record.matches[:] = others
-            reason = f"rolled back, since its certificate failed: {against}"
-            record.refusals.append(dataclasses.replace(event, reason=reason))
-            record.changes = max(record.changes - 1, 0)
-            undone += 1
-            if not known.revert(edges, claim.before):
-                copy = clone_graph(before)
-                working.functions, working.symbols, working.initial = copy.functions, copy.symbols, copy.initial
-                record.matches.clear()
-                record.changes = 0
-                record.notes.append("all changes of this pass were rolled back")
-                return undone
-    return undone
-
-
-def _holds_at(edge: Reader, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
-    """Return True if a consumer computes the same after its operand changed: abs(x), after x became -x."""
-    if edge.node is None or edge.where is None:
-        return False
-    return record.certify(each.name, known.claim_of_reader(edge.node), graphs) is None
-
-
-def _is_shown(claim: Claim, record: PassRecord) -> bool:
-    """Return True if certified rewrites led from the one value to the other."""
-    if len(claim.before) != 1:
-        return False
-    value: Value | None = claim.before[0]
-    while value is not None and value is not claim.after[0]:
-        value = record.display_values.get(value)
-    return value is not None and claim.before[0] is not claim.after[0]
 
 
 def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:

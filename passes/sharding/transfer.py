@@ -22,7 +22,7 @@ from treadle.ir.placement.mesh import SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split, lies_between_blocks
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Type
-from treadle.passes.sharding.factors import Shares, dim_split, locate
+from treadle.passes.sharding.factors import Share, Shares, dim_split, locate
 
 
 @dataclass(frozen=True)
@@ -84,44 +84,21 @@ def requirement(
     ring     parts of mesh axes that split queries and keys in the same way, and around which keys pass
     """
     passed = op.keys_in_parts if ring and op.keys_in_parts is not None else ()
-    names = op.operand_names(len(types))
-    terms: dict[int, list[SubAxes]] = {i: [] for i in range(len(types))}
-    partial: SubAxes = ()
-    monoids: set[str] = set()
-    for name, share in shares.items():
-        units = application.dims[name].size.divide(share.grain)
-        if units is None or (units.constant is not None and units.constant < ways(share.over)):
-            return None  # a rank would have no part
-        if name in passed:
-            continue
-        if not may_split(op, application, name, types):
-            return None
-        factor = application.factors[name]
-        if factor.role is Role.WHOLE:
-            split = Split(share.over, share.grain)
-            if not lies_between_blocks(application.dims[name].size, split, op.multiples(types, application)[name]):
-                return None
-        if factor.role in (Role.MAPPED, Role.WHOLE):
-            continue
-        partial += share.over
-        monoids.add(factor.monoid or "sum")
-        if (factor.monoid or "sum") != "sum":
-            continue
-        for group in op.linear:
-            held = [i for i, n in enumerate(names) if types[i] is not None and names_operand(group, n)]
-            if any(locate(application.operands[i], name) for i in held):
-                for i in held:
-                    if not locate(application.operands[i], name) and factor.role is Role.REDUCED:
-                        terms[i].append(share.over)
-    if carried:
-        partial += carried
-        monoids.add("sum")
-        for i, n in enumerate(names):
-            if types[i] is not None and names_operand(through, n):
-                terms[i].append(carried)
+    if not all(_has_parts(application, name, share) for name, share in shares.items()):
+        return None
+    split = {name: share for name, share in shares.items() if name not in passed}
+    if not all(_splits(op, application, types, name, share) for name, share in split.items()):
+        return None
+    factors = application.factors
+    sums = {name: share for name, share in split.items() if factors[name].role not in (Role.MAPPED, Role.WHOLE)}
+    partial = (*(axis for share in sums.values() for axis in share.over), *carried)
+    monoids = {factors[name].monoid or "sum" for name in sums} | ({"sum"} if carried else set())
     if len(monoids) > 1:
         return None
-    monoid = next(iter(monoids), "sum")
+    terms = _partial_operands(op, application, types, sums)
+    if carried:
+        for i in _group_positions(op, types, through):
+            terms[i].append(carried)
     operands: list[MeshPlacement | None] = []
     for i, dims in enumerate(application.operands):
         if dims is None:
@@ -131,10 +108,53 @@ def requirement(
         if placed is None:
             return None
         operands.append(placed)
+    monoid = next(iter(monoids), "sum")
     results = [_placed(application, dims, shares, partial, monoid) for dims in application.results]
     if any(r is None for r in results):
         return None
     return Requirement(tuple(operands), tuple(r for r in results if r is not None))
+
+
+def _has_parts(application: Application, name: str, share: Share) -> bool:
+    """Return True if each rank has a part of a factor."""
+    units = application.dims[name].size.divide(share.grain)
+    return units is not None and (units.constant is None or units.constant >= ways(share.over))
+
+
+def _splits(op: Op, application: Application, types: Sequence[Type | None], name: str, share: Share) -> bool:
+    """Return True if the op computes parts of a factor, and a factor that is whole is split between blocks."""
+    if not may_split(op, application, name, types):
+        return False
+    if application.factors[name].role is not Role.WHOLE:
+        return True
+    split = Split(share.over, share.grain)
+    return lies_between_blocks(application.dims[name].size, split, op.multiples(types, application)[name])
+
+
+def _group_positions(op: Op, types: Sequence[Type | None], group: frozenset[str]) -> list[int]:
+    """Return the positions of the present operands in a linear group."""
+    names = op.operand_names(len(types))
+    return [i for i, name in enumerate(names) if types[i] is not None and names_operand(group, name)]
+
+
+def _partial_operands(
+    op: Op, application: Application, types: Sequence[Type | None], sums: Shares
+) -> dict[int, list[SubAxes]]:
+    """Return for each operand the parts of mesh axes along which it must be partial sums: it lacks a summed factor that
+    another operand of its linear group has, as a bias does.
+    """
+    terms: dict[int, list[SubAxes]] = {i: [] for i in range(len(types))}
+    for name, share in sums.items():
+        factor = application.factors[name]
+        if (factor.monoid or "sum") != "sum" or factor.role is not Role.REDUCED:
+            continue
+        for group in op.linear:
+            positions = _group_positions(op, types, group)
+            without = [i for i in positions if not locate(application.operands[i], name)]
+            if len(without) < len(positions):
+                for i in without:
+                    terms[i].append(share.over)
+    return terms
 
 
 def _placed(

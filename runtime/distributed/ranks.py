@@ -189,11 +189,6 @@ class Ranks:
         self.close()
 
 
-def is_rank() -> bool:
-    """Return True if this process was started as one of several ranks."""
-    return all(name in os.environ for name in _NEEDED)
-
-
 def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
     """Raise UsageError if the mesh of a plan does not have `size` ranks."""
     mesh = plan.devices

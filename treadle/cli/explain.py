@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,43 +82,10 @@ def explain_sites(
     CUDA graph. With the tvm backend, also for opencl, webgpu and metal: each kernel, its form and its resources, and
     for each entry launches, copies, device memory and the limits that it exceeds.
     """
-    from treadle.explaining.device import explain_device
-    from treadle.explaining.fusion import explain_fusion, parse_expected
-    from treadle.explaining.layouts import explain_layouts
-    from treadle.explaining.memory import explain_memory
-    from treadle.explaining.quantization import explain_quantization
-    from treadle.explaining.sharding import explain_sharding
-    from treadle.explaining.step import explain_step
-    from treadle.explaining.storage import explain_storage
-    from treadle.fitting import fit_prose, fitted
     from treadle.program.flag_values import parse_axes
     from treadle.program.options import CompileOptions
-    from treadle.progress import working
 
-    functions: dict[str, Callable[..., Any]] = {
-        "fusion": explain_fusion,
-        "layouts": explain_layouts,
-        "storage": explain_storage,
-        "memory": explain_memory,
-        "quantization": explain_quantization,
-        "sharding": explain_sharding,
-        "step": explain_step,
-        "device": explain_device,
-    }
-    if subject is None and model in functions:
-        raise UsageError(
-            "explain needs a model",
-            received=f"explain {model}",
-            hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL",
-        )
-    if subject is None:
-        raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
-    if subject not in functions:
-        near = NearestNames(functions).of(subject)
-        hint = f"{near[0]}?" if near else "one of " + ", ".join(functions)
-        if model in functions:  # the arguments are in the other order
-            hint = f"treadle explain {shlex.quote(subject)} {model}"
-        raise UsageError("unknown subject to explain", received=repr(subject), hint=hint)
+    subject = _known_subject(model, subject)
     options = CompileOptions.of(f"explain {subject}", keywords)
     if subject not in ("memory", "sharding") and svg is not None:
         raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")
@@ -132,51 +99,74 @@ def explain_sites(
     if subject != "sharding" and any(value is not None for value in split.values()):
         message = "--mesh, --recipe, --axis and --device apply to sharding only"
         raise UsageError(message, received=f"explain {model} {subject}")
-    if subject != "fusion":
-        if expect:
-            raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")
-        if subject == "memory":
-            _memory(model, keywords, svg, against, as_json)
-        elif subject == "sharding":
-            _sharding(model, keywords, split, svg, as_json)
-        else:
-            _report(
-                model,
-                _DOING[subject].format(model=model),
-                functions[subject],
-                keywords,
-                as_json,
-            )
-        return
+    if subject != "fusion" and expect:
+        raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")
+    if subject == "fusion":
+        _fusion(model, keywords, expect or (), bool(options.certify), as_json)
+    elif subject == "memory":
+        _memory(model, keywords, svg, against, as_json)
+    elif subject == "sharding":
+        _sharding(model, keywords, split, svg, as_json)
+    else:
+        _report(model, subject, keywords, as_json)
+
+
+def _known_subject(model: str, subject: str | None) -> str:
+    """Return the subject. Raises UsageError if it is missing or unknown, or stands in the place of the model."""
+    if subject is None and model in EXPLAINED:
+        raise UsageError(
+            "explain needs a model",
+            received=f"explain {model}",
+            hint=f"treadle explain MODEL {model}, such as gpt2 for MODEL",
+        )
+    if subject is None:
+        raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(EXPLAINED))
+    if subject not in EXPLAINED:
+        near = NearestNames(EXPLAINED).of(subject)
+        hint = f"{near[0]}?" if near else "one of " + ", ".join(EXPLAINED)
+        if model in EXPLAINED:  # the arguments are in the other order
+            hint = f"treadle explain {shlex.quote(subject)} {model}"
+        raise UsageError("unknown subject to explain", received=repr(subject), hint=hint)
+    return subject
+
+
+def _fusion(model: str, keywords: dict[str, Any], expect: Sequence[str], certify: bool, as_json: bool) -> None:
+    from treadle.explaining.fusion import explain_fusion, parse_expected
+    from treadle.fitting import fit_prose, fitted
+    from treadle.progress import working
+
     with working(f"looking for fused ops in {model}", shown=not as_json):
-        found = explain_fusion(model, expect=parse_expected(expect or ()), **keywords)
+        found = explain_fusion(model, expect=parse_expected(expect), **keywords)
     if as_json:
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
-        print_json(found.as_dict() | ({"certificates": facts} if options.certify else {}))
+        print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
     else:
         print(fitted(str(found), lambda _, width: found.text(width)))
-        if options.certify:
+        if certify:
             print("\n" + fitted(found.optimized.log.certified() or NOTHING_CERTIFIED, fit_prose))
     if not found.met:
         raise typer.Exit(1)
 
 
-_DOING = {
-    "layouts": "lowering {model}",
-    "storage": "lowering {model}",
-    "quantization": "planning the quantization of {model}",
-    "step": "deriving the step of {model}",
-    "device": "lowering {model}",
-}
-"""The status line that is shown while the report on a subject is computed."""
-
-
-def _report(model: str, doing: str, explain: Callable[..., Any], keywords: dict[str, Any], as_json: bool) -> None:
-    """Call `explain` on a model, and print the report that it returns."""
+def _report(model: str, subject: str, keywords: dict[str, Any], as_json: bool) -> None:
+    """Print the report on a subject without options of its own."""
+    from treadle.explaining.device import explain_device
+    from treadle.explaining.layouts import explain_layouts
+    from treadle.explaining.quantization import explain_quantization
+    from treadle.explaining.step import explain_step
+    from treadle.explaining.storage import explain_storage
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    with working(doing, shown=not as_json):
+    functions: dict[str, tuple[Callable[..., Any], str]] = {
+        "layouts": (explain_layouts, "lowering"),
+        "storage": (explain_storage, "lowering"),
+        "quantization": (explain_quantization, "planning the quantization of"),
+        "step": (explain_step, "deriving the step of"),
+        "device": (explain_device, "lowering"),
+    }
+    explain, doing = functions[subject]
+    with working(f"{doing} {model}", shown=not as_json):
         found = explain(model, **keywords)
     if as_json:
         print_json(found.as_dict())

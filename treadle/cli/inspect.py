@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from treadle.ir.graph import Graph
     from treadle.ir.target import Target
     from treadle.passes.framework.manager import Optimized
+    from treadle.program.options import CompileOptions
 
 
 @command("inspect", takes=["inspect"])
@@ -52,7 +53,6 @@ def inspect_graph(
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
-    from treadle.artifact_reading import is_artifact, open_artifact
     from treadle.backends.refusals import KINDS, refuse_target
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
@@ -62,19 +62,11 @@ def inspect_graph(
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.program.options import CompileOptions
-    from treadle.program.program import Program
     from treadle.progress import working
     from treadle.reporting.followed_axes import following_facts, following_text
     from treadle.reporting.graphs import backend_source, graph_facts, graph_header
 
-    if raw and after:
-        raise UsageError("--raw and --after select two different stages of the graph", hint="one of them")
-    if entry is not None and (raw or after or source or follow):
-        raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
-    if follow is not None and (source or unfold):
-        raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
-    if source and unfold:
-        raise UsageError("--unfold unfolds the graph, and --source prints the backend's code", hint="one of them")
+    _refuse_combinations(raw, after, entry, follow, source, unfold)
     options = CompileOptions.of("inspect", {**keywords, **({"passes": ()} if raw else {})})
     backend = check_backend(options.backend)
     if backend in KINDS:
@@ -86,19 +78,7 @@ def inspect_graph(
             hint="--source as well, which prints the code; or --after with a pass of the backend, or leave them out",
         )
     with working(f"optimizing {model}", shown=not as_json):
-        if is_artifact(model):
-            options.refuse_for_artifact(model, also=("passes",))
-            if after is not None:
-                raise UsageError(
-                    "an artifact has no graphs after single passes", hint="the model that it was compiled from"
-                )
-            optimized = open_artifact(model, limits=options.limits).optimized
-            graph = optimized.source if raw else optimized.graph
-        else:
-            optimized = Program(model, options).optimize().optimized
-            if after is not None:
-                optimized = lowered_for(after, options.backend, options.where, optimized)
-            graph = optimized.after(after) if after else optimized.graph
+        optimized, graph = _optimized(model, options, raw, after)
         if entry is not None:
             graph = stepped_entry(graph, entry)
     stage = "as declared" if raw else f"after {after}" if after else "optimized"
@@ -123,6 +103,41 @@ def inspect_graph(
     else:
         fit = fit_prose if follow is not None else fit_code if source else fit_graph
         sys.stdout.write(fitted(shown.rstrip("\n"), fit) + "\n")
+
+
+def _refuse_combinations(
+    raw: bool, after: str | None, entry: str | None, follow: str | None, source: bool, unfold: bool
+) -> None:
+    """Raise UsageError for options that select different graphs, or different things to print."""
+    if raw and after:
+        raise UsageError("--raw and --after select two different stages of the graph", hint="one of them")
+    if entry is not None and (raw or after or source or follow):
+        raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
+    if follow is not None and (source or unfold):
+        raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
+    if source and unfold:
+        raise UsageError("--unfold unfolds the graph, and --source prints the backend's code", hint="one of them")
+
+
+def _optimized(model: str, options: CompileOptions, raw: bool, after: str | None) -> tuple[Optimized, Graph]:
+    """Return an optimized model or an artifact's graphs, and the graph to be printed: the declared one if `raw`, the
+    one after the pass `after`, or else the optimized one.
+    """
+    from treadle.artifact_reading import is_artifact, open_artifact
+    from treadle.program.program import Program
+
+    if is_artifact(model):
+        options.refuse_for_artifact(model, also=("passes",))
+        if after is not None:
+            raise UsageError(
+                "an artifact has no graphs after single passes", hint="the model that it was compiled from"
+            )
+        optimized = open_artifact(model, limits=options.limits).optimized
+        return optimized, optimized.source if raw else optimized.graph
+    optimized = Program(model, options).optimize().optimized
+    if after is not None:
+        optimized = lowered_for(after, options.backend, options.where, optimized)
+    return optimized, optimized.after(after) if after else optimized.graph
 
 
 def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -> Optimized:

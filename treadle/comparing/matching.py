@@ -218,7 +218,6 @@ class _Hashes:
         return self._numbers.setdefault(key, len(self._numbers))
 
 
-_Works = Mapping[int, frozenset[int]]
 _Groups = list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]
 
 

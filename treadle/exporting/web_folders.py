@@ -14,15 +14,17 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from treadle.backends.protocol import Port
 from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing
 from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
 from treadle.backends.tvm.runtimes.launch_bindings import LaunchBindings, bind_launch
+from treadle.backends.tvm.runtimes.launch_table import LaunchTable
 from treadle.backends.tvm.runtimes.plan_limits import located, refuse
 from treadle.backends.tvm.spaces import Fixed, Input, Output, Space, Status
 from treadle.files.whole_files import replacing, reporting_failed_writes
@@ -56,15 +58,8 @@ def export_web(
     program = machine.program
     plan = program.plan(entry, sizes)
     refuse(name, "browsers", program.exceeded(plan))
-    table, numbers = plan.table, {space: i for i, space in enumerate(plan.table.spaces)}
-    kernels: dict[tuple[str, Sharing], int] = {}
-    launches = []
-    for launch in table.launches:
-        device_kernel = executable.device_kernels[launch.kernel]
-        bound = bind_launch(launch, device_kernel.group_kernel, program.device, lambda space: space)
-        kernel = kernels.setdefault((launch.kernel, bound.sharing), len(kernels))
-        launches.append({"kernel": kernel, "blocks": launch.blocks, **_bound(bound, numbers)})
-    texts = {f"kernel_{i:02}.wgsl": key for key, i in kernels.items()}
+    numbers = {space: i for i, space in enumerate(plan.table.spaces)}
+    launches, texts = _launches(executable, plan.table, program.device, numbers)
     weights = {space: program.stored_weight(space) for space in program.weights if space in numbers}
     pieces = {f"weights_{i:02}.bin": piece for i, piece in enumerate(_pieces(weights))}
     example = draw_inputs(graph, dict(sizes), [0])
@@ -74,7 +69,7 @@ def export_web(
         "sizes": dict(sizes),
         "inputs": [_port(port, Input(port.name), sizes, numbers, example) for port in executable.inputs],
         "outputs": [_port(port, Output(port.name), sizes, numbers) for port in executable.outputs],
-        "table": table.as_dict(),
+        "table": plan.table.as_dict(),
         "kernels": [
             {
                 "file": file,
@@ -84,16 +79,7 @@ def export_web(
             for file, (title, sharing) in texts.items()
         ],
         "launches": launches,
-        "files": [
-            {
-                "name": file,
-                "parts": [
-                    {"space": numbers[space], "at": at, "begin": begin, "bytes": data.size}
-                    for space, at, begin, data in piece
-                ],
-            }
-            for file, piece in pieces.items()
-        ],
+        "files": [{"name": file, "parts": [each.record(numbers) for each in piece]} for file, piece in pieces.items()],
         "status": [located(step.kernel.title, step) for step in plan.tellers],
         "status_space": numbers.get(Status()),
     }
@@ -107,8 +93,22 @@ def export_web(
     for file, (title, sharing) in texts.items():
         written.append(_write(folder / file, executable.device_kernels[title].shared_text(sharing).encode()))
     for file, piece in pieces.items():
-        written.append(_write(folder / file, *(data.data for *_, data in piece)))
+        written.append(_write(folder / file, *(each.data.data for each in piece)))
     return written
+
+
+def _launches(
+    executable: KernelExecutable, table: LaunchTable, device: Device, numbers: Mapping[Space, int]
+) -> tuple[list[dict[str, Any]], dict[str, tuple[str, Sharing]]]:
+    """Return the records of the launches, and for each file of a kernel the kernel's title and its shared buffers."""
+    kernels: dict[tuple[str, Sharing], int] = {}
+    launches = []
+    for launch in table.launches:
+        device_kernel = executable.device_kernels[launch.kernel]
+        bound = bind_launch(launch, device_kernel.group_kernel, device, lambda space: space)
+        kernel = kernels.setdefault((launch.kernel, bound.sharing), len(kernels))
+        launches.append({"kernel": kernel, "blocks": launch.blocks, **_bound(bound, numbers)})
+    return launches, {f"kernel_{i:02}.wgsl": key for key, i in kernels.items()}
 
 
 def _bound(bound: LaunchBindings, numbers: Mapping[Space, int]) -> dict[str, Any]:
@@ -132,11 +132,26 @@ def _port(
     return made
 
 
-def _pieces(weights: Mapping[Fixed, Array]) -> Iterator[list[tuple[Fixed, int, int, Array]]]:
-    """Divide weights into files. Yield the parts of each file: the space, the byte in the space, the byte in the file,
-    and the bytes, a multiple of 4.
+class _Part(NamedTuple):
+    """A part of a space in a file of weights.
+
+    at     the first byte in the space
+    begin  the first byte in the file
+    data   the bytes, a multiple of 4
     """
-    parts: list[tuple[Fixed, int, int, Array]] = []
+
+    space: Fixed
+    at: int
+    begin: int
+    data: Array
+
+    def record(self, numbers: Mapping[Space, int]) -> dict[str, int]:
+        return {"space": numbers[self.space], "at": self.at, "begin": self.begin, "bytes": self.data.size}
+
+
+def _pieces(weights: Mapping[Fixed, Array]) -> Iterator[list[_Part]]:
+    """Divide weights into files, and yield the parts of each file."""
+    parts: list[_Part] = []
     begin = 0
     for space, array in weights.items():
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -147,7 +162,7 @@ def _pieces(weights: Mapping[Fixed, Array]) -> Iterator[list[tuple[Fixed, int, i
                 yield parts
                 parts, begin = [], 0
             part = data[at : at + PIECE - begin]
-            parts.append((space, at, begin, part))
+            parts.append(_Part(space, at, begin, part))
             at, begin = at + part.size, begin + part.size
     if parts:
         yield parts

@@ -13,9 +13,9 @@ from rich.table import Table
 
 import treadle
 from treadle.backends.registry import backend_names, find_backend
+from treadle.backends.tvm.kernels.host.linking import linkers, why_not
+from treadle.backends.tvm.kernels.host.platforms import this_platform
 from treadle.backends.tvm.kernels.isa import host_isa
-from treadle.backends.tvm.kernels.linking import linkers, why_not
-from treadle.backends.tvm.kernels.platforms import this_platform
 from treadle.backends.tvm.runtimes.machine_devices import LISTS, list_devices
 from treadle.extras import OPTIONAL_PACKAGES
 from treadle.files.installation import pip_install

@@ -141,20 +141,7 @@ class Trainer:
 
         Raises UsageError for an invalid option, and the errors of `compile`.
         """
-        _expect(optimizer, teacher)
-        if not isinstance(loss, str):
-            raise UsageError(
-                'loss= is "cross-entropy", or the name of an output that is the loss',
-                received=f"loss={loss!r}"[:80],
-                hint='return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"',
-            )
-        if output is not None and loss != "cross-entropy":
-            raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
-        if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
-            raise UsageError(
-                "gradient_accumulation_steps must be 1 or more",
-                received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
-            )
+        _check_options(optimizer, teacher, loss, output, gradient_accumulation_steps)
         asked = CompileOptions.of("train", options)
         where = asked.where
         if where.kind != "cpu":
@@ -170,17 +157,7 @@ class Trainer:
         self._signature = Signature(graph)
         scores = self.resolved.graph.main.outputs[self._output].type
         self._classes = scores.shape[-1].constant if scores.rank else None
-        known = self.resolved.learned if trained is None else None
-        self.trained = self._chosen(("*",) if trained is None else trained, known)
-        recognized = run(graph, [Recognize(differentiated=True)])
-        self.trained = tuple([name for name in self.trained if name in recognized.graph.parameters])
-        made = run(recognized, [Gradient(LOSS, self.trained, gradient_checkpointing)]).graph
-        reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
-        if not reached:
-            raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
-        if reached != self.trained:  # the others, which only floor or comparisons read, have no gradient
-            self.trained, made = reached, run(recognized, [Gradient(LOSS, reached, gradient_checkpointing)]).graph
-        made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
+        made = self._with_gradients(graph, trained, gradient_checkpointing)
         held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
         precision = [] if asked.dtype is None else [Precision(asked.dtype, computed=True)]
@@ -192,17 +169,43 @@ class Trainer:
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
         self._frozen = {n: held[n] for n in held if n not in self.trained}
-        types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
-        decayed = [name for name, type in types.items() if type.rank > 1]
-        updating = update_graph(optimizer, types, clip=max_grad_norm, decayed=decayed)
-        weights = {name: np.array(held[name], np.float32, order="C") for name in self.trained}
-        moments = {
-            f"{moment}.{name}": np.zeros_like(weights[name]) for name in self.trained for moment in optimizer.moments
-        }
-        self.update = compile_model(updating, self._options.but(passes=None, donate=[*weights, *moments]))
-        self._state, self._torn = TrainingState(weights, moments), False
+        self._state, self._torn = self._initial_state(held), False
+        self.update = self._compiled_update(self._state)
 
     __init__.__signature__ = with_options(__init__, "train")  # type: ignore[attr-defined]
+
+    def _with_gradients(self, graph: Graph, trained: Iterable[str] | None, gradient_checkpointing: bool) -> Graph:
+        """Return the graph of the loss and its gradients, and decide which weights are trained: the chosen weights that
+        have a gradient.
+        """
+        known = self.resolved.learned if trained is None else None
+        chosen = self._chosen(("*",) if trained is None else trained, known)
+        recognized = run(graph, [Recognize(differentiated=True)])
+        self.trained = tuple([name for name in chosen if name in recognized.graph.parameters])
+        made = run(recognized, [Gradient(LOSS, self.trained, gradient_checkpointing)]).graph
+        reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
+        if not reached:
+            raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
+        if reached != self.trained:  # the others, which only floor or comparisons read, have no gradient
+            self.trained, made = reached, run(recognized, [Gradient(LOSS, reached, gradient_checkpointing)]).graph
+        return choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
+
+    def _initial_state(self, weights: Mapping[str, Array]) -> TrainingState:
+        """Return copies of the trained weights, and moments of zeros."""
+        copies = {name: np.array(weights[name], np.float32, order="C") for name in self.trained}
+        moments = {
+            f"{moment}.{name}": np.zeros_like(copies[name])
+            for name in self.trained
+            for moment in self.optimizer.moments
+        }
+        return TrainingState(copies, moments)
+
+    def _compiled_update(self, state: TrainingState) -> Compiled:
+        """Compile the update of the weights and moments, which overwrites them."""
+        types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
+        decayed = [name for name, type in types.items() if type.rank > 1]
+        updating = update_graph(self.optimizer, types, clip=self.clip, decayed=decayed)
+        return compile_model(updating, self._options.but(passes=None, donate=[*state.weights, *state.moments]))
 
     # -- the loss ----------------------------------------------------------------------------------------------
 
@@ -490,6 +493,26 @@ def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
                 at = tuple(wrong[0].tolist())
                 return f"{name} has {array[at]} at {list(at)}"
     return None
+
+
+def _check_options(
+    optimizer: Optimizer, teacher: Compiled | None, loss: str, output: str | None, gradient_accumulation_steps: int
+) -> None:
+    """Raise UsageError for an option of a wrong type or value, and for a combination that has no meaning."""
+    _expect(optimizer, teacher)
+    if not isinstance(loss, str):
+        raise UsageError(
+            'loss= is "cross-entropy", or the name of an output that is the loss',
+            received=f"loss={loss!r}"[:80],
+            hint='return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"',
+        )
+    if output is not None and loss != "cross-entropy":
+        raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
+    if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
+        raise UsageError(
+            "gradient_accumulation_steps must be 1 or more",
+            received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
+        )
 
 
 def _expect(optimizer: object, teacher: object) -> None:

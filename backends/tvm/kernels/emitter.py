@@ -1,7 +1,7 @@
 """The emitter: the vocabulary in which kernel generators write loops.
 
 A specification (`treadle.backends.tvm.kernels.kernel.Kernel.emit`) calls the words of an `Emitter`. There are two
-emitters: `llvm_emitter` for CPUs, where the lanes of a vector are those of a register, and
+emitters: `host.llvm_emitter` for CPUs, where the lanes of a vector are those of a register, and
 `devices.group_emitter` for devices, where they are the threads of a group.
 
 Values are expressions, on which operators such as `+ - * < &` work; indices may be Python integers. A value has a

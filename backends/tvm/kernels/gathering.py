@@ -56,14 +56,7 @@ class Take(Kernel):
         pointers = [k.pointer("x", dtype), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", dtype)]
         status_pointer = k.pointer("status", i64)
         p, v, d, i = (k.size(name) for name in "pvdi")
-        if self.rows:
-            x_strides: list[Expr] = [k.size("x_p"), k.size("x_v"), 1]
-            index_strides: list[Expr] = [0, k.size("indices_i"), 0]
-            y_strides: list[Expr] = [k.size("y_p"), k.size("y_i"), 1]
-        else:
-            x_strides = [k.size(f"x_{a}") for a in "pvd"]
-            index_strides = [k.size(f"indices_{a}") for a in "pid"]
-            y_strides = [k.size(f"y_{a}") for a in "pid"]
+        x_strides, index_strides, y_strides = _strides(k, "pvd", "pid", self.rows)
         packed = k.floor_divide((d if self.transposed else v) + (self.width - 1), self.width) if self.width else 0
         shape = [p, v, d] if not self.width else [packed, v if self.transposed else d, self.width]
         x = k.view(pointers[0], shape, None if self.width else x_strides)
@@ -123,14 +116,7 @@ class ScatterAdd(Kernel):
         pointers.append(k.pointer("y", dtype))
         status_pointer = k.pointer("status", i64)
         p, v, d, i = (k.size(name) for name in "pvdi")
-        if self.rows:
-            x_strides: list[Expr] = [k.size("x_p"), k.size("x_i"), 1]
-            index_strides: list[Expr] = [0, k.size("indices_i"), 0]
-            y_strides: list[Expr] = [k.size("y_p"), k.size("y_v"), 1]
-        else:
-            x_strides = [k.size(f"x_{a}") for a in "pid"]
-            index_strides = [k.size(f"indices_{a}") for a in "pid"]
-            y_strides = [k.size(f"y_{a}") for a in "pvd"]
+        x_strides, index_strides, y_strides = _strides(k, "pid", "pvd", self.rows)
         x = k.view(pointers[0], [p, i, d], x_strides)
         indices = k.view(pointers[1], [p, i, d], index_strides)
         y = k.view(pointers[2], [p, v, d], y_strides)
@@ -177,3 +163,17 @@ def along(k: Emitter, count: Expr, lanes: int, body: Callable[[Expr, int], None]
         body(v * lanes, lanes)
     with k.loop(count - vectors * lanes, "t") as t:
         body(vectors * lanes + t, 1)
+
+
+def _strides(k: Emitter, x: str, y: str, rows: bool) -> tuple[list[Expr], list[Expr], list[Expr]]:
+    """Declare the strides of x and y over the dimensions with these letters, and of the indices over p, i and d. Return
+    the strides of x, the indices and y.
+
+    rows  True if rows are contiguous, and each has one index
+    """
+    if rows:
+        of_x: list[Expr] = [*(k.size(f"x_{letter}") for letter in x[:2]), 1]
+        of_indices: list[Expr] = [0, k.size("indices_i"), 0]
+        return of_x, of_indices, [*(k.size(f"y_{letter}") for letter in y[:2]), 1]
+    of_x, of_indices = [k.size(f"x_{letter}") for letter in x], [k.size(f"indices_{letter}") for letter in "pid"]
+    return of_x, of_indices, [k.size(f"y_{letter}") for letter in y]

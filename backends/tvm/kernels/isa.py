@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from treadle.backends.tvm.kernels.cpu_features import cpu_flags, executes
-from treadle.backends.tvm.kernels.platforms import this_platform
+from treadle.backends.tvm.kernels.host.cpu_features import cpu_flags, executes
+from treadle.backends.tvm.kernels.host.platforms import this_platform
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
 

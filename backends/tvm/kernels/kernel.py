@@ -13,8 +13,8 @@
                 k.store(y, [i], k.load(x, [i]) * k.number(self.factor, f32))
 
 A spec's fields determine its code completely. Two equal specs on one instruction set are one kernel, which is compiled
-once and cached by content (`treadle.backends.tvm.kernels.cache`). Specs are equal if they have the same `key`, so 0.0
-and -0.0 differ, and so do 1 and True. Values that may differ from call to call (pointers, sizes, strides) are
+once and cached by content (`treadle.backends.tvm.kernels.host.cache`). Specs are equal if they have the same `key`, so
+0.0 and -0.0 differ, and so do 1 and True. Values that may differ from call to call (pointers, sizes, strides) are
 arguments: first every pointer, then every size, in the order in which `emit` declares them.
 """
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded
-from treadle.backends.tvm.kernels import tvm_runtime
-from treadle.backends.tvm.kernels.calling import Array, bind
+from treadle.backends.tvm.kernels.host import tvm_runtime
+from treadle.backends.tvm.kernels.host.calling import Array, bind
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow import tiles

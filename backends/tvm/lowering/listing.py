@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.backends.commented_lines import commented
-from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
+from treadle.backends.tvm.kernels.host.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, Routine, RoutineStep, kernels_of

@@ -27,47 +27,13 @@ from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width
 from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, form_for, held_dtype, held_elements
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.backends.tvm.lowering.lettered_views import LetteredView
 from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
 from treadle.ir.graph import Node
 from treadle.ir.layouts import panels as panels_of
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.storage.views import View
 from treadle.ir.types import bf16, f32
-
-Letters = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class LetteredView:
-    """A view whose dimensions have letters. Dimensions of size 1 have no letter and are omitted."""
-
-    letters: Letters
-    view: View
-
-    @staticmethod
-    def of(view: View, letters: Sequence[str | None]) -> LetteredView:
-        """Create a view from the letter of each dimension; None stands for a dimension of size 1."""
-        kept = [axis for axis, letter in enumerate(letters) if letter is not None]
-        shape, strides = tuple(view.shape[a] for a in kept), tuple(view.strides[a] for a in kept)
-        return LetteredView(tuple(str(letters[a]) for a in kept), replace(view, shape=shape, strides=strides))
-
-    def stride(self, letter: str | None) -> Size:
-        """Return the stride of a letter; 0 if the view does not have this letter."""
-        return self.view.strides[self.letters.index(letter)] if letter in self.letters else ZERO
-
-    def over(self, order: Sequence[str], sizes: Mapping[str, Size]) -> View:
-        """Return the view with the dimensions of these letters. It is repeated along letters that it does not have."""
-        shape = tuple(sizes[letter] for letter in order)
-        return replace(self.view, shape=shape, strides=tuple(self.stride(letter) for letter in order))
-
-    def joined(self, order: Sequence[str], sizes: Mapping[str, Size]) -> Size | None:
-        """Return the stride of these letters merged into one dimension, or None if they cannot be merged."""
-        found = self.over(order, sizes).merged(0, len(order))
-        return None if found is None else found.strides[0]
-
-    def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> LetteredView:
-        """Add a copy with these letters in this order, without gaps, and return it."""
-        return LetteredView(tuple(order), w.copied(self.over(order, sizes)))
 
 
 def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node: Node) -> View:
@@ -253,77 +219,121 @@ class MatrixProduct:
     # -- the step --------------------------------------------------------------------------------------------
 
     def _step(self, groups: list[list[str]]) -> None:
-        w, sizes = self.w, self.sizes
-        m, k = (product(sizes[n] for n in part) for part in (self.rows, self.k))
-        n = sizes[self.column] if self.column is not None else ONE
-        counts = [product(sizes[n] for n in group) for group in groups]
-        counts = [ONE] * (2 - len(counts)) + counts
-
-        def joined(term: LetteredView, letters: Sequence[str]) -> Size:
-            found = term.joined(letters, sizes)
-            assert found is not None
-            return found
-
-        def batch(term: LetteredView) -> list[Size]:
-            return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
-
-        paired = self.packed and self.x.view.dtype is bf16
-        wide = paired or self.encoded is not None
-        if self.packed:
-            panels = self.y.view if self.sides is None else self.sides[1]
-            width = narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
-            width = BLOCKS_WIDTH if isinstance(self.form, WordForm) and not paired else width
-            w_batch = [ZERO, ZERO]
+        """Add the step of the kernel that reads the forms of both operands."""
+        m, k = (product(self.sizes[n] for n in part) for part in (self.rows, self.k))
+        n = self.sizes[self.column] if self.column is not None else ONE
+        width = self._width(n)
+        whole = n.constant is not None and n.constant % width == 0
+        how, rows = self._extra_rows(m, n)
+        if self.encoded is not None:
+            self._step_of_bytes(self.encoded, how, whole, [m, k, n, *rows])
+        elif self._is_paired:
+            self._step_of_pairs(how, whole, width, (m, k, n), rows)
+        elif isinstance(self.form, WordForm):
+            kernel = WideBlockProduct(self.form, self.chain, how, whole)
+            self._step_of_panels(kernel, self.y.view, [m, k, n], rows, [])
         else:
-            width = panel_width(n.constant, w.isa)
-            panels, w_batch = self._pack(width, n, k, counts, batch(self.y), joined(self.y, self.k))
+            panels, batches = self._batches(groups, width, n, k)
+            shaped = width, self.chain, how, bool(groups), whole
+            floats: Kernel = Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form)
+            self._step_of_panels(floats, panels, [m, k, n], rows, batches)
+
+    @property
+    def _is_paired(self) -> bool:
+        """True if y is a weight in pairs of bf16 numbers, or in blocks that are multiplied as bf16 numbers."""
+        return self.packed and self.x.view.dtype is bf16
+
+    def _width(self, n: Size) -> int:
+        """Return the number of columns of a panel of y."""
+        if isinstance(self.form, WordForm) and not self._is_paired:
+            return BLOCKS_WIDTH
+        is_narrow = self._is_paired or self.encoded is not None
+        return narrow_width(self.w.isa) if is_narrow else panel_width(n.constant, self.w.isa)
+
+    def _joined(self, term: LetteredView, letters: Sequence[str]) -> Size:
+        """Return the stride of letters that are merged into one dimension by now."""
+        stride = term.joined(letters, self.sizes)
+        assert stride is not None
+        return stride
+
+    def _extra_rows(self, m: Size, n: Size) -> tuple[tuple[str, ...], list[Size]]:
+        """Return the dimensions of each of the epilogue's inputs (`mn`, `m`, `n`, or `1` for a scalar), and the strides
+        of the rows of those that have rows.
+        """
         how, rows = [], []
         for extra in self.extras:
-            row = joined(extra, self.rows) if m != ONE else ZERO
+            row = self._joined(extra, self.rows) if m != ONE else ZERO
             near = self.column is None or n == ONE or extra.stride(self.column) == ONE
             how.append(("n" if near else "1") if row == ZERO else "mn" if near else "m")
             rows += [row] if row != ZERO else []
-        whole = n.constant is not None and n.constant % width == 0
-        given: list[Size] = [m, k, n]
-        if self.encoded is not None:
-            (left, scales), tiles = self.encoded, w.isa.multiplies_tiles
-            of_bytes: Kernel = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
-            if self.form is not None:
-                assert isinstance(self.form, WordForm)
-                of_bytes = QuadBlockProduct(self.form, self.chain, tuple(how), whole)
-            pointers = [left, panels, scales, *[e.view for e in self.extras], self.c.view]
-            w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
-            return
-        if paired:
-            if self.sides is None:
-                left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
-            else:
-                left = self.sides[0]
-            given += [*rows, joined(self.c, self.rows)]
-            made, kernel = self.c.view, self._paired(tuple(how), whole)
-            work: list[View] = []
-            if made.storage in w.rounded:
-                made = w.scratch(bf16, (held_elements("tiles", m, n),), f"{made.storage.name}_tiles")
-                w.rounded[self.c.view.storage] = made
-            if isinstance(kernel, PairBlockProduct):
-                work = [w.scratch(bf16, (Size.of(w.slots), k, Size.of(width)), "unpacked")]
-                given.append(Size.of(w.slots))
-            pointers = [left, panels, *[e.view for e in self.extras], made, *work]
-            w.step(kernel, pointers, given, self.node, writes=1 + len(work))
-            return
-        given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
-        if isinstance(self.form, WordForm):
-            pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
-            w.step(WideBlockProduct(self.form, self.chain, tuple(how), whole), pointers, given, self.node)
-            return
-        if groups:
-            given += counts
-            for strides in (batch(self.x), w_batch, *[batch(e) for e in self.extras], batch(self.c)):
-                given += strides
-        pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
-        shaped = width, self.chain, tuple(how), bool(groups), whole
-        kernel = Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form)
-        w.step(kernel, pointers, given, self.node)
+        return tuple(how), rows
+
+    def _add_step(
+        self, kernel: Kernel, operands: Sequence[View], sizes: Sequence[Size], results: Sequence[View]
+    ) -> None:
+        """Add a step. Its pointers are the operands, the epilogue's inputs, and the arrays that it writes: the result
+        and a workspace, if it has one.
+        """
+        pointers = [*operands, *[extra.view for extra in self.extras], *results]
+        self.w.step(kernel, pointers, sizes, self.node, writes=len(results))
+
+    def _step_of_bytes(self, encoded: tuple[View, View], how: tuple[str, ...], whole: bool, sizes: list[Size]) -> None:
+        """Add the product of integers: of rows with their scales, and of a weight in bytes or in blocks."""
+        rows, scales = encoded
+        if self.form is None:
+            kernel: Kernel = (ByteTileProduct if self.w.isa.multiplies_tiles else QuadProduct)(self.chain, how, whole)
+        else:
+            assert isinstance(self.form, WordForm)
+            kernel = QuadBlockProduct(self.form, self.chain, how, whole)
+        sizes = [*sizes, self._joined(self.c, self.rows)]
+        self._add_step(kernel, [rows, self.y.view, scales], sizes, [self.c.view])
+
+    def _step_of_pairs(
+        self, how: tuple[str, ...], whole: bool, width: int, shape: tuple[Size, Size, Size], rows: list[Size]
+    ) -> None:
+        """Add the product of two bf16 matrices. The result is rounded to tiles if only another product reads it."""
+        w, (m, k, n) = self.w, shape
+        if self.sides is None:
+            left, right = rounded_rows(w, self.x.view, m, k, self._joined(self.x, self.rows), self.node), self.y.view
+        else:
+            left, right = self.sides
+        sizes = [m, k, n, *rows, self._joined(self.c, self.rows)]
+        made, kernel = self.c.view, self._paired(how, whole)
+        work: list[View] = []
+        if made.storage in w.rounded:
+            made = w.scratch(bf16, (held_elements("tiles", m, n),), f"{made.storage.name}_tiles")
+            w.rounded[self.c.view.storage] = made
+        if isinstance(kernel, PairBlockProduct):
+            work = [w.scratch(bf16, (Size.of(w.slots), k, Size.of(width)), "unpacked")]
+            sizes.append(Size.of(w.slots))
+        self._add_step(kernel, [left, right], sizes, [made, *work])
+
+    def _step_of_panels(
+        self, kernel: Kernel, panels: View, shape: list[Size], rows: list[Size], batches: list[Size]
+    ) -> None:
+        """Add the product of a matrix of any dtype and of panels, for each index of the batches."""
+        strides = [self._joined(self.x, self.rows), *rows, self._joined(self.c, self.rows)]
+        self._add_step(kernel, [self.x.view, panels], [*shape, *strides, *batches], [self.c.view])
+
+    def _batches(self, groups: list[list[str]], width: int, n: Size, k: Size) -> tuple[View, list[Size]]:
+        """Return y in panels, which are packed here if y is no packed weight. Also return the two sizes of the batch,
+        followed by the strides of each operand, of the epilogue's inputs and of the result. Without a batch, there are
+        none.
+        """
+        missing = 2 - len(groups)
+        counts = [ONE] * missing + [product(self.sizes[n] for n in group) for group in groups]
+
+        def strides(term: LetteredView) -> list[Size]:
+            return [ZERO] * missing + [self._joined(term, group) for group in groups]
+
+        if self.packed:
+            panels, of_panels = self.y.view, [ZERO, ZERO]
+        else:
+            panels, of_panels = self._pack(width, n, k, counts, strides(self.y), self._joined(self.y, self.k))
+        if not groups:
+            return panels, []
+        extras = [stride for extra in self.extras for stride in strides(extra)]
+        return panels, [*counts, *strides(self.x), *of_panels, *extras, *strides(self.c)]
 
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
         """Return the kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""

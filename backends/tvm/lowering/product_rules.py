@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
@@ -27,7 +28,8 @@ from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH as TILE_WIDTH
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
 from treadle.backends.tvm.lowering.encoded_rules import form_of, laid_out, rows_of
-from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct, rounded_rows
+from treadle.backends.tvm.lowering.lettered_views import LetteredView
+from treadle.backends.tvm.lowering.matrix_product import Finish, MatrixProduct, rounded_rows
 from treadle.backends.tvm.lowering.product_sides import narrow_sides
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
@@ -167,42 +169,11 @@ def _sum(
     w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: LetteredView, finish: Finish
 ) -> None:
     """Add steps that sum in float32: one matrix product for each operand after the first."""
+    product = _by_stored_form(w, node, equation, values, to, finish) if len(values) == 2 else None
+    if product is not None:
+        product.emit()
+        return
     sizes = equation.sizes
-    if len(values) == 2:
-        if isinstance(op := (w.groups[node].product or node).op, EncodedLinear):
-            whole = form_of(op)
-            rows, laid = rows_of(w, node, values[0], whole), laid_out(w, values[1], whole)
-            x, y = (
-                LetteredView.of(v, letters)
-                for v, letters in zip((w.view(values[0]), laid), equation.operands, strict=False)
-            )
-            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=whole, encoded=rows).emit()
-            return
-        if values[1].layout is not None and values[1].layout.kind == "pairs":
-            x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
-            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
-            return
-        if (unpacked := unpacking(values[1])) is not None:
-            narrow = unpacked.result.type.dtype is bf16  # the kernel reads bf16 blocks directly
-            held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
-            x = LetteredView.of(held, equation.operands[0])
-            y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
-            of = unpacked.op.attributes["of"]
-            form = packed_form(of) or word_form(of)
-            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
-            return
-        if (sides := narrow_sides(w, w.groups[node].product or node)) is not None:
-            ready = sides[0].made(w, node), sides[1].made(w, node)
-            x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
-            MatrixProduct(w, node, sizes, x, y, to, finish, sides=ready).emit()
-            return
-        weight = _in_panels(w, node, values[1], equation)
-        if weight is not None:
-            x = LetteredView.of(_widened(w, w.view(values[0])), equation.operands[0])
-            MatrixProduct(
-                w, node, sizes, x, LetteredView.of(weight, equation.operands[1]), to, finish, packed=True
-            ).emit()
-            return
     terms = [LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False)]
     terms = [_without_lone(w, node, terms, i, to, sizes) for i in range(len(terms))]
     if len(terms) == 1:
@@ -223,6 +194,35 @@ def _sum(
         x, y = (replace(t, view=_widened(w, t.view)) for t in (left, right))
         MatrixProduct(w, node, sizes, x, y, made, done).emit()
         left = made
+
+
+def _by_stored_form(
+    w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: LetteredView, finish: Finish
+) -> MatrixProduct | None:
+    """Return the product of two operands if a kernel reads the form in which the second one is stored, else None."""
+    fused = w.groups[node].product or node
+    x, y = values
+
+    def product(of_x: View, of_y: View, **forms: Any) -> MatrixProduct:
+        one, other = map(LetteredView.of, (of_x, of_y), equation.operands)
+        return MatrixProduct(w, node, equation.sizes, one, other, to, finish, **forms)
+
+    if isinstance(fused.op, EncodedLinear):
+        whole = form_of(fused.op)
+        rows, laid = rows_of(w, node, x, whole), laid_out(w, y, whole)
+        return product(w.view(x), laid, packed=True, form=whole, encoded=rows)
+    if y.layout is not None and y.layout.kind == "pairs":
+        return product(w.view(x), w.view(y), packed=True)
+    if (unpacked := unpacking(y)) is not None:
+        narrow = unpacked.result.type.dtype is bf16  # the kernel reads bf16 blocks directly
+        left = w.view(x) if narrow else _widened(w, w.view(x))
+        of = unpacked.op.attributes["of"]
+        return product(left, w.view(unpacked.inputs[0]), packed=True, form=packed_form(of) or word_form(of))
+    if (sides := narrow_sides(w, fused)) is not None:
+        ready = sides[0].made(w, node), sides[1].made(w, node)
+        return product(w.view(x), w.view(y), sides=ready)
+    weight = _in_panels(w, y, equation)
+    return None if weight is None else product(_widened(w, w.view(x)), weight, packed=True)
 
 
 def _without_lone(
@@ -288,7 +288,7 @@ def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
     return own and reads and value not in w.plan.function.outputs.values()
 
 
-def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -> View | None:
+def _in_panels(w: RoutineWriter, value: Value, equation: Equation) -> View | None:
     """Return a parameter in the panels that a product reads, or None if the product does not read it in panels."""
     n = equation.result[-1] if equation.result else None
     if value.type.rank != 2 or n is None or n not in equation.operands[1]:

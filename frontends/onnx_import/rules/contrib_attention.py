@@ -163,34 +163,11 @@ def _grouped(site: OnnxSite) -> Made:
     b, heads, groups = site.b, site.int("num_heads", 0), site.int("kv_num_heads", 0)
     scale, softcap, window = site.float("scale", 0.0), site.float("softcap", 0.0), site.int("local_window_size", -1)
     rotary, interleaved = site.int("do_rotary", 0), bool(site.int("rotary_interleaved", 0))
-    if site.int("smooth_softmax", 0) > 0 or site.has(11):
-        site.refuse("a sink is not supported")
-    for name in ("k_quant_type", "v_quant_type"):
-        if site.text(name, "NONE") != "NONE":
-            site.refuse("a quantized cache is not supported")
-    if any(site.wanted[3:]) or site.int("qk_output", 0):
-        site.refuse("scores are not supported as an output")
-    for position, name in enumerate(_GROUPED_REFUSED, 12):
-        if site.has(position):
-            site.refuse(f"{name} is not supported")
-    if site.int("sliding_window_cache", 0):
-        site.refuse("a cache as long as its window (sliding_window_cache) is not supported")
-    site.ignore(
-        "qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width"
-    )  # attributes of unsupported cases
+    _refuse_extensions(site)
     is_causal = site.int("causal", 1)
     if is_causal not in (0, 1) or (window != -1 and not is_causal):
         site.malformed(f"causal must be 1, or 0 without a window, but is {is_causal} with a window of {window}")
-    if site.has(1):
-        parts = [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
-    else:
-        width = site.number(site.shape(0)[2], "the packed width") // max(heads + 2 * groups, 1)
-        every = heads_apart(site, site.x(0), heads + 2 * groups)
-        ends = [0, heads, heads + groups, heads + 2 * groups]
-        if width < 1:
-            site.malformed("the packed width does not split into heads")
-        parts = [b.slice(every, axis=1, start=ends[i], stop=ends[i + 1]) for i in range(3)]
-    q, k, v = parts
+    q, k, v = _packed_or_separate(site, heads, groups)
     queries, real = q.shape[2], site.x(5).cast(i64) + 1
     real, _ = reshaped(b, real, q.shape[:1])
     total = site.size(6)
@@ -221,6 +198,36 @@ def _grouped(site: OnnxSite) -> Made:
     biases = _added(site, 10, (q.shape[0], q.shape[1], queries, keys))
     y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale or None, softcap=softcap or None)
     return [heads_together(b, y), k, v]
+
+
+def _refuse_extensions(site: OnnxSite) -> None:
+    """Refuse sinks, quantized caches, scores as an output, and inputs that would change the result."""
+    if site.int("smooth_softmax", 0) > 0 or site.has(11):
+        site.refuse("a sink is not supported")
+    for name in ("k_quant_type", "v_quant_type"):
+        if site.text(name, "NONE") != "NONE":
+            site.refuse("a quantized cache is not supported")
+    if any(site.wanted[3:]) or site.int("qk_output", 0):
+        site.refuse("scores are not supported as an output")
+    for position, name in enumerate(_GROUPED_REFUSED, 12):
+        if site.has(position):
+            site.refuse(f"{name} is not supported")
+    if site.int("sliding_window_cache", 0):
+        site.refuse("a cache as long as its window (sliding_window_cache) is not supported")
+    # attributes of unsupported cases
+    site.ignore("qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width")
+
+
+def _packed_or_separate(site: OnnxSite, heads: int, groups: int) -> list[Expr]:
+    """Return queries, keys and values by heads, from three inputs or from one."""
+    if site.has(1):
+        return [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
+    width = site.number(site.shape(0)[2], "the packed width") // max(heads + 2 * groups, 1)
+    every = heads_apart(site, site.x(0), heads + 2 * groups)
+    ends = [0, heads, heads + groups, heads + 2 * groups]
+    if width < 1:
+        site.malformed("the packed width does not split into heads")
+    return [site.b.slice(every, axis=1, start=ends[i], stop=ends[i + 1]) for i in range(3)]
 
 
 def _appended(site: OnnxSite, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:

@@ -11,6 +11,7 @@ from treadle.frontends.recipes.activations import root
 from treadle.frontends.recipes.positions import flipped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import product
+from treadle.ir.tensors.methods import reversed_order
 from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import f32, i64, u8
 
@@ -222,20 +223,12 @@ def _argument(name: str, latest: int, least: bool) -> None:
         x = in_order(b, site.x(0), site.element(0).name == "UINT64")
         axis, keep = site.axis(site.int("axis", 0), x.rank), bool(site.int("keepdims", 1))
         if least:
-            x = _reversed_order(site, x)
+            x = reversed_order(x)
         if not site.int("select_last_index", 0):
             return b.argmax(x, axis=axis, keep=keep)
         size = x.shape[axis]
         last = b.size(value=size - 1) if size.constant is None else b.constant(size.constant - 1, i64)
         return last - b.argmax(flipped(b, x, axis), axis=axis, keep=keep)
-
-
-def _reversed_order(site: OnnxSite, x: Expr) -> Expr:
-    """Return numbers that compare in the reverse order of x. For integers, this is -1 - x, which does not overflow."""
-    if x.dtype.is_float:
-        return -x
-    b = site.b
-    return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
 
 
 _argument("ArgMax", 13, least=False)
@@ -258,8 +251,8 @@ def _top_k(site: OnnxSite) -> Made:
     if largest:
         values, indices = b.top_k(x, k=k, axis=axis)
         return [in_order(b, values, unsigned), indices]
-    values, indices = b.top_k(_reversed_order(site, x), k=k, axis=axis)
-    return [in_order(b, _reversed_order(site, values), unsigned), indices]
+    values, indices = b.top_k(reversed_order(x), k=k, axis=axis)
+    return [in_order(b, reversed_order(values), unsigned), indices]
 
 
 @operator("Hardmax", latest=13)

@@ -122,7 +122,7 @@ def table_mask(roles: Roles, added: Added) -> Table | None:
     return Table(added.placed, array == 0, tuple(axes), fill)
 
 
-def table_terms(roles: Roles, table: Table) -> list[Fused]:
+def table_terms(table: Table) -> list[Fused]:
     """Return the mask of a constant addend: as terms by position, or as one boolean mask with the facts known about
     it.
     """

@@ -222,7 +222,7 @@ def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) ->
             if mask is not None:
                 step = replace(step, mask=mask, kept=read_condition(roles, mask.placed, mask.keep))
             elif isinstance(part, Added) and (table := table_mask(roles, part)) is not None:
-                step = replace(step, mask=table, kept=Reading(table_terms(roles, table)))
+                step = replace(step, mask=table, kept=Reading(table_terms(table)))
             else:
                 step = replace(step, hazards=hazards_of(part.placed.value))
             steps.append(step)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.cpu_features import cpu_flags
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.kernel_text import stored_type
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
+from treadle.backends.tvm.kernels.host.cpu_features import cpu_flags
 from treadle.ir.types import i64
 
 HERE = Path(__file__).parent

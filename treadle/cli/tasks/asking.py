@@ -1,19 +1,21 @@
-"""Shared parts of the task commands: their options, and the printing of scores."""
+"""Shared parts of the task commands: their options, and the printing of scores and of rewritten texts."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli.application import command
+from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
     from treadle.runtime.beams import Beams
+    from treadle.tasks.rewriting import Rewritten, TextRewriter
     from treadle.tasks.scoring import Scored
 
 File = Annotated[
@@ -93,3 +95,13 @@ def scored_facts(scores: Sequence[Scored]) -> list[dict[str, Any]]:
 def scored_text(scores: Sequence[Scored]) -> str:
     """Return labels and scores as one line."""
     return ", ".join(f"{each.label} {each.score:.4f}" for each in scores)
+
+
+def print_rewritten(rewriter: TextRewriter, sources: Sequence[str], texts: Sequence[Rewritten], as_json: bool) -> None:
+    """Print the rewritten texts, as JSON with their sources."""
+    if as_json:
+        records = [{"source": text, **asdict(each)} for text, each in zip(sources, texts, strict=True)]
+        print_json({"model": rewriter.model.name, "backend": rewriter.model.backend, "texts": records})
+        return
+    for each in texts:
+        print(each.text)

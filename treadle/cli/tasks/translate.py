@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import print_json
 from treadle.cli.options import Column
-from treadle.cli.tasks.asking import BeamCount, File, LengthPenalty, Most, beams_of, task_command
+from treadle.cli.tasks.asking import BeamCount, File, LengthPenalty, Most, beams_of, print_rewritten, task_command
 
 if TYPE_CHECKING:
     from treadle.program.program import Program
@@ -61,9 +59,4 @@ def translate_texts(
         rewriter = TextRewriter.open(program)
     with counting("translating", len(given), shown=not as_json) as progress:
         found = rewriter.translate(given, source=source, target=into, most=most, beams=search, progress=progress)
-    if as_json:
-        records = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": rewriter.model.backend, "texts": records})
-        return
-    for each in found:
-        print(each.text)
+    print_rewritten(rewriter, given, found, as_json)

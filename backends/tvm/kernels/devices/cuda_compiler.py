@@ -22,7 +22,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from treadle.backends.tvm.kernels.stored_kernels import read_stored, version_folder, write_stored
+from treadle.backends.tvm.kernels.host.stored_kernels import read_stored, version_folder, write_stored
 from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError, Hint
 

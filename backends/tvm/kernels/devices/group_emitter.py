@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from treadle.backends.tvm.kernels.arithmetic.wgsl_text import narrowed
 from treadle.backends.tvm.kernels.devices.barriers import place_barriers, place_registers
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.group_kernel import GroupKernel, LackingWord, refuse_dtype
+from treadle.backends.tvm.kernels.devices.group_memory import GroupPointer, GroupView, LoadedVector, count_parts, loaded
 from treadle.backends.tvm.kernels.devices.statements import (
     GLOBAL,
     Access,
@@ -45,8 +45,10 @@ from treadle.backends.tvm.kernels.devices.values import (
     GroupValue,
     ThreadNode,
     constant,
+    index_node,
     is_constant,
     operation,
+    table,
 )
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -70,49 +72,6 @@ def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     if made.shared_bytes > device.limits.shared:
         raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.limits.shared}")
     return made
-
-
-class GroupPointer:
-    """A pointer argument of a kernel: a buffer, and an element offset that is added to every index."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.memory, self.name, self.dtype = memory, memory.name, memory.dtype
-
-
-class GroupView:
-    """An array over a pointer or registers; strides are in elements."""
-
-    def __init__(self, memory: Memory, strides: Sequence[ThreadNode], shape: Sequence[ThreadNode] = ()) -> None:
-        self.memory, self.strides, self.shape = memory, tuple(strides), tuple(shape)
-        self.name, self.dtype = memory.name, memory.dtype
-
-
-class LoadedVector(GroupValue):
-    """A vector in memory. It is loaded where it is used, as parts of single elements or of wider words."""
-
-    def __init__(self, emitter: GroupEmitter, view: GroupView, base: ThreadNode, lanes: int) -> None:
-        super().__init__((), lanes)
-        self.emitter, self.view, self.base = emitter, view, base
-        self._kept: tuple[ThreadNode, ...] | None = None
-
-    @property
-    def parts(self) -> tuple[ThreadNode, ...]:
-        if self._kept is None:
-            self._kept = tuple(
-                self.emitter.loaded(self.view, self.base, self.lanes, p) for p in self._numbers(self.lanes)
-            )
-        return self._kept
-
-    def as_words(self, type: str, factor: int) -> GroupValue:
-        """Return the vector as words of `factor` elements each."""
-        lanes = self.lanes // factor
-        parts = [
-            self.emitter.loaded(self.view, self.base, lanes, p, wide=type, factor=factor) for p in self._numbers(lanes)
-        ]
-        return GroupValue(parts, lanes)
-
-    def _numbers(self, lanes: int) -> range:
-        return range(self.emitter.parts(lanes))
 
 
 class GroupEmitter(Emitter):
@@ -139,12 +98,8 @@ class GroupEmitter(Emitter):
         self.made.body = place_barriers(body, self.isa)
         return self.made
 
-    def parts(self, lanes: int) -> int:
-        """Return the number of parts of a vector."""
-        group = self.isa.group
-        if lanes % group and group % lanes:
-            raise LackingWord("load", f"a vector of {lanes} lanes in a group of {group} threads")
-        return max(1, lanes // group)
+    def _count(self, lanes: int) -> int:
+        return count_parts(lanes, self.isa.group)
 
     def _add(self, statement: Statement) -> None:
         self._blocks[-1].append(statement)
@@ -178,14 +133,14 @@ class GroupEmitter(Emitter):
         return GroupValue([ThreadNode("variable", INDEX, (), made)])
 
     def view(self, pointer: GroupPointer, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> GroupView:
-        sizes = [_index(n) for n in shape] or [constant(1, INDEX)]
+        sizes = [index_node(n) for n in shape] or [constant(1, INDEX)]
         if strides is None:
             row_major: list[ThreadNode] = [constant(1, INDEX)]
             for n in sizes[:0:-1]:
                 row_major.append(operation("*", row_major[-1], n))
             steps = row_major[::-1]
         else:
-            steps = [_index(s) for s in strides] or [constant(1, INDEX)]
+            steps = [index_node(s) for s in strides] or [constant(1, INDEX)]
         made = GroupView(pointer.memory, steps, sizes)
         made.name = pointer.name
         return made
@@ -201,7 +156,7 @@ class GroupEmitter(Emitter):
 
     @contextmanager
     def _loop(self, count: Any, name: str, *, unrolled: bool = False, tasks: bool = False) -> Iterator[GroupValue]:
-        size = self._let(_index(count), f"{name}_count")  # computed once
+        size = self._let(index_node(count), f"{name}_count")  # computed once
         variable = ThreadNode("variable", INDEX, (), self._named(name))
         with self._body(Loop(variable, size, unrolled=unrolled, tasks=tasks)):
             yield GroupValue([variable])
@@ -255,35 +210,16 @@ class GroupEmitter(Emitter):
         return GroupView(memory, [constant(1, INDEX)])
 
     def load(self, view: GroupView, index: Sequence[Any], lanes: int = 1) -> GroupValue:
-        base = self._flat(view, index)
+        base = view.flat_index(index)
         if lanes > 1:
-            self.parts(lanes)
-            return LoadedVector(self, view, base, lanes)
-        return GroupValue([self.loaded(view, base, 1, 0)])
-
-    def loaded(
-        self,
-        view: GroupView,
-        base: ThreadNode,
-        lanes: int,
-        part: int,
-        *,
-        offset: ThreadNode | None = None,
-        wide: str | None = None,
-        factor: int = 1,
-    ) -> ThreadNode:
-        """Return the load of one part of a vector."""
-        access = Access(view.memory, base, lanes, part, self.isa.group, offset, wide, factor)
-        if wide is not None and offset is None:
-            access = replace(access, offset=access.thread_offset)
-        type = wide or view.dtype.name
-        return ThreadNode("load", type, (), access)
+            return LoadedVector(view.memory, base, lanes, self.isa.group)
+        return GroupValue([loaded(view.memory, base, 1, 0, self.isa.group)])
 
     def store(self, view: GroupView, index: Sequence[Any], value: Any, lanes: int = 1) -> None:
         """Store a vector. Of a vector with fewer lanes than the group has threads, the first threads store; of a
         scalar, the first thread, unless it goes to registers.
         """
-        base = self._flat(view, index)
+        base = view.flat_index(index)
         if not isinstance(value, GroupValue):
             value = self.number(value, view.dtype, lanes)
         if value.lanes != lanes or value.type != view.dtype.name:
@@ -294,13 +230,6 @@ class GroupEmitter(Emitter):
         for part, node in enumerate(value.parts):
             access = Access(view.memory, base, lanes, part, self.isa.group)
             self._add(Store(access, node, lanes if lanes < self.isa.group else None))
-
-    def _flat(self, view: GroupView, index: Sequence[Any]) -> ThreadNode:
-        """Return the element's index in memory."""
-        flat = constant(0, INDEX)
-        for i, stride in zip([_index(i) for i in index] or [constant(0, INDEX)], view.strides, strict=True):
-            flat = operation("+", flat, operation("*", i, stride))
-        return flat
 
     def address(self, view: GroupView, index: Sequence[Any]) -> GroupValue:
         raise LackingWord("address", "an intrinsic of an instruction set takes it")
@@ -324,15 +253,15 @@ class GroupEmitter(Emitter):
         return self.splat(GroupValue([constant(made, dtype.name)]), lanes)
 
     def index(self, value: Any) -> GroupValue:
-        return GroupValue([_index(value)])
+        return GroupValue([index_node(value)])
 
     def splat(self, value: GroupValue, lanes: int) -> GroupValue:
-        return GroupValue([value.node] * self.parts(lanes), lanes)
+        return GroupValue([value.node] * self._count(lanes), lanes)
 
     def lane_indices(self, first: Any, lanes: int) -> GroupValue:
-        at = _index(first)
+        at = index_node(first)
         return GroupValue(
-            [operation("+", at, lane_of(lanes, p, self.isa.group)) for p in range(self.parts(lanes))], lanes
+            [operation("+", at, lane_of(lanes, p, self.isa.group)) for p in range(self._count(lanes))], lanes
         )
 
     def cast(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
@@ -392,10 +321,10 @@ class GroupEmitter(Emitter):
 
     def floor_divide(self, x: Any, y: Any) -> GroupValue:
         """Divide indices, which are never negative, so that the quotient is truncated."""
-        return GroupValue([operation("/", _index(x), _index(y))])
+        return GroupValue([operation("/", index_node(x), index_node(y))])
 
     def floor_mod(self, x: Any, y: Any) -> GroupValue:
-        return GroupValue([operation("%", _index(x), _index(y))])
+        return GroupValue([operation("%", index_node(x), index_node(y))])
 
     def bits(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         """Reinterpret bits. Several elements become one wider element only if they are loaded from memory."""
@@ -443,15 +372,16 @@ class GroupEmitter(Emitter):
             made = ThreadNode("variable", value.type, (), self._named(name))
             self._add(Exchange(made, value, thread))
             return made
-        cells = self.registers(self.isa.group, DTYPES[value.type], "exchanged")
-        self.store(cells, [0], GroupValue([value], self.isa.group), self.isa.group)
-        return self._let(self.loaded(cells, constant(0, INDEX), self.isa.group, 0, offset=thread), name)
+        group = self.isa.group
+        cells = self.registers(group, DTYPES[value.type], "exchanged")
+        self.store(cells, [0], GroupValue([value], group), group)
+        return self._let(loaded(cells.memory, constant(0, INDEX), group, 0, group, offset=thread), name)
 
     def shuffle(self, vectors: Sequence[GroupValue], lanes: Sequence[int]) -> GroupValue:
         """Return lanes of the concatenated vectors: each thread reads the parts of other threads."""
         group, wide = self.isa.group, vectors[0].lanes
         made = []
-        for part in range(self.parts(len(lanes))):
+        for part in range(self._count(len(lanes))):
             picked = [lanes[(part * group + t) % len(lanes)] for t in range(group)]
             places = [self._place_of(lane % wide, wide) for lane in picked]
             sources = [(lane // wide, q) for lane, (q, _) in zip(picked, places, strict=True)]
@@ -486,7 +416,7 @@ class GroupEmitter(Emitter):
             self.store(square, [i * pitch], row, lanes)
         down = operation("*", LANE, constant(pitch, INDEX))
         return [
-            self.let(GroupValue([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes))
+            self.let(GroupValue([loaded(square.memory, constant(j, INDEX), lanes, 0, group, offset=down)], lanes))
             for j in range(lanes)
         ]
 
@@ -541,29 +471,5 @@ def _refuse_stores_after_tasks(body: list[Statement]) -> None:
 _DTYPE = {"u16": "bf16"}  # 16-bit numbers are their bits
 
 
-def table(entries: Sequence[int]) -> ThreadNode:
-    """Return an index that depends on the thread: a formula if there is a simple one, otherwise a table."""
-    first, count = entries[0], len(entries)
-    if all(e == first for e in entries):
-        return constant(first, INDEX)
-    step = entries[1] - first
-    if all(e == first + step * t for t, e in enumerate(entries)) and step > 0:
-        return operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE))
-    if all(e == (first + step * t) % count for t, e in enumerate(entries)) and step > 0:
-        return operation(
-            "%",
-            operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE)),
-            constant(count, INDEX),
-        )
-    return ThreadNode("table", INDEX, (), tuple(entries))
-
-
 def _scalar(value: Any) -> GroupValue:
     return value if isinstance(value, GroupValue) else GroupValue([constant(value, INDEX)])
-
-
-def _index(value: Any) -> ThreadNode:
-    if not isinstance(value, GroupValue):
-        return constant(int(value), INDEX)
-    node = value.node
-    return node if node.type == INDEX else ThreadNode("cast", INDEX, (node,))

@@ -93,6 +93,21 @@ def operation(op: str, a: ThreadNode, b: ThreadNode) -> ThreadNode:
     return ThreadNode(op, type, (a, b))
 
 
+def table(entries: Sequence[int]) -> ThreadNode:
+    """Return an index that depends on the thread: a formula if there is a simple one, otherwise a table."""
+    first, count = entries[0], len(entries)
+    if all(e == first for e in entries):
+        return constant(first, INDEX)
+    step = entries[1] - first
+    if step > 0:
+        line = operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE))
+        if all(e == first + step * t for t, e in enumerate(entries)):
+            return line
+        if all(e == (first + step * t) % count for t, e in enumerate(entries)):
+            return operation("%", line, constant(count, INDEX))
+    return ThreadNode("table", INDEX, (), tuple(entries))
+
+
 def loads_of(node: ThreadNode) -> list[ThreadNode]:
     """Return every load in an expression, without the values of variables."""
     found = [node] if node.op == "load" else []
@@ -276,3 +291,11 @@ class GroupValue:
 
     def __ge__(self, other: Any) -> GroupValue:
         return self.joined(">=", other)
+
+
+def index_node(value: Any) -> ThreadNode:
+    """Return an index, which is an integer or a scalar of any integer type, as an expression."""
+    if not isinstance(value, GroupValue):
+        return constant(int(value), INDEX)
+    node = value.node
+    return node if node.type == INDEX else ThreadNode("cast", INDEX, (node,))

@@ -4,8 +4,9 @@ identical to `uint8_rows` or `int8_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.isa import Isa
@@ -19,6 +20,9 @@ from treadle.ir.types import DTYPES, DType, f32, u8
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+    Numbers = Callable[[Expr, int], Expr]
+    """A function that returns numbers of a row: a vector with a number of lanes, from a position on."""
 
 _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 _INFINITY = 0x7F800000  # the bits of infinity in float32
@@ -91,7 +95,6 @@ class EncodeRows(Kernel):
             y = k.view(pointers[0], [k.floor_divide(m + (BLOCK - 1), BLOCK), steps, 2, ROWS, QUAD_STEP])
         else:
             y = k.view(pointers[0], [m, depth + self.head if held else steps * QUAD_STEP])
-        lanes = k.isa.lanes()
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i:
@@ -104,41 +107,71 @@ class EncodeRows(Kernel):
                         return integers(k, found, self.signed, of_row[1], count)
                     return found if by is None else found * k.load(by, [at], count)
 
-                if self.static:
-                    factor, zero = (k.let(k.load(each, [k.index(0)])) for each in given)
-                    largest, _ = self._ends(k, number, depth, magnitude=True)
-                    none = largest > k.number(_INFINITY, _i32)
-                    scale = k.select(none, k.number(float("nan"), f32), factor)
-                    bits, zero = k.let(k.bits(scale, _i32), "bits"), k.let(k.cast(zero, _i32), "zero")
-                elif of_row is None:
-                    scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
-                    bits = k.let(k.bits(scale, _i32), "bits")
-                else:
-                    bits, factor = of_row[0], k.number(1.0, f32)
-                    zero = k.number(128, _i32) if self.signed else of_row[1]
+                bits, factor, zero = self._coding(k, number, depth, of_row, given)
                 if held:
-                    for byte in range(ROW_HEAD):
-                        part = (bits >> k.number(8 * byte, _i32)) & k.number(255, _i32)
-                        k.store(y, [row, byte], k.cast(part, u8))
-                    if not self.signed:
-                        k.store(y, [row, ROW_HEAD], k.cast(zero, u8))
-                whole = k.let(k.floor_divide(depth, QUAD_STEP), "whole")
-                with k.loop(whole, "step") as step:
-                    to = self._place(k, sixteen, i, row, step)
-                    at = k.let(step * QUAD_STEP, "at")
-                    self._step(k, lambda j, at=at: number(at + j, lanes), y, to, factor, zero, QUAD_STEP)  # type: ignore[misc]
-                with k.when(whole * QUAD_STEP < depth):
-                    rest = k.registers(QUAD_STEP, f32, "rest")
-                    for j in range(0, QUAD_STEP, lanes):
-                        k.store(rest, [j], k.number(0.0, f32, lanes), lanes)
-                    left = k.let(depth - whole * QUAD_STEP, "left")
-                    with k.loop(left, "j") as j:
-                        k.store(rest, [j], number(whole * QUAD_STEP + j))
-                    to = self._place(k, sixteen, i, row, whole)
-                    last = left if held else QUAD_STEP
-                    self._step(k, lambda j: k.load(rest, [j], lanes), y, to, factor, zero, last)
+                    self._write_head(k, y, row, bits, zero)
+                self._write_numbers(k, number, depth, y, partial(self._place, k, sixteen, i, row), (factor, zero))
                 k.store(rows, [row, 0], bits)
                 k.store(rows, [row, 1], zero)
+
+    def _coding(
+        self, k: Emitter, number: Numbers, depth: Expr, of_row: tuple[Expr, Expr] | None, steps: Sequence[Any]
+    ) -> tuple[Expr, Expr, Expr]:
+        """Return the bits of a row's scale, the factor of its numbers, and its zero point.
+
+        of_row  the bits of the scale and the zero point of an encoded row, or None
+        steps   views of the scale and of the zero point of all rows, if `static`
+        """
+        if self.static:
+            factor, zero = (k.let(k.load(each, [k.index(0)])) for each in steps)
+            largest, _ = self._ends(k, number, depth, magnitude=True)
+            none = largest > k.number(_INFINITY, _i32)
+            scale = k.select(none, k.number(float("nan"), f32), factor)
+            bits = k.let(k.bits(scale, _i32), "bits")
+            return bits, factor, k.let(k.cast(zero, _i32), "zero")
+        if of_row is not None:
+            bits, zero = of_row
+            return bits, k.number(1.0, f32), k.number(128, _i32) if self.signed else zero
+        scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
+        return k.let(k.bits(scale, _i32), "bits"), factor, zero
+
+    def _write_head(self, k: Emitter, y: Any, row: Expr, bits: Expr, zero: Expr) -> None:
+        """Store the bytes of an encoded row before its numbers: the scale, and the zero point of an unsigned row."""
+        for byte in range(ROW_HEAD):
+            part = (bits >> k.number(8 * byte, _i32)) & k.number(255, _i32)
+            k.store(y, [row, byte], k.cast(part, u8))
+        if not self.signed:
+            k.store(y, [row, ROW_HEAD], k.cast(zero, u8))
+
+    def _write_numbers(
+        self,
+        k: Emitter,
+        number: Numbers,
+        depth: Expr,
+        y: Any,
+        place: Callable[[Expr], list[Expr]],
+        coding: tuple[Expr, Expr],
+    ) -> None:
+        """Quantize and store the numbers of a row, 64 at a time.
+
+        place   returns the index in y at which a step's numbers begin
+        coding  the factor and the zero point
+        """
+        lanes = k.isa.lanes()
+        whole = k.let(k.floor_divide(depth, QUAD_STEP), "whole")
+        with k.loop(whole, "step") as step:
+            to = place(step)
+            at = k.let(step * QUAD_STEP, "at")
+            self._step(k, lambda j: number(at + j, lanes), y, to, *coding, QUAD_STEP)
+        with k.when(whole * QUAD_STEP < depth):
+            rest = k.registers(QUAD_STEP, f32, "rest")
+            for j in range(0, QUAD_STEP, lanes):
+                k.store(rest, [j], k.number(0.0, f32, lanes), lanes)
+            left = k.let(depth - whole * QUAD_STEP, "left")
+            with k.loop(left, "j") as j:
+                k.store(rest, [j], number(whole * QUAD_STEP + j, 1))
+            last = left if self.form == "held" else QUAD_STEP
+            self._step(k, lambda j: k.load(rest, [j], lanes), y, place(whole), *coding, last)
 
     def _place(self, k: Emitter, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> list[Expr]:
         """Return the index in y at which the numbers of a step of a row begin."""
@@ -146,9 +179,7 @@ class EncodeRows(Kernel):
             return [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
         return [row, step * QUAD_STEP + self.head]
 
-    def _ends(
-        self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr, magnitude: bool = False
-    ) -> tuple[Expr, Expr]:
+    def _ends(self, k: Emitter, number: Numbers, depth: Expr, magnitude: bool = False) -> tuple[Expr, Expr]:
         """Return the bits of a row's largest number, and the bits of minus its smallest number; 0 if no number has that
         sign.
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from treadle.backends.tvm.kernels.platforms import add_folders, this_platform
-from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numbers
+from treadle.backends.tvm.kernels.host.platforms import add_folders, this_platform
+from treadle.backends.tvm.kernels.host.woken_threads import WokenThreads, thread_numbers
 from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError, Hint
 

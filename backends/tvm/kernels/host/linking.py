@@ -10,7 +10,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from treadle.backends.tvm.kernels.platforms import this_platform
+from treadle.backends.tvm.kernels.host.platforms import this_platform
 
 _failures: dict[tuple[str, ...], str] = {}  # commands that failed once in this process, and their messages
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.cache import Entry, KernelCache
+from treadle.backends.tvm.kernels.host.cache import Entry, KernelCache
 from treadle.backends.tvm.kernels.isa import Isa, host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError

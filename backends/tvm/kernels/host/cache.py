@@ -29,13 +29,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED
 from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.host import linking, tvm_runtime
+from treadle.backends.tvm.kernels.host.runner import CONNECT, Runner
+from treadle.backends.tvm.kernels.host.stored_kernels import read_stored, usual_folder, version_folder, write_stored
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.runner import CONNECT, Runner
-from treadle.backends.tvm.kernels.stored_kernels import read_stored, usual_folder, version_folder, write_stored
 from treadle.files.whole_files import sweep
 from treadle.ir.errors import BackendError, Hint
 
@@ -253,7 +253,7 @@ def assembly(kernel: Kernel, isa: Isa) -> str:
 
 def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
     """Return a kernel as TVMScript, under its title or another name."""
-    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
+    from treadle.backends.tvm.kernels.host.llvm_emitter import primfunc
 
     text = str(primfunc(kernel, isa, name or kernel.title).script(show_meta=False))
     return text[text.index("@T.prim_func") :].rstrip() + "\n"
@@ -262,7 +262,7 @@ def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
 def _executable(kernel: Kernel, isa: Isa) -> Any:
     import tvm
 
-    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
+    from treadle.backends.tvm.kernels.host.llvm_emitter import primfunc
 
     module = tvm.IRModule({_SYMBOL: primfunc(kernel, isa, _SYMBOL)})
     try:
