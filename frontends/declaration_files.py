@@ -1,5 +1,6 @@
 """Model declarations in a user's Python file: `file.py:function`. The file is run as it is: no bytecode is read or
-written, since a stale one (of equal size and time) is other code than the file that the user names.
+written, since a stale one (of equal size and time) is other code than the file that the user names. It may import its
+neighbors (`treadle.frontends.neighbor_modules`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,18 @@ from pathlib import Path
 
 from treadle.files.nearest_names import NearestNames, argument_hint, nearest_path_hint
 from treadle.frontends.declarations import Model
+from treadle.frontends.neighbor_modules import Neighbors, keep_neighbors
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.source_lines import raising_line
+
+
+def _import_hint(path: Path, error: Exception) -> str | None:
+    """Return a hint for a module that is not found beside a file."""
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return f"the import without the dot, of a module beside {path.name}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"a file {error.name.partition('.')[0]}.py beside {path.name}, or its folder in PYTHONPATH"
+    return None
 
 
 def python_file(model: Model) -> Path | None:
@@ -38,9 +49,11 @@ def load_declaration(path: Path, function: str) -> Model:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    keep_neighbors(module, neighbors := Neighbors(path.parent))
     try:
         code = spec.loader.source_to_code(spec.loader.get_data(str(path)), str(path))
-        exec(code, vars(module))
+        with neighbors.importable():
+            exec(code, vars(module))
     except TreadleError:
         raise
     except SyntaxError as error:
@@ -53,8 +66,11 @@ def load_declaration(path: Path, function: str) -> Model:
             hint='put the code that ends the script under: if __name__ == "__main__":',
         ) from error
     except Exception as error:
-        at = str(raising_line(error) or path.name)
-        raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error
+        raise FrontendError(
+            f"{path.name} cannot be imported: {type(error).__name__}: {error}",
+            source=str(raising_line(error) or path.name),
+            hint=_import_hint(path, error),
+        ) from error
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
         near = NearestNames(models).of(function)

@@ -15,6 +15,7 @@ from treadle.files.nearest_names import NearestNames
 from treadle.frontends.call_errors import call_hint
 from treadle.frontends.dsl import CURRENT, Trace, trace
 from treadle.frontends.input_types import DeclaredInput, read_input
+from treadle.frontends.neighbor_modules import importing_neighbors
 from treadle.ir.builder import Expr, describe_source
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
@@ -171,7 +172,9 @@ class Model(Generic[P, R]):
             named = [i for i in self.declared_inputs if arguments[i.name] is not None]
             g.generated = {i.name: i.generated for i in named if i.generated is not None}
             function: Callable[..., Any] = self.function
-            tracing.outputs(**_name_outputs(self, function(**arguments, **self._configuration())))
+            with importing_neighbors(function):
+                results = function(**arguments, **self._configuration())
+            tracing.outputs(**_name_outputs(self, results))
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise

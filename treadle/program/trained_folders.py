@@ -24,6 +24,7 @@ from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.declarations import Model
 from treadle.frontends.dsl import MOST_REPETITIONS
 from treadle.frontends.model_folder import ModelFolder
+from treadle.frontends.neighbor_modules import neighbors_of
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.hashing import structural_hash
 from treadle.models.registry import family_names, find_family
@@ -44,7 +45,7 @@ class DeclarationReference:
     function      its name; for a family of the zoo, the family's name
     file          the Python file as the user named it, without the folders of an absolute path; None for a family, and
                   for a declaration that no file has
-    file_sha256   SHA-256 of the file, in hexadecimal
+    file_sha256   SHA-256 of the file and of the modules beside it that it imports, in hexadecimal
     graph_sha256  structural hash of its graph (`treadle.ir.hashing`), with the configuration
     config        configuration that differs from the declaration's defaults
     """
@@ -67,7 +68,7 @@ class DeclarationReference:
         named, colon, function = label.rpartition(":")
         shown = None if file is None else named if colon and not os.path.isabs(named) else file.name
         graph = _graph_digest(model, {})
-        return cls(function or model.name, shown, _digest(file), graph, model.config)
+        return cls(function or model.name, shown, _digest(model, file), graph, model.config)
 
     @classmethod
     def read(cls, folder: ModelFolder) -> DeclarationReference | None:
@@ -137,7 +138,7 @@ class DeclarationReference:
         recorded = self.function if self.is_family else self.graph_sha256
         if self.is_family:
             received = family_of_declaration(model)
-        elif self.function == model.name and self.file_sha256 is not None and _digest(file) == self.file_sha256:
+        elif self.function == model.name and self.file_sha256 is not None and _digest(model, file) == self.file_sha256:
             return
         else:
             received = _graph_digest(model, self.config)
@@ -197,5 +198,10 @@ def _graph_digest(model: Model, config: Mapping[str, Any]) -> str:
         return error.what
 
 
-def _digest(file: Path | None) -> str | None:
-    return None if file is None else sha256(read_regular(file, _FILE_BYTES, str(file))).hexdigest()
+def _digest(model: Model, file: Path | None) -> str | None:
+    """Return the SHA-256 of a declaration's file, followed by the modules beside it that it imports."""
+    if file is None:
+        return None
+    beside = neighbors_of(model.function)
+    files = [file, *(sorted(beside.files) if beside is not None else ())]
+    return sha256(b"".join(read_regular(each, _FILE_BYTES, str(each)) for each in files)).hexdigest()
