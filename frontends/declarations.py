@@ -22,6 +22,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.transforms.outline import outline_regions
 from treadle.ir.wording.call_spelling import spelled_call
+from treadle.ir.wording.checked_calls import with_checked_call
 
 if TYPE_CHECKING:  # defaults, so that `t.Model` is valid without parameters
     from typing_extensions import ParamSpec, TypeVar
@@ -154,6 +155,7 @@ class Model(Generic[P, R]):
             option=unknown[0] if kind == "option" else None,
         )
 
+    @with_checked_call(instead="model.configure(layers=2).graph() sets options")
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
         with collection_paused():
@@ -267,8 +269,21 @@ def model(function: Callable[P, R]) -> Model[P, R]: ...
 @overload
 def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
 def model(function: Callable[..., Any] | None = None) -> Any:
-    """Declare a model: decorate a function whose positional arguments are typed inputs."""
-    return Model if function is None else Model(function)
+    """Declare a model: decorate a function whose positional arguments are typed inputs.
+
+    Raises FrontendError for a class, and for an object that is not a function.
+    """
+    if function is None:
+        return model
+    if inspect.isclass(function) or not callable(function) or not hasattr(function, "__name__"):
+        raise FrontendError(
+            "@t.model decorates a function of tensors",
+            received=f"{function!r}"[:80],
+            source=str(user_line() or "") or None,
+            hint="def net(x: t.f32[\"B S 8\"]): return t.linear(x, 8, name=\"f\"); a module of PyTorch is "
+            "t.from_torch(module, example_inputs)",
+        )
+    return Model(function)
 
 
 def _declared(module: str, path: str) -> Any:
