@@ -23,6 +23,8 @@ from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.transforms.outline import outline_regions
 from treadle.ir.wording.call_spelling import spelled_call
 from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.other_interfaces import MODEL_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 if TYPE_CHECKING:  # defaults, so that `t.Model` is valid without parameters
     from typing_extensions import ParamSpec, TypeVar
@@ -42,6 +44,7 @@ class UnknownInputError(FrontendError):
 # -- models ----------------------------------------------------------------------------------------------------
 
 
+@with_attribute_hints("a declaration", MODEL_ATTRIBUTES)
 @dataclass(frozen=True)
 class Model(Generic[P, R]):
     """A model declaration with its configuration; `@t.model` returns it.

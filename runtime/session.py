@@ -26,6 +26,8 @@ from treadle.files.available_memory import prefault
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
+from treadle.ir.wording.other_interfaces import SESSION_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.passes.stepping.sampled import SAMPLED
@@ -49,6 +51,7 @@ _RING = 128  # ring capacities are multiples of this, as kernels read keys in bl
 _TOKENS = "session.prefill({row: [464, 3139]})"
 
 
+@with_attribute_hints("a session", SESSION_ATTRIBUTES)
 @with_checked_methods(examples={"tokens": _TOKENS})
 class Session:
     """Rows of text with their caches; see the module.

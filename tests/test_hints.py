@@ -133,6 +133,7 @@ FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for
     "frontends/declarations.py",
     "frontends/dsl.py",
     "frontends/layers.py",
+    "ir/analysis/following.py",
     "frontends/safetensors_file.py",  # a script that converts the file
     "frontends/torch_export/",
     "ir/attention/masking.py",

@@ -16,6 +16,7 @@ from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.op_registry import OPS
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
+from treadle.ir.wording.other_interfaces import ENTRY_WORDS
 from treadle.ir.wording.other_spellings import (
     LEFT_OUT_OPTIONS,
     OTHER_FUNCTIONS,
@@ -152,7 +153,7 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
     """A name that PyTorch has is not misspelt: cumprod is not cumsum, and rrelu is not relu."""
     torch = pytest.importorskip("torch")
     names = {n for place in (torch.Tensor, torch.nn, torch.nn.functional) for n in dir(place) if n[0] != "_"}
-    for name in names - {*OTHER_WORDS, *dir(t)}:
+    for name in names - {*OTHER_WORDS, *ENTRY_WORDS, *dir(t)}:
         with raises_freely(FrontendError) as caught:
             getattr(t, name)
         for near in re.findall(r"t\.(\w+)", str(caught.value.hint)):
@@ -232,6 +233,8 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
         lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
         lambda torch, x: torch.nn.functional.mse_loss(x, x),
         lambda torch, x: torch.nn.functional.l1_loss(x, x),
+        lambda torch, x: torch.nn.functional.binary_cross_entropy_with_logits(x, x),
+        lambda torch, x: torch.nn.functional.cosine_similarity(x, x, dim=-1),
         lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), 8),
         lambda torch, x: torch.remainder(x, x),
         lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),

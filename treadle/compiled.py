@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
+from treadle.ir.wording.other_interfaces import COMPILED_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
     from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
+OutputNames: TypeAlias = str | Sequence[str] | None
+"""Outputs of `Compiled.run`, which checks the names: None for all."""
 
 
+@with_attribute_hints("a compiled model", COMPILED_ATTRIBUTES)
 @with_checked_methods({"overwrite": "leave it out: an existing file is replaced"})
 @dataclass(frozen=True)
 class Compiled:
@@ -136,18 +141,22 @@ class Compiled:
         return self.executable(**self._named(ordered, arrays))
 
     @with_checked_call({"run_options": "leave it out"})
-    def run(self, output_names: str | Sequence[str] | None = None, input_feed: Any = None) -> list[Array]:
+    def run(self, output_names: OutputNames, input_feed: Any = None) -> list[Array]:
         """Run as ONNX Runtime's `InferenceSession.run` does: return the outputs of these names as a list; None: all.
 
         input_feed  the inputs by name
 
         Raises BackendError as a call does, and for a name that is not an output's.
         """
-        if not isinstance(input_feed, Mapping):
-            received = output_names if input_feed is None else input_feed
+        wrong = [
+            value
+            for value, kinds in ((output_names, str | Sequence | None), (input_feed, Mapping))
+            if not isinstance(value, kinds)
+        ]
+        if wrong:
             raise BackendError(
                 "run takes the names of outputs, then the inputs as a mapping by name",
-                received=f"a {type(received).__name__}",
+                received=type(wrong[0]).__name__,
                 hint=f"exe.run(None, {{{', '.join(f'{port.name!r}: ...' for port in self.inputs)}}})",
             )
         outputs = self(**{str(name): array for name, array in input_feed.items()})

@@ -108,7 +108,9 @@ def _kind_check(
 
 
 def with_checked_constructor(elsewhere: Mapping[str, str] = _NONE) -> Callable[[Class], Class]:
-    """Decorate a class in the same way: its constructor is checked."""
+    """Decorate a class in the same way: its constructor is checked. The constructor's own errors come before errors for
+    arguments of another kind, since they know the range of a value.
+    """
 
     def decorate(cls: Class) -> Class:
         create = cls.__init__  # type: ignore[misc]
@@ -117,10 +119,17 @@ def with_checked_constructor(elsewhere: Mapping[str, str] = _NONE) -> Callable[[
 
         @functools.wraps(create)
         def checked(self: Any, /, *ordered: Any, **options: Any) -> None:
-            if type(self) is cls:
-                check_call(cls.__name__, signature, ordered, options, elsewhere)
-                check_kinds(ordered, options)
-            create(self, *ordered, **options)
+            if type(self) is not cls:
+                return create(self, *ordered, **options)
+            check_call(cls.__name__, signature, ordered, options, elsewhere)
+            failure: Exception | None = None
+            try:
+                create(self, *ordered, **options)
+            except (TypeError, ValueError, AttributeError) as error:
+                failure = error
+            check_kinds(ordered, options)
+            if failure is not None:
+                raise failure
 
         setattr(cls, "__init__", _as_original(checked, signature))  # noqa: B010  mypy refuses the assignment
         return cls

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.other_interfaces import LOADED_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.program.program import Program
 from treadle.tasks.option_hints import with_task_calls
 
@@ -63,6 +65,7 @@ class _TaskModel(Generic[T]):
         return opened
 
 
+@with_attribute_hints("a loaded model", LOADED_ATTRIBUTES)
 @with_task_calls
 @dataclass(frozen=True)
 class LoadedModel:
