@@ -22,6 +22,7 @@ from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_WORDS
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 
 _SIMILAR = 0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
+_NOT_CALLED = ("'Type' object is not callable", "'DType' object is not callable")
 
 
 class UnknownNameError(FrontendError, AttributeError):
@@ -73,6 +74,8 @@ def call_hint(error: BaseException) -> str | None:
     """
     import treadle.frontends.language as language
 
+    if isinstance(error, TypeError) and str(error) in _NOT_CALLED:
+        return "x.to(t.f32)  # or another dtype; t.f32 is a dtype, and x.type a type"
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
     if match is None:
         return None
