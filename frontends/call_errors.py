@@ -21,7 +21,9 @@ from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_WORDS
 
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 
-_SIMILAR = 0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
+_SIMILAR = (
+    0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
+)
 _NOT_CALLED = ("'Type' object is not callable", "'DType' object is not callable")
 
 

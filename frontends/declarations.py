@@ -110,13 +110,12 @@ class Model(Generic[P, R]):
         found = self._signature.parameters.values()
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
+    @with_checked_call(examples={"inputs": 'inputs=["lengths"]'})
     def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model[P, R]:
         """Return the model with changed configuration, or with the optional inputs that `inputs` names.
 
         `inputs` may also name required inputs, which are always present. Raises FrontendError for an unknown name.
         """
-        if isinstance(inputs, str):
-            raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
         for kind, asked, known in (
             ("option", config, [*self.defaults]),
             ("input", inputs or (), [i.name for i in self.declared_inputs]),
@@ -271,7 +270,8 @@ class Model(Generic[P, R]):
 def model(function: Callable[P, R]) -> Model[P, R]: ...
 @overload
 def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
-def model(function: Callable[..., Any] | None = None) -> Any:
+@with_checked_call()
+def model(function: Any = None) -> Any:
     """Declare a model: decorate a function whose positional arguments are typed inputs.
 
     Raises FrontendError for a class, and for an object that is not a function.
@@ -283,7 +283,7 @@ def model(function: Callable[..., Any] | None = None) -> Any:
             "@t.model decorates a function of tensors",
             received=f"{function!r}"[:80],
             source=str(user_line() or "") or None,
-            hint="def net(x: t.f32[\"B S 8\"]): return t.linear(x, 8, name=\"f\"); a module of PyTorch is "
+            hint='def net(x: t.f32["B S 8"]): return t.linear(x, 8, name="f"); a module of PyTorch is '
             "t.from_torch(module, example_inputs)",
         )
     return Model(function)

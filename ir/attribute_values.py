@@ -43,7 +43,7 @@ def _read_size(value: SizeLike) -> Size:
     return Size.of(value)
 
 
-def _read_dtype(value: DType | str) -> DType:
+def _read_dtype(value: Any) -> DType:
     if isinstance(value, DType):
         return value
     if not isinstance(value, str) or value not in DTYPES:

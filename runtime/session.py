@@ -15,7 +15,7 @@ row does not depend on other rows. A session holds the states of the decoding st
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -106,3 +109,75 @@ def test_a_batch_without_names(method: str) -> None:
         getattr(trainer, method)(tokens, tokens)
     assert str(caught.value.hint) == f"trainer.{method}(tokens=..., targets=...)"
     assert getattr(trainer, method)(tokens=tokens, targets=tokens)
+
+
+# -- arguments of another kind -------------------------------------------------------------------------------------
+
+VALUES: list[Any] = [
+    *(None, 3, -1, 1.5, True, "a", b"a", {}, {"a": 1}, {3: [1]}, [], [1], [None], ["a"], ("a",), object(), len),
+    *(np.zeros(3), np.array(["a", "b"]), Path("a")),
+]
+"""Arguments that most methods do not take."""
+
+
+@pytest.fixture(scope="module")
+def public_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The objects that the functions of the public API return, and the API itself."""
+    exe = t.compile(classes, backend="numpy")
+    loaded: dict[str, Any] = {}
+    if importlib.util.find_spec("transformers") is not None:
+        from tests import task_models
+
+        place = tmp_path_factory.mktemp("models")
+        for kind, architecture in {"gpt": "GPT2LMHeadModel", "cls": "BertForSequenceClassification"}.items():
+            tokenizer = task_models.without_specials() if kind == "gpt" else task_models.wordpiece()
+            task_models.save(place / kind, architecture, tokenizer)
+            loaded[kind] = t.load(place / kind, backend="numpy")
+    return {
+        "exe": exe,
+        "session": exe.session(rows=2, capacity=16),
+        "stepped": exe.stepped,
+        "trainer": t.Trainer(classes, backend="numpy"),
+        "model": classes,
+        "t": t,
+        **loaded,
+    }
+
+
+def public_callables(value: Any) -> dict[str, Callable[..., Any]]:
+    """Return the public methods of an object; of the API, the functions and classes that are no part of the DSL."""
+    if value is t:
+        skipped = {"Compiled", "Graph", "ModelSource", "Specializing"}
+        return {name: getattr(t, name) for name in t._LAZY if name not in skipped} | {"model": t.model}
+    methods = {name: m for name, m in vars(type(value)).items() if inspect.isfunction(m) and not name.startswith("_")}
+    return {name: getattr(value, name) for name in methods}
+
+
+@pytest.mark.parametrize("kind", ["exe", "session", "stepped", "trainer", "model", "gpt", "cls", "t"])
+def test_no_call_raises_an_error_of_python(
+    kind: str, public_objects: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every public method with each value for each of its parameters, with too many, and with an unknown name."""
+    if kind not in public_objects:
+        pytest.skip("transformers is not installed")
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    failed, count = [], 0
+    for name, function in public_callables(public_objects[kind]).items():
+        parameters = list(inspect.signature(function).parameters.values())
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        calls: list[tuple[list[Any], dict[str, Any]]] = [([], {"qqq": 1}), ([3] * 20, {})]
+        for value in [*VALUES, torch.tensor([[1, 2]]), torch.nn.Linear(2, 2)]:
+            named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            calls += [([], {**dict.fromkeys(needed, value), option: value}) for option in named]
+            calls += [([value], {}), ([value, value], {})]
+        for ordered, options in calls:
+            count += 1
+            try:
+                function(*copy.copy(ordered), **options)
+            except t.TreadleError:
+                pass
+            except Exception as error:
+                failed.append(f"{name}(*{ordered}, **{options}): {type(error).__name__}: {error}"[:300])
+    assert count > 20
+    assert not failed, "\n".join(failed)

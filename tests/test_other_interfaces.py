@@ -49,7 +49,9 @@ TABLES: dict[str, Mapping[str, str]] = {
     "trainer": TRAINER_ATTRIBUTES,
     "session": SESSION_ATTRIBUTES,
 }
-HINTS = sorted({(code, kind == "loaded") for kind, table in TABLES.items() for h in table.values() if (code := code_of(h))})
+HINTS = sorted(
+    {(code, kind == "loaded") for kind, table in TABLES.items() for h in table.values() if (code := code_of(h))}
+)
 
 
 @pytest.fixture(scope="module")

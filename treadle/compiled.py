@@ -32,6 +32,7 @@ from treadle.runtime.session import CHUNK, Full, Session
 from treadle.stepped import SESSION_ELSEWHERE, SteppedModel, step_of
 
 if TYPE_CHECKING:
+    from treadle.explaining.sharding import ShardingReport
     from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
@@ -244,6 +245,7 @@ class Compiled:
         cache: str | None = None,
         profile: int = 0,
         seed: int = 0,
+        command: str | None = None,
         originals: Mapping[str, Any] | None = None,
     ) -> Report:
         """Return a report on the model. Notebooks display the report, and its method `save` writes one HTML file.
@@ -261,6 +263,7 @@ class Compiled:
             cache=cache,
             profile=profile,
             seed=seed,
+            command=command,
             originals=originals,
         )
 

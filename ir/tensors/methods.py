@@ -42,17 +42,16 @@ class CastMethods(ElementwiseMethods):
 
     def to(self, dtype: DType | str | Expr) -> Expr:
         """Return the tensor cast to a dtype such as `t.f16`, or to the dtype of another tensor."""
-        if isinstance(dtype, TensorMethods):
-            dtype = dtype.dtype
-        if isinstance(dtype, str) and dtype in DTYPES:
-            dtype = DTYPES[dtype]
-        if not isinstance(dtype, DType):
-            is_device = isinstance(dtype, int) or str(dtype).partition(":")[0] in DEVICES
+        wanted: object = dtype.dtype if isinstance(dtype, TensorMethods) else dtype
+        if isinstance(wanted, str) and wanted in DTYPES:
+            wanted = DTYPES[wanted]
+        if not isinstance(wanted, DType):
+            is_device = isinstance(wanted, int) or str(wanted).partition(":")[0] in DEVICES
             raise self._refusal(
-                f".to takes a dtype of Treadle, not {str(dtype)[:80]!r}",
-                OTHER_METHODS["cuda"] if is_device else f"x.to({dtype_word(dtype) or 't.f32'})",
+                f".to takes a dtype of Treadle, not {str(wanted)[:80]!r}",
+                OTHER_METHODS["cuda"] if is_device else f"x.to({dtype_word(wanted) or 't.f32'})",
             )
-        return self.cast(dtype)
+        return self.cast(wanted)
 
     def type_as(self, other: Expr) -> Expr:
         """Return the tensor cast to the dtype of another tensor."""

@@ -1,16 +1,17 @@
 """Kinds of arguments that an annotation's text names, and the values that fit them: `str | list[str]`, `int | None`.
 
-An annotation with a part that is not listed here has no kind, and its arguments are not checked.
+An annotation with a part that is unknown here has no kind, and its arguments are not checked.
 """
 
 from __future__ import annotations
 
+import ast
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,19 +30,97 @@ class ArgumentKind:
     example: str | None = None
 
 
+class _Kind(NamedTuple):
+    """A part of an annotation: one value in words, several in words, and a test of a value."""
+
+    one: str
+    several: str
+    fits: Callable[[Any], bool]
+
+
 def kind_of(parameter: Parameter) -> ArgumentKind | None:
     """Return the kind of a parameter whose annotation is a text; None if it is unknown, and for *args and **kwargs."""
     annotation, default = parameter.annotation, parameter.default
     if not isinstance(annotation, str) or parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
         return None
-    parts = annotation.split(" | ")
-    kinds = [_KINDS.get(part) or _KINDS.get("Mapping" if part.startswith("Mapping[") else part) for part in parts]
-    if None in kinds:
+    kind = _kind(ast.parse(annotation, mode="eval").body)
+    if kind is None or kind is _ANY:
         return None
-    tests = [kind[1] for kind in kinds if kind is not None]
-    words = [kind[0] for kind in kinds if kind is not None and kind[0]]
     example = None if default in (Parameter.empty, None, ()) else f"{parameter.name}={default!r}"
-    return ArgumentKind(" or ".join(words), lambda value: any(test(value) for test in tests), example)
+    return ArgumentKind(kind.one, kind.fits, example)
+
+
+def _kind(node: ast.expr) -> _Kind | None:
+    """Return the kind of a part of an annotation; None if it is unknown."""
+    if isinstance(node, ast.BinOp):
+        return _either(_kind(node.left), _kind(node.right))
+    if isinstance(node, ast.Constant) and node.value is None:
+        return _NONE
+    if isinstance(node, ast.Name):
+        return _NAMED.get(node.id)
+    if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
+        return None
+    name, inside = node.value.id, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if name == "Literal":
+        return _literal([ast.literal_eval(each) for each in inside])
+    parts = [_kind(each) for each in inside if not (isinstance(each, ast.Constant) and each.value is ...)]
+    kinds = [each for each in parts if each is not None]
+    if len(kinds) < len(parts) or name not in _CONTAINERS:
+        return None
+    if name == "Mapping":
+        return _mapping(*kinds)
+    if name == "tuple" and len(inside) == len(kinds):
+        return _fixed(kinds)
+    return _items(_CONTAINERS[name], kinds[0])
+
+
+def _either(x: _Kind | None, y: _Kind | None) -> _Kind | None:
+    """Return the kind of the values of two kinds. None needs no words."""
+    if x is None or y is None or _ANY in (x, y):
+        return None if x is None or y is None else _ANY
+    one, several = (
+        " or ".join(dict.fromkeys(filter(None, words))) for words in ((x.one, y.one), (x.several, y.several))
+    )
+    return _Kind(one, several, lambda value: x.fits(value) or y.fits(value))
+
+
+def _items(container: type | tuple[type, ...], kind: _Kind) -> _Kind:
+    """Return the kind of containers whose items have a kind. A generator is not read, and a text is no container."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, str | bytes) or not isinstance(value, container):
+            return False
+        return not isinstance(value, Sequence | Set) or all(map(kind.fits, value))
+
+    return _Kind(f"a list of {kind.several}", f"lists of {kind.several}", fits)
+
+
+def _fixed(kinds: Sequence[_Kind]) -> _Kind:
+    """Return the kind of tuples, or lists, of items of these kinds."""
+
+    def fits(value: Any) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(kinds)
+            and all(kind.fits(each) for kind, each in zip(kinds, value, strict=True))
+        )
+
+    of = f" of {kinds[0].several}" if len({kind.several for kind in kinds}) == 1 else ""
+    noun = "pair" if len(kinds) == 2 else "tuple"
+    return _Kind(f"a {noun}{of}", f"{noun}s{of}", fits)
+
+
+def _mapping(key: _Kind, item: _Kind) -> _Kind:
+    def fits(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(key.fits(k) and item.fits(v) for k, v in value.items())
+
+    of = f" from {key.several} to {item.several}" if item.several else ""
+    return _Kind(f"a mapping{of}", f"mappings{of}", fits)
+
+
+def _literal(values: Sequence[object]) -> _Kind:
+    words = " or ".join(map(repr, values))
+    return _Kind(words, words, lambda value: any(type(value) is type(each) and value == each for each in values))
 
 
 def _is_integer(value: object) -> bool:
@@ -58,61 +137,42 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike)
-
-
-def _each(kind: type | tuple[type, ...], test: Callable[[object], bool]) -> Callable[[object], bool]:
-    """Return a test for containers of this type whose items all pass a test."""
-    return lambda value: isinstance(value, kind) and all(test(each) for each in value)
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _has_texts(value: Iterable[object]) -> bool:
-    """Return False for a container with an item that is not a string. A generator is not read."""
-    return not isinstance(value, Sequence | frozenset | set) or all(map(_is_text, value))
+def _of_class(name: str) -> _Kind:
+    """Return the kind of a class of the public API, which this module cannot import."""
+    return _Kind(f"t.{name}(...)", f"t.{name}(...)", lambda value: type(value).__name__ == name)
 
 
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_text, value))
-
-
-def _is_text_or_pair(value: object) -> bool:
-    return _is_text(value) or _is_pair(value)
-
-
-def _options(name: str) -> tuple[str, Callable[[Any], bool]]:
-    """Return the kind of a class of options of the public API, which this module cannot import."""
-    return f"t.{name}(...)", lambda value: type(value).__name__ == name
-
-
-_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "None": ("", lambda value: value is None),
-    "int": ("an integer", _is_integer),
-    "float": ("a number", _is_number),
-    "bool": ("True or False", lambda value: isinstance(value, bool | np.bool_)),
-    "str": ("a string", _is_text),
-    "PathLike": ("a path", _is_path),
-    "bytes": ("bytes", lambda value: isinstance(value, bytes)),
-    "Mapping": ("a mapping", lambda value: isinstance(value, Mapping)),
-    "Mapping[str, str]": (
-        "a mapping from strings to strings",
-        lambda value: isinstance(value, Mapping) and all(map(_is_text, [*value, *value.values()])),
-    ),
-    "list[str]": ("a list of strings", _each(list, _is_text)),
-    "list[PathLike]": ("a list of paths", _each(list, _is_path)),
-    "list[tuple[str, str]]": ("a list of pairs of strings", _each(list, _is_pair)),
-    "Text": ("a string or a pair of strings", _is_text_or_pair),
-    "list[Text]": ("a list of them", _each(list, _is_text_or_pair)),
-    "Sequence[str]": ("a list of strings", lambda value: not _is_text(value) and _each(Sequence, _is_text)(value)),
-    "Sequence[PathLike]": ("a list of paths", _each(Sequence, _is_path)),
-    "Iterable[str]": ("a list of strings", lambda value: isinstance(value, Iterable) and _has_texts(value)),
-    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
-    "Sampling": _options("Sampling"),
-    "TokenRules": _options("TokenRules"),
-    "Beams": _options("Beams"),
+_NONE = _Kind("", "", lambda value: value is None)
+_ANY = _Kind("", "", lambda value: True)
+_PAIR = _fixed([_Kind("a string", "strings", _is_text)] * 2)
+_NAMED: Mapping[str, _Kind] = {
+    "Any": _ANY,
+    "int": _Kind("an integer", "integers", _is_integer),
+    "float": _Kind("a number", "numbers", _is_number),
+    "bool": _Kind("True or False", "truth values", lambda value: isinstance(value, bool | np.bool_)),
+    "str": _Kind("a string", "strings", _is_text),
+    "bytes": _Kind("bytes", "bytes", lambda value: isinstance(value, bytes)),
+    "PathLike": _Kind("a path", "paths", lambda value: isinstance(value, str | os.PathLike)),
+    "Path": _Kind("a path", "paths", lambda value: isinstance(value, os.PathLike)),
+    "Text": _Kind("a text or a pair of texts", "texts or pairs", lambda value: _is_text(value) or _PAIR.fits(value)),
+    "Full": _literal(("error", "slide")),
+    "Early": _literal((True, False, "never")),
+    "Sampling": _of_class("Sampling"),
+    "TokenRules": _of_class("TokenRules"),
+    "Beams": _of_class("Beams"),
+    "ShardingReport": _Kind("a report", "reports", lambda value: type(value).__name__ == "ShardingReport"),
 }
-"""For each part of an annotation, the kind in words, and a test of a value."""
+"""The kinds of names in annotations, some of which are aliases of the project."""
+
+_CONTAINERS: Mapping[str, type | tuple[type, ...]] = {
+    "list": list,
+    "tuple": (Sequence, Set),
+    "Sequence": (Sequence, Set),
+    "Iterable": Iterable,
+    "Mapping": Mapping,
+}
+"""The containers in annotations, and the classes of their values: a list is taken for a tuple."""

@@ -11,7 +11,7 @@ from inspect import Parameter, Signature
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.wording.argument_kinds import kind_of
 from treadle.ir.wording.call_spelling import spelled_call
 
@@ -101,7 +101,7 @@ def _kind_check(
             value = ordered[place] if place < len(ordered) else options[name]
             if not kind.fits(value):
                 received = f"{name}={value!r}"[:80]
-                hint = examples.get(name, kind.example)
+                hint = f"{name}=[{value!r}]" if kind.fits([value]) else examples.get(name, kind.example)
                 raise UsageError(f"{name} must be {kind.words}", received=received, hint=hint)
 
     return check
@@ -120,12 +120,15 @@ def with_checked_constructor(elsewhere: Mapping[str, str] = _NONE) -> Callable[[
         @functools.wraps(create)
         def checked(self: Any, /, *ordered: Any, **options: Any) -> None:
             if type(self) is not cls:
-                return create(self, *ordered, **options)
+                create(self, *ordered, **options)
+                return
             check_call(cls.__name__, signature, ordered, options, elsewhere)
             failure: Exception | None = None
             try:
                 create(self, *ordered, **options)
-            except (TypeError, ValueError, AttributeError) as error:
+            except TreadleError:
+                raise
+            except Exception as error:
                 failure = error
             check_kinds(ordered, options)
             if failure is not None:

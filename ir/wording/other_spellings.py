@@ -104,7 +104,9 @@ _WORDS = {
     "mse_loss MSELoss": "((x - y) ** 2).mean()",
     "binary_cross_entropy BCELoss": "-(y * t.log(x) + (1.0 - y) * t.log(1.0 - x)).mean()  # probabilities x, targets y",
     "binary_cross_entropy_with_logits BCEWithLogitsLoss": "(t.softplus(x) - x * y).mean()  # targets y",
-    "cosine_similarity CosineSimilarity": "(x * y).sum(-1) / t.maximum(t.sqrt((x * x).sum(-1) * (y * y).sum(-1)), 1e-8)",
+    "cosine_similarity CosineSimilarity": (
+        "(x * y).sum(-1) / t.maximum(t.sqrt((x * x).sum(-1) * (y * y).sum(-1)), 1e-8)"
+    ),
     "l1_loss L1Loss": "t.abs(x - y).mean()",
     "normalize": "x / t.maximum(t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True)), 1e-12)",
     "dot bmm mm": "x @ t.rearrange(x, pattern='b s d -> b d s')",

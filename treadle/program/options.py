@@ -125,11 +125,11 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.passes.stages import Custom, MergeOps, Precision, Quantize, Recognize, arranged, left_out
         from treadle.program.precision import checked_passes
 
-        if isinstance(self.without, str):
+        if isinstance(self.without, str) or not all(isinstance(name, str) for name in self.without):
             raise UsageError(
                 "without= is a list of names",
                 received=printable(repr(self.without)),
-                hint=f"without=[{self.without!r}]",
+                hint=f"without={[self.without] if isinstance(self.without, str) else ['fuse-linear']!r}",
             )
         given = None if self.passes is None else checked_passes(self.passes, self.where)
         stages = [Recognize(), MergeOps(), *more] if given is None else [Custom(given), *more]

@@ -83,11 +83,12 @@ class LoadedModel:
     def classify(self, texts: Text) -> Classified: ...
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
-    def classify(self, texts: Text | list[Text]) -> Any:
+    def classify(self, texts: Text | list[Text] | list[str] | list[tuple[str, str]]) -> Any:
         """Return the labels of a text or of a pair (text, text), best first. For a list, return the labels of each
         item.
         """
-        return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
+        found = self.classifier.classify(_listed(texts))
+        return found if _many(texts) else found[0]
 
     @overload
     def answer(self, question: str, text: str) -> Answer | None: ...
@@ -261,7 +262,12 @@ class LoadedModel:
 
         ImagePrompts.check(self.program.source)
         talk = self.chat()
-        return "".join(piece.text for piece in talk.say(question, images=[images] if isinstance(images, str | os.PathLike) else [*images], most=most))
+        return "".join(
+            piece.text
+            for piece in talk.say(
+                question, images=[images] if isinstance(images, str | os.PathLike) else [*images], most=most
+            )
+        )
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 

@@ -19,7 +19,6 @@ _ELSEWHERE = {
 """Hints for generation options that have another name in other libraries, mostly in Hugging Face's, by that name."""
 
 
-
 _TEXTS = "a string, or a list of strings; token ids go to a session: t.compile(MODEL).session()"
 _IMAGE = 'the path of a file: image.save("image.png"), and "image.png"'
 _EXAMPLES = {

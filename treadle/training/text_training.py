@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.files.nearest_names import nearest_path_hint
-from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.files.whole_files import missing_folder_hint
+from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
 from treadle.program.source import BLOCKS, Resolved
