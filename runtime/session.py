@@ -49,10 +49,11 @@ CHUNK = 256
 _WIDTH = 16  # chunk widths are multiples of this, so that few sizes occur
 _RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
 _TOKENS = "session.prefill({row: [464, 3139]})"
+_PROMPT = "session.prompt([464, 3139])"
 
 
 @with_attribute_hints("a session", SESSION_ATTRIBUTES)
-@with_checked_methods(examples={"tokens": _TOKENS})
+@with_checked_methods(examples={"tokens": _TOKENS, "prompt": _PROMPT, "other": _PROMPT})
 class Session:
     """Rows of text with their caches; see the module.
 

@@ -4,6 +4,7 @@ is code that runs, or says that there is nothing to call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,6 +141,31 @@ def test_classes_of_hugging_face_and_misspelled_names(word: str, tried: str) -> 
     with raises_freely(t.FrontendError) as caught:
         getattr(t, word)
     assert str(caught.value.hint).startswith(tried)
+
+
+@pytest.mark.parametrize(
+    ("option", "tried"),
+    [
+        ({"fullgraph": True}, "leave it out: a model is one graph"),
+        ({"mode": "max-autotune"}, "leave it out: torch_compile=True for the torch backend"),
+        ({"trust_remote_code": True}, "leave it out: no code of a model's folder is run"),
+        ({"device_map": "auto"}, "did you mean target=, an option of compile?"),
+        ({"load_in_8bit": True}, "did you mean quantize=, an option of compile?"),
+        ({"providers": ["CPUExecutionProvider"]}, "did you mean backend=, an option of compile?"),
+    ],
+)
+def test_options_of_compilers_and_loaders(option: dict[str, Any], tried: str) -> None:
+    with raises_freely(t.FrontendError, match=f"has no option {next(iter(option))}") as caught:
+        t.compile(classes, backend="numpy", **option)
+    assert str(caught.value.hint).startswith(tried)
+
+
+def test_a_loaded_model_has_a_method_for_each_task() -> None:
+    model = LoadedModel(Program.of("no-such-folder"))
+    with raises_freely(t.UsageError, match="a loaded model is called by its tasks") as caught:
+        model("Once")
+    for name in re.findall(r"model\.(\w+)\(", str(caught.value.hint)):
+        assert hasattr(LoadedModel, name)
 
 
 def objects() -> dict[str, Any]:

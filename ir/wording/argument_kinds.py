@@ -159,6 +159,8 @@ _NAMED: Mapping[str, _Kind] = {
     "PathLike": _Kind("a path", "paths", lambda value: isinstance(value, str | os.PathLike)),
     "Path": _Kind("a path", "paths", lambda value: isinstance(value, os.PathLike)),
     "Text": _Kind("a text or a pair of texts", "texts or pairs", lambda value: _is_text(value) or _PAIR.fits(value)),
+    "Image": _Kind("an image file", "image files", lambda value: isinstance(value, str | bytes | os.PathLike)),
+    "RowPrompt": _Kind("a prompt", "prompts", lambda value: type(value).__name__ == "RowPrompt"),
     "Full": _literal(("error", "slide")),
     "Early": _literal((True, False, "never")),
     "Sampling": _of_class("Sampling"),

@@ -209,7 +209,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        if error.option in _THREADS and any(each.name == "target" for each in taken_by(self.entry)):
+        if error.option in _NOT_HERE:
+            error.hint = f"leave it out: {_NOT_HERE[error.option]}"
+        elif error.option in _THREADS and any(each.name == "target" for each in taken_by(self.entry)):
             count = printable(repr(self.config[error.option])) if error.option in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
         elif error.option is not None and (near := self._nearest(error.option)):
@@ -227,6 +229,16 @@ def _dtype_names(value: Any) -> Any:
 _THREADS = ("threads", "num_threads", "n_threads", "nthreads", "num_cpus")
 """The number of threads, which belongs to the target, by its names in other libraries."""
 
+_NOT_HERE = {
+    **dict.fromkeys(("fullgraph", "dynamic"), "a model is one graph, and symbolic axes take every size"),
+    "mode": 'torch_compile=True for the torch backend, or backend="tvm"',
+    "trust_remote_code": "no code of a model's folder is run",
+    "attn_implementation": "the compiler chooses the kernels of attention",
+    "use_cache": "t.compile(model).session() has a key/value cache",
+    "sess_options": 'target=t.Target("cpu", threads=4) sets the threads',
+}
+"""Options of other libraries that have no effect here, with what there is."""
+
 _OTHER_LIBRARIES = {
     "lr": "learning_rate",
     "device": "target",
@@ -240,5 +252,10 @@ _OTHER_LIBRARIES = {
     "criterion": "loss",
     "optim": "optimizer",
     "state_dict": "weights",
+    "device_map": "target",
+    "load_in_8bit": "quantize",
+    "load_in_4bit": "quantize",
+    "quantization_config": "quantize",
+    "providers": "backend",
 }
 """Options by their names in other libraries, which are not similar enough."""

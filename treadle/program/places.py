@@ -33,7 +33,7 @@ def find_place(name: str) -> Path:
     """Return the path of the folder or file that MODEL names: a path, a fetched model's name, or a name of the Hugging
     Face hub, for a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
     """
-    if Path(name).exists():
+    if name and Path(name).exists():
         if name.endswith(".py"):
             raise UsageError(
                 "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, overload
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
@@ -294,6 +294,14 @@ class LoadedModel:
         from treadle.continuation import TextWriter
 
         return TextWriter.open(self.program.source, **self.program.options.keywords())
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise UsageError: a model has a method for each task, while Hugging Face's pipeline has one task."""
+        raise UsageError(
+            "a loaded model is called by its tasks",
+            received=repr(self),
+            hint='model.generate("Once upon a time"), model.classify("I like it."), model.embed("a cat"), ...',
+        )
 
     def __repr__(self) -> str:
         return f"<model {self.program.model} for tasks, backend {self.program.options.backend}>"
