@@ -90,7 +90,7 @@ ENTRY_WORDS = _by_word(
         "dtype": "t.f32  # or t.f64, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8, t.boolean",
         "float8_e4m3fn f8 float8 int4 uint4 uint16 uint32 uint64 complex64 complex128 string": "leave it out: tensors "
         "have the dtypes t.f64, t.f32, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8 and t.boolean; quantize= of "
-        "t.compile stores weights in fewer bits",
+        "t.compile stores weights in 8 or 4 bits",
         "distributed DistributedDataParallel DataParallel parallel shard": "leave it out: the command `treadle launch` "
         "starts ranks, and `treadle shard` plans them",
     }
