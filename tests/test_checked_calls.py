@@ -181,3 +181,116 @@ def test_no_call_raises_an_error_of_python(
                 failed.append(f"{name}(*{ordered}, **{options}): {type(error).__name__}: {error}"[:300])
     assert count > 20
     assert not failed, "\n".join(failed)
+
+
+def test_arrays_are_lists_of_numbers() -> None:
+    session = t.compile(classes, backend="numpy").session(rows=8, capacity=16)
+    for tokens in ([1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.int32)):
+        row = session.resume(tokens)
+        assert session.prefill({row: tokens})[row].shape == (20,)
+        assert session.prefill(dict.fromkeys(np.array([row]), tokens))
+        session.close(row)
+    assert t.TokenRules(banned=np.array([1])) and t.TokenRules(banned=[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "what", "hint"),
+    [
+        (lambda s: s.open([1, 2]), "open takes no argument without a name", "row = session.open(), then session.pre"),
+        (
+            lambda s: s.prefill([1]),
+            "tokens must be a mapping from integers to lists of integers",
+            "session.prefill({row",
+        ),
+        (lambda s: s.length("a"), "row must be an integer", None),
+        (lambda s: s.close(0, keep="no"), "keep must be True or False", "keep=False"),
+        (lambda s: s.prefix_length([1]), "prompt must be a prompt", "session.prompt([464, 3139])"),
+    ],
+)
+def test_hints_for_arguments_of_another_kind(call: Callable[[Any], Any], what: str, hint: str | None) -> None:
+    session = t.compile(classes, backend="numpy").session(rows=2, capacity=16)
+    session.open()
+    with raises_freely(t.UsageError, match=what) as caught:
+        call(session)
+    assert caught.value.hint is None if hint is None else str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("call", "what", "hint"),
+    [
+        (lambda m: m.generate([1, 2, 3]), "prompts must be a string or a list of strings", "a string, or a list of"),
+        (
+            lambda m: m.generate(np.array([1])),
+            "prompts must be a string or a list of strings",
+            "a string, or a list of",
+        ),
+        (lambda m: m.generate("a", stop="."), "stop must be a list of strings", "stop=['.']"),
+        (lambda m: m.generate("a", most="5"), "most must be an integer", "most=128"),
+        (lambda m: m.embed(("a", "b")), "sentences must be a string or a list of strings", "a string, or a list of"),
+        (lambda m: m.match("a.png", "cat"), "texts must be a list of strings", "texts=['cat']"),
+        (
+            lambda m: m.classify(("a", "b", "c")),
+            "texts must be a text, a pair of texts, or a list of them",
+            "a string, or a list of",
+        ),
+        (lambda m: m.answer([{"question": "a"}]), "question must be a string or a list of pairs of", "answer(question"),
+        (
+            lambda m: m.label(len),
+            "images must be a path or a list of paths",
+            'the path of a file: image.save("image.png")',
+        ),
+        (lambda m: m.transcribe(np.zeros(3)), "recording must be a path", "the path of a WAV file"),
+    ],
+)
+def test_hints_for_tasks(call: Callable[[Any], Any], what: str, hint: str) -> None:
+    """They come before the model is opened."""
+    with raises_freely(t.UsageError, match=what) as caught:
+        call(LoadedModel(Program.of("no-such-folder")))
+    assert str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize("function", [t.compile, t.load, t.Trainer])
+def test_objects_that_are_no_models(function: Callable[..., Any]) -> None:
+    exe = t.compile(classes, backend="numpy")
+    hints = {
+        "exe": (exe, "it is compiled already"),
+        "trainer": (t.Trainer(classes, backend="numpy"), "trainer.compiled()"),
+        "loaded": (LoadedModel(Program.of("no-such-folder")), "the model that t.load loaded"),
+        "dict": ({}, "t.compile(declaration, weights=...)"),
+        "None": (None, 'a declaration, "folder", or "model.onnx"'),
+    }
+    for value, hint in hints.values():
+        with raises_freely(t.UsageError, match="a model must be a declaration") as caught:
+            function(value)
+        assert str(caught.value.hint).startswith(hint)
+
+
+def test_a_compiled_models_weights_serve_its_model() -> None:
+    """As the hint says."""
+    exe = t.compile(classes, backend="numpy", seed=1)
+    tokens = np.array([[1, 2, 3]])
+    again = t.compile(classes, backend="numpy", weights=exe.weights)
+    np.testing.assert_array_equal(again(tokens)["head"], exe(tokens)["head"])
+    trainer = t.Trainer(classes, backend="numpy", weights=exe.weights)
+    np.testing.assert_array_equal(trainer.weights["wte.weight"], exe.weights["wte.weight"])
+
+
+def test_what_is_saved_is_a_compiled_model(tmp_path: Path) -> None:
+    exe = t.compile(classes, backend="numpy")
+    trainer = t.Trainer(classes, backend="numpy")
+    for value, hint in (
+        ("model.treadle", 't.save(exe, "model.treadle")'),
+        (trainer, 't.save(trainer.compiled(), "model.treadle")'),
+        (classes, 't.save(t.compile(MODEL), "model.treadle")'),
+    ):
+        with raises_freely(t.UsageError, match="save takes a compiled model") as caught:
+            t.save(value, tmp_path / "x.treadle")  # type: ignore[arg-type]
+        assert str(caught.value.hint).startswith(hint)
+    assert t.save(trainer.compiled(), tmp_path / "x.treadle") and t.save(exe, tmp_path / "y.treadle")
+
+
+def test_a_declaration_is_a_function() -> None:
+    for value in (3, "a", int, type("Net", (), {"forward": len})):
+        with raises_freely(t.FrontendError, match="@t.model decorates a function of tensors"):
+            t.model(value)
+    assert t.follow(classes, "S").axis == "S"

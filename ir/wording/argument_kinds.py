@@ -31,11 +31,18 @@ class ArgumentKind:
 
 
 class _Kind(NamedTuple):
-    """A part of an annotation: one value in words, several in words, and a test of a value."""
+    """A part of an annotation.
+
+    one      one value in words
+    several  several values in words
+    fits     True for a value of this kind
+    numbers  True for numbers: arrays of them are lists, too, and items are not tested, since there may be many
+    """
 
     one: str
     several: str
     fits: Callable[[Any], bool]
+    numbers: bool = False
 
 
 def kind_of(parameter: Parameter) -> ArgumentKind | None:
@@ -88,9 +95,11 @@ def _items(container: type | tuple[type, ...], kind: _Kind) -> _Kind:
     """Return the kind of containers whose items have a kind. A generator is not read, and a text is no container."""
 
     def fits(value: Any) -> bool:
+        if kind.numbers and hasattr(value, "__array__"):
+            return True
         if isinstance(value, str | bytes) or not isinstance(value, container):
             return False
-        return not isinstance(value, Sequence | Set) or all(map(kind.fits, value))
+        return kind.numbers or not isinstance(value, Sequence | Set) or all(map(kind.fits, value))
 
     return _Kind(f"a list of {kind.several}", f"lists of {kind.several}", fits)
 
@@ -112,7 +121,10 @@ def _fixed(kinds: Sequence[_Kind]) -> _Kind:
 
 def _mapping(key: _Kind, item: _Kind) -> _Kind:
     def fits(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(key.fits(k) and item.fits(v) for k, v in value.items())
+        return isinstance(value, Mapping) and (key.numbers or item.numbers or all(map(_fits_item, value.items())))
+
+    def _fits_item(pair: tuple[Any, Any]) -> bool:
+        return key.fits(pair[0]) and item.fits(pair[1])
 
     of = f" from {key.several} to {item.several}" if item.several else ""
     return _Kind(f"a mapping{of}", f"mappings{of}", fits)
@@ -141,6 +153,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _are_texts(value: object) -> bool:
+    """Return True for a text or a pair of texts, and for a list of them."""
+    listed = value if isinstance(value, list) else [value]
+    return all(_is_text(each) or _PAIR.fits(each) for each in listed)
+
+
 def _of_class(name: str) -> _Kind:
     """Return the kind of a class of the public API, which this module cannot import."""
     return _Kind(f"t.{name}(...)", f"t.{name}(...)", lambda value: type(value).__name__ == name)
@@ -151,14 +169,14 @@ _ANY = _Kind("", "", lambda value: True)
 _PAIR = _fixed([_Kind("a string", "strings", _is_text)] * 2)
 _NAMED: Mapping[str, _Kind] = {
     "Any": _ANY,
-    "int": _Kind("an integer", "integers", _is_integer),
-    "float": _Kind("a number", "numbers", _is_number),
+    "int": _Kind("an integer", "integers", _is_integer, numbers=True),
+    "float": _Kind("a number", "numbers", _is_number, numbers=True),
     "bool": _Kind("True or False", "truth values", lambda value: isinstance(value, bool | np.bool_)),
     "str": _Kind("a string", "strings", _is_text),
     "bytes": _Kind("bytes", "bytes", lambda value: isinstance(value, bytes)),
     "PathLike": _Kind("a path", "paths", lambda value: isinstance(value, str | os.PathLike)),
     "Path": _Kind("a path", "paths", lambda value: isinstance(value, os.PathLike)),
-    "Text": _Kind("a text or a pair of texts", "texts or pairs", lambda value: _is_text(value) or _PAIR.fits(value)),
+    "Texts": _Kind("a text, a pair of texts, or a list of them", "", _are_texts),
     "Image": _Kind("an image file", "image files", lambda value: isinstance(value, str | bytes | os.PathLike)),
     "RowPrompt": _Kind("a prompt", "prompts", lambda value: type(value).__name__ == "RowPrompt"),
     "Full": _literal(("error", "slide")),

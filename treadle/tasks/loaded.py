@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from treadle.runtime.token_rules import TokenRules
     from treadle.sentence_embedding import SentenceEmbedder, Vectors
     from treadle.tasks.answering import Answer, QuestionAnswerer
-    from treadle.tasks.classifying import Classified, Text, TextClassifier
+    from treadle.tasks.classifying import Classified, Text, TextClassifier, Texts
     from treadle.tasks.filling import Filled, MaskFiller
     from treadle.tasks.labelling import ImageLabeller
     from treadle.tasks.matching import ImageMatcher, Matched
@@ -83,7 +83,7 @@ class LoadedModel:
     def classify(self, texts: Text) -> Classified: ...
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
-    def classify(self, texts: Text | list[Text] | list[str] | list[tuple[str, str]]) -> Any:
+    def classify(self, texts: Texts) -> Any:
         """Return the labels of a text or of a pair (text, text), best first. For a list, return the labels of each
         item.
         """
