@@ -139,6 +139,9 @@ def public_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "stepped": exe.stepped,
         "trainer": t.Trainer(classes, backend="numpy"),
         "model": classes,
+        "report": exe.report(),
+        "following": t.follow(exe, "S"),
+        "memory": t.Trainer(classes, backend="numpy").memory(B=1, S=2),
         "t": t,
         **loaded,
     }
@@ -153,7 +156,10 @@ def public_callables(value: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(value, name) for name in methods}
 
 
-@pytest.mark.parametrize("kind", ["exe", "session", "stepped", "trainer", "model", "gpt", "cls", "t"])
+@pytest.mark.parametrize(
+    "kind",
+    ["exe", "session", "stepped", "trainer", "model", "gpt", "cls", "t", "report", "following", "memory"],
+)
 def test_no_call_raises_an_error_of_python(
     kind: str, public_objects: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,9 +41,10 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Factor
-from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 
 
+@with_checked_methods()
 @dataclass(frozen=True)
 class Following:
     """The uses of one axis of a graph.

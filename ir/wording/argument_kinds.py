@@ -92,13 +92,15 @@ def _either(x: _Kind | None, y: _Kind | None) -> _Kind | None:
 
 
 def _items(container: type | tuple[type, ...], kind: _Kind) -> _Kind:
-    """Return the kind of containers whose items have a kind. A generator is not read, and a text is no container."""
+    """Return the kind of containers whose items have a kind. A generator is not read. A text is an iterable of texts,
+    but no list of them.
+    """
 
     def fits(value: Any) -> bool:
         if kind.numbers and hasattr(value, "__array__"):
             return True
         if isinstance(value, str | bytes) or not isinstance(value, container):
-            return False
+            return container is Iterable and kind.fits(value)
         return kind.numbers or not isinstance(value, Sequence | Set) or all(map(kind.fits, value))
 
     return _Kind(f"a list of {kind.several}", f"lists of {kind.several}", fits)
