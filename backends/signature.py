@@ -212,7 +212,10 @@ def as_numpy(port: Port, value: Any) -> Array:
             if _overflows(array, rounded):
                 raise refuse_overflow(port, array.shape)
             return rounded
-        hint = Hint(f"{port.name}.astype({wanted.name!r})", f"a .npy file of {wanted.name} for --input {port.name}=")
+        array_of = port.name if hasattr(value, "astype") else f"np.asarray({port.name})"
+        cast = f"{array_of}.astype({wanted.name!r})"
+        cast = f"{port.name}.to(torch.{wanted.name})" if hasattr(value, "detach") else cast
+        hint = Hint(cast, f"a .npy file of {wanted.name} for --input {port.name}=")
         raise refuse_dtype(port, str(array.dtype), hint, array.shape)
     given, an_array = f"a {type(value).__name__}", f"an array of {port.dtype}"
     try:

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import stat
 import sys
 import time
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from treadle.files.errors import UsageError
+from treadle.files.errors import Hint, UsageError
 from treadle.files.shown_names import shown_path
 
 if sys.platform != "win32":
@@ -73,7 +74,7 @@ def reporting_failed_writes(
 
     what       the subject of the error: "the weights"
     path       the file or folder that is written
-    hint       what to do, unless the disk is full
+    hint       what to do, unless the disk is full or the folder is missing
     elsewhere  another place, if it is
     """
     try:
@@ -84,8 +85,16 @@ def reporting_failed_writes(
             f"{what} cannot be written" if full is None else f"{full}: {what} cannot be written",
             received=reason,
             within=shown_path(path),
-            hint=hint if full is None else f"free space there, or {elsewhere}",
+            hint=missing_folder_hint(path) or hint if full is None else f"free space there, or {elsewhere}",
         ) from error
+
+
+def missing_folder_hint(path: str | os.PathLike[str]) -> Hint | None:
+    """Return the hint that creates the folder of a file; None if there is something under its name."""
+    folder = os.path.dirname(path)
+    if not folder or "\0" in folder or os.path.lexists(folder):
+        return None
+    return Hint(f"os.makedirs({folder!r})", f"mkdir -p {shlex.quote(folder)}")
 
 
 def check_writable(target: Path) -> None:

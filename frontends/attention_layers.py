@@ -13,7 +13,7 @@ from treadle.frontends.layers import Activation, linear, positive
 from treadle.ir.attention.masking import Biases, Masks, attend
 from treadle.ir.attention.masking import causal as causal_mask
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import FrontendError
+from treadle.ir.errors import FrontendError, RuleError
 from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 
@@ -51,7 +51,14 @@ def attention(
     default `scale` is 1/sqrt(d). With a `softcap` c, scores become c tanh(scores / c). A fully masked row returns
     zeros. Raises GraphError for masks and biases whose axes do not fit.
     """
-    return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
+    try:
+        return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
+    except RuleError as error:
+        if q.rank == k.rank == v.rank == 3:
+            error.hint = (
+                "t.merge_heads(t.attention(*[t.split_heads(x, 1) for x in (q, k, v)]))  # of one head, or of more"
+            )
+        raise
 
 
 @layer

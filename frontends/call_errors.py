@@ -16,9 +16,15 @@ from treadle.ir.errors import FrontendError
 from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import user_line
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
+from treadle.ir.wording.other_interfaces import entry_word
 from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_WORDS
 
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
+
+_SIMILAR = (
+    0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
+)
+_NOT_CALLED = ("'Type' object is not callable", "'DType' object is not callable")
 
 
 class UnknownNameError(FrontendError, AttributeError):
@@ -35,12 +41,12 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
     if _is_elsewhere(name):
         near = [n for n in known if _without_form(n) == _without_form(name)]
     else:
-        near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
+        near = next(filter(None, (difflib.get_close_matches(n, known, 3, _SIMILAR) for n in (name, name.lower()))), [])
     guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its names"
     return UnknownNameError(
         f"the DSL has no {name!r}",
         source=str(user_line() or "") or None,
-        hint=OTHER_WORDS.get(name, guess),
+        hint=OTHER_WORDS.get(name) or entry_word(name) or guess,
     )
 
 
@@ -70,6 +76,8 @@ def call_hint(error: BaseException) -> str | None:
     """
     import treadle.frontends.language as language
 
+    if isinstance(error, TypeError) and str(error) in _NOT_CALLED:
+        return "x.to(t.f32)  # or another dtype; t.f32 is a dtype, and x.type a type"
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
     if match is None:
         return None

@@ -23,6 +23,9 @@ from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.transforms.outline import outline_regions
 from treadle.ir.wording.call_spelling import spelled_call
+from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.other_interfaces import MODEL_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 if TYPE_CHECKING:  # defaults, so that `t.Model` is valid without parameters
     from typing_extensions import ParamSpec, TypeVar
@@ -42,6 +45,7 @@ class UnknownInputError(FrontendError):
 # -- models ----------------------------------------------------------------------------------------------------
 
 
+@with_attribute_hints("a declaration", MODEL_ATTRIBUTES)
 @dataclass(frozen=True)
 class Model(Generic[P, R]):
     """A model declaration with its configuration; `@t.model` returns it.
@@ -107,13 +111,12 @@ class Model(Generic[P, R]):
         found = self._signature.parameters.values()
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
+    @with_checked_call(examples={"inputs": 'inputs=["lengths"]'})
     def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model[P, R]:
         """Return the model with changed configuration, or with the optional inputs that `inputs` names.
 
         `inputs` may also name required inputs, which are always present. Raises FrontendError for an unknown name.
         """
-        if isinstance(inputs, str):
-            raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
         for kind, asked, known in (
             ("option", config, [*self.defaults]),
             ("input", inputs or (), [i.name for i in self.declared_inputs]),
@@ -155,6 +158,7 @@ class Model(Generic[P, R]):
             option=unknown[0] if kind == "option" else None,
         )
 
+    @with_checked_call(instead="model.configure(layers=2).graph() sets options")
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
         with collection_paused():
@@ -269,9 +273,23 @@ class Model(Generic[P, R]):
 def model(function: Callable[P, R]) -> Model[P, R]: ...
 @overload
 def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
-def model(function: Callable[..., Any] | None = None) -> Any:
-    """Declare a model: decorate a function whose positional arguments are typed inputs."""
-    return Model if function is None else Model(function)
+@with_checked_call()
+def model(function: Any = None) -> Any:
+    """Declare a model: decorate a function whose positional arguments are typed inputs.
+
+    Raises FrontendError for a class, and for an object that is not a function.
+    """
+    if function is None:
+        return model
+    if inspect.isclass(function) or not callable(function) or not hasattr(function, "__name__"):
+        raise FrontendError(
+            "@t.model decorates a function of tensors",
+            received=f"{function!r}"[:80],
+            source=str(user_line() or "") or None,
+            hint='def net(x: t.f32["B S 8"]): return t.linear(x, 8, name="f"); a module of PyTorch is '
+            "t.from_torch(module, example_inputs)",
+        )
+    return Model(function)
 
 
 def _declared(module: str, path: str) -> Any:

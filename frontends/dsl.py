@@ -32,7 +32,7 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS
+from treadle.ir.wording.other_spellings import OTHER_MEANINGS, dtype_word
 
 Tensor = Expr
 """A value of the graph: the inputs and outputs of a model's function."""
@@ -204,7 +204,7 @@ def declare(
         raise refusal(what, hint=number if numeric else f"one of {words}")
     if not isinstance(dtype, DType):
         what = f"parameter {full}: dtype must be a dtype of Treadle"
-        raise refusal(what, f"{dtype!r:.80}", "dtype=t.f32, t.f16, t.bf16 or t.f64")
+        raise refusal(what, f"{dtype!r:.80}", f"dtype={dtype_word(dtype) or 't.f32, t.f16, t.bf16 or t.f64'}")
     sizes: list[SizeLike] = []
     for each in shape:
         size = each if type(each) is int or type(each) is Size else _size_of_a_weight(each)

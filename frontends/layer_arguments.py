@@ -24,6 +24,7 @@ from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, DType
+from treadle.ir.wording.other_spellings import dtype_word
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -135,6 +136,14 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
     raise _Wrong(wanted, f"{name}=({whole},) for one axis, {name}=({whole}, {whole}) for two")
 
 
+def _padding(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        if value in ("same", "valid"):
+            return value
+        raise _Wrong("a tuple of integers, one for each axis", f'{name}="same" or "valid"')
+    return _integers(name, value)
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, str | bool | Expr):
         try:
@@ -169,7 +178,7 @@ def _function(name: str, value: Any) -> Any:
 def _dtype(name: str, value: Any) -> DType:
     if isinstance(value, DType):
         return value
-    raise _Wrong("a dtype", f"{name}=t.f32, t.f16, t.bf16 or t.f64")
+    raise _Wrong("a dtype", f"{name}={dtype_word(value) or 't.f32, t.f16, t.bf16 or t.f64'}")
 
 
 _FITTING: dict[Callable[[str, Any], Any], frozenset[type]] = {
@@ -190,6 +199,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "SizeLike": _size,
     "SizeLike | Dim": _size,
     "Sequence[int]": _integers,
+    "Sequence[int] | Literal['same', 'valid']": _padding,
     "float": _number,
     "bool": _truth,
     "str": _text,

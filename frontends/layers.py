@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from treadle.frontends.dsl import Tensor, Trace, declare, parameter, shared_table, trace
 from treadle.frontends.layer_arguments import layer
@@ -180,7 +181,7 @@ def convolution(
     kernel: Sequence[int],
     *,
     strides: Sequence[int] = (),
-    padding: Sequence[int] = (),
+    padding: Sequence[int] | Literal["same", "valid"] = (),
     dilations: Sequence[int] = (),
     groups: int = 1,
     bias: bool = True,
@@ -190,14 +191,17 @@ def convolution(
 
     channels  number of output channels
     kernel    size of the kernel along each spatial axis
-    strides, padding, dilations, groups  as in the op `conv`
+    strides, padding, dilations, groups  as in the op `conv`; padding="same" keeps the sizes of the spatial axes, and
+              "valid" is no padding, as in PyTorch
     bias      True to declare a bias [channels], besides the weight [channels, C / groups, *kernel]
     name      the scope of the weights
 
-    Raises FrontendError if the kernel does not fit x, or if C is not known while tracing.
+    Raises FrontendError if the kernel does not fit x, if C is not known while tracing, and for strides with "same".
     """
     b = trace()
     positive(groups=groups)
+    if isinstance(padding, str):
+        padding = _same_padding(kernel, strides, dilations) if padding == "same" else ()
     channels_in = _channels(x, len(kernel)) // groups
     with b.scoped(name, b.source or user_line(beyond=1)):
         weight = _weight(b, x, "weight", channels, channels_in, *kernel)
@@ -205,6 +209,19 @@ def convolution(
         return b.conv(
             x, weight, offset, strides=strides, padding=padding, dilations=dilations, groups=groups, name=name
         )
+
+
+def _same_padding(kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    """Return the zeros before each axis, then after each, with which a convolution keeps the sizes of its axes."""
+    if any(stride != 1 for stride in strides):
+        raise FrontendError(
+            'padding="same" keeps the sizes of axes, and strides divide them',
+            received=f"strides={tuple(strides)}",
+            source=trace().place(),
+            hint=f"padding=({', '.join(str(size // 2) for size in kernel)},)",
+        )
+    spans = [(size - 1) * step for size, step in zip(kernel, dilations or [1] * len(kernel), strict=True)]
+    return [*(span // 2 for span in spans), *(span - span // 2 for span in spans)]
 
 
 def _weight(b: Trace, x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from treadle.ir.errors import GraphError
 from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import DTYPES, DType
+from treadle.ir.wording.other_spellings import dtype_word
 
 _CODECS: dict[str, Callable[[Any], Any]] = {}
 _ACCEPTED: dict[str, str] = {}
@@ -42,11 +43,12 @@ def _read_size(value: SizeLike) -> Size:
     return Size.of(value)
 
 
-def _read_dtype(value: DType | str) -> DType:
+def _read_dtype(value: Any) -> DType:
     if isinstance(value, DType):
         return value
-    if value not in DTYPES:
-        raise GraphError(f"unknown dtype {value!r}", hint="one of " + ", ".join(DTYPES))
+    if not isinstance(value, str) or value not in DTYPES:
+        hint = dtype_word(value) or "one of " + ", ".join(DTYPES)
+        raise GraphError(f"unknown dtype {value!r:.80}", hint=hint)
     return DTYPES[value]
 
 

@@ -15,7 +15,7 @@ row does not depend on other rows. A session holds the states of the decoding st
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
@@ -25,6 +25,9 @@ from treadle.backends.states import States
 from treadle.files.available_memory import prefault
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
+from treadle.ir.wording.other_interfaces import SESSION_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.passes.stepping.sampled import SAMPLED
@@ -45,8 +48,12 @@ CHUNK = 256
 """Default maximum number of tokens of a row that one call prefills."""
 _WIDTH = 16  # chunk widths are multiples of this, so that few sizes occur
 _RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
+_TOKENS = "session.prefill({row: [464, 3139]})"
+_PROMPT = "session.prompt([464, 3139])"
 
 
+@with_attribute_hints("a session", SESSION_ATTRIBUTES)
+@with_checked_methods(examples={"tokens": _TOKENS, "prompt": _PROMPT, "other": _PROMPT})
 class Session:
     """Rows of text with their caches; see the module.
 
@@ -180,6 +187,7 @@ class Session:
         """Return all tokens passed to a row. Raises UsageError for a row that is not open."""
         return tuple(self._open(row).tokens)
 
+    @with_checked_call(instead=f"row = session.open(), then {_TOKENS}")
     def open(self, /, **inputs: Any) -> int:
         """Open a row in a free slot. Return the number of the row.
 
@@ -309,7 +317,7 @@ class Session:
         vocabulary, more tokens than there is room for, or a session that chooses tokens on the device.
         """
         self._needs_logits("prefill")
-        return self._prefilled({row: self._checked(row, ids) for row, ids in _by_row(tokens)}, {})
+        return self._prefilled({row: self._checked(row, ids) for row, ids in tokens.items()}, {})
 
     def _prefilled(self, tokens: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
         self._make_room({row: len(ids) for row, ids in tokens.items()})
@@ -326,7 +334,7 @@ class Session:
         as `prefill` does.
         """
         self._needs_logits("step")
-        return self._stepped({row: self._checked(row, [token]) for row, token in _by_row(tokens)}, {})
+        return self._stepped({row: self._checked(row, [token]) for row, token in tokens.items()}, {})
 
     def _stepped(self, ids: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
         if not ids:
@@ -350,7 +358,7 @@ class Session:
                 "this session returns logits, and chooses no tokens", hint='device_sampling="greedy" or "random"'
             )
         draws = draws or {}
-        ids = {row: self._checked(row, each) for row, each in _by_row(tokens)}
+        ids = {row: self._checked(row, each) for row, each in tokens.items()}
         sampling_inputs(self.derived.sampling, draws.values())  # refused before anything is appended
         single = {row: each for row, each in ids.items() if len(each) == 1}
         longer = {row: each for row, each in ids.items() if len(each) > 1}
@@ -559,13 +567,6 @@ def bucket(rows: int) -> int:
 def _padded(array: Array, count: int) -> Array:
     """Return an array [b, ...] with `count` more rows of zeros."""
     return np.concatenate([array, np.zeros((count, *array.shape[1:]), array.dtype)]) if count else array
-
-
-def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:
-    """Return the items of a mapping from rows to tokens. Raises UsageError for other types."""
-    if not isinstance(tokens, Mapping):
-        raise UsageError("tokens must be a mapping by row", received=type(tokens).__name__, hint="{row: tokens}")
-    return tokens.items()
 
 
 def _ids(who: str, tokens: Sequence[int]) -> list[int]:

@@ -98,6 +98,11 @@ def test_the_form_of_onnx_runtime(exe: t.Compiled) -> None:
         difference.tolist(),
     ]
     assert exe.run([], inputs) == []
+    named = exe.run(output_names=None, input_feed=inputs)
+    np.testing.assert_array_equal(named, [difference, product])
+    with raises_freely(t.UsageError, match="run has no option 'run_options'") as caught:
+        exe.run(None, inputs, run_options=None)  # type: ignore[call-arg]
+    assert caught.value.hint == "leave it out"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,11 @@ def test_the_form_of_onnx_runtime(exe: t.Compiled) -> None:
     [
         (["logits"], {"x": X, "y": Y}, "scaled has no output logits"),
         (None, {"x": X}, "no value for y"),
-        (None, [X, Y], "run takes the inputs as a mapping by name"),
+        (None, [X, Y], "run takes the names of outputs, then the inputs as a mapping by name"),
+        (None, None, "run takes the names of outputs, then the inputs as a mapping by name"),
+        ({"x": X, "y": Y}, None, "run takes the names of outputs, then the inputs as a mapping by name"),
+        (5, {"x": X, "y": Y}, "run takes the names of outputs, then the inputs as a mapping by name"),
+        (None, {"x": X, "y": Y, 1: X}, "scaled has no input 1"),
     ],
 )
 def test_runs_that_do_not_match_are_refused(names: Any, inputs: Any, words: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -106,3 +109,194 @@ def test_a_batch_without_names(method: str) -> None:
         getattr(trainer, method)(tokens, tokens)
     assert str(caught.value.hint) == f"trainer.{method}(tokens=..., targets=...)"
     assert getattr(trainer, method)(tokens=tokens, targets=tokens)
+
+
+# -- arguments of another kind -------------------------------------------------------------------------------------
+
+VALUES: list[Any] = [
+    *(None, 3, -1, 1.5, True, "a", b"a", {}, {"a": 1}, {3: [1]}, [], [1], [None], ["a"], ("a",), object(), len),
+    *(np.zeros(3), np.array(["a", "b"]), Path("a")),
+]
+"""Arguments that most methods do not take."""
+
+
+@pytest.fixture(scope="module")
+def public_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The objects that the functions of the public API return, and the API itself."""
+    exe = t.compile(classes, backend="numpy")
+    loaded: dict[str, Any] = {}
+    if importlib.util.find_spec("transformers") is not None:
+        from tests import task_models
+
+        place = tmp_path_factory.mktemp("models")
+        for kind, architecture in {"gpt": "GPT2LMHeadModel", "cls": "BertForSequenceClassification"}.items():
+            tokenizer = task_models.without_specials() if kind == "gpt" else task_models.wordpiece()
+            task_models.save(place / kind, architecture, tokenizer)
+            loaded[kind] = t.load(place / kind, backend="numpy")
+    return {
+        "exe": exe,
+        "session": exe.session(rows=2, capacity=16),
+        "stepped": exe.stepped,
+        "trainer": t.Trainer(classes, backend="numpy"),
+        "model": classes,
+        "report": exe.report(),
+        "following": t.follow(exe, "S"),
+        "memory": t.Trainer(classes, backend="numpy").memory(B=1, S=2),
+        "t": t,
+        **loaded,
+    }
+
+
+def public_callables(value: Any) -> dict[str, Callable[..., Any]]:
+    """Return the public methods of an object; of the API, the functions and classes that are no part of the DSL."""
+    if value is t:
+        skipped = {"Compiled", "Graph", "ModelSource", "Specializing"}
+        return {name: getattr(t, name) for name in t._LAZY if name not in skipped} | {"model": t.model}
+    methods = {name: m for name, m in vars(type(value)).items() if inspect.isfunction(m) and not name.startswith("_")}
+    return {name: getattr(value, name) for name in methods}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["exe", "session", "stepped", "trainer", "model", "gpt", "cls", "t", "report", "following", "memory"],
+)
+def test_no_call_raises_an_error_of_python(
+    kind: str, public_objects: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every public method with each value for each of its parameters, with too many, and with an unknown name."""
+    if kind not in public_objects:
+        pytest.skip("transformers is not installed")
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    failed, count = [], 0
+    for name, function in public_callables(public_objects[kind]).items():
+        parameters = list(inspect.signature(function).parameters.values())
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        calls: list[tuple[list[Any], dict[str, Any]]] = [([], {"qqq": 1}), ([3] * 20, {})]
+        for value in [*VALUES, torch.tensor([[1, 2]]), torch.nn.Linear(2, 2)]:
+            named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            calls += [([], {**dict.fromkeys(needed, value), option: value}) for option in named]
+            calls += [([value], {}), ([value, value], {})]
+        for ordered, options in calls:
+            count += 1
+            try:
+                function(*copy.copy(ordered), **options)
+            except t.TreadleError:
+                pass
+            except Exception as error:
+                failed.append(f"{name}(*{ordered}, **{options}): {type(error).__name__}: {error}"[:300])
+    assert count > 20
+    assert not failed, "\n".join(failed)
+
+
+def test_arrays_are_lists_of_numbers() -> None:
+    session = t.compile(classes, backend="numpy").session(rows=8, capacity=16)
+    for tokens in ([1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.int32)):
+        row = session.resume(tokens)
+        assert session.prefill({row: tokens})[row].shape == (20,)
+        assert session.prefill(dict.fromkeys(np.array([row]), tokens))
+        session.close(row)
+    assert t.TokenRules(banned=np.array([1])) and t.TokenRules(banned=[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "what", "hint"),
+    [
+        (lambda s: s.open([1, 2]), "open takes no argument without a name", "row = session.open(), then session.pre"),
+        (
+            lambda s: s.prefill([1]),
+            "tokens must be a mapping from integers to lists of integers",
+            "session.prefill({row",
+        ),
+        (lambda s: s.length("a"), "row must be an integer", None),
+        (lambda s: s.close(0, keep="no"), "keep must be True or False", "keep=False"),
+        (lambda s: s.prefix_length([1]), "prompt must be a prompt", "session.prompt([464, 3139])"),
+    ],
+)
+def test_hints_for_arguments_of_another_kind(call: Callable[[Any], Any], what: str, hint: str | None) -> None:
+    session = t.compile(classes, backend="numpy").session(rows=2, capacity=16)
+    session.open()
+    with raises_freely(t.UsageError, match=what) as caught:
+        call(session)
+    assert caught.value.hint is None if hint is None else str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("call", "what", "hint"),
+    [
+        (lambda m: m.generate([1, 2, 3]), "prompts must be a string or a list of strings", "a string, or a list of"),
+        (
+            lambda m: m.generate(np.array([1])),
+            "prompts must be a string or a list of strings",
+            "a string, or a list of",
+        ),
+        (lambda m: m.generate("a", stop="."), "stop must be a list of strings", "stop=['.']"),
+        (lambda m: m.generate("a", most="5"), "most must be an integer", "most=128"),
+        (lambda m: m.embed(("a", "b")), "sentences must be a string or a list of strings", "a string, or a list of"),
+        (lambda m: m.match("a.png", "cat"), "texts must be a list of strings", "texts=['cat']"),
+        (
+            lambda m: m.classify(("a", "b", "c")),
+            "texts must be a text, a pair of texts, or a list of them",
+            "a string, or a list of",
+        ),
+        (lambda m: m.answer([{"question": "a"}]), "question must be a string or a list of pairs of", "answer(question"),
+        (
+            lambda m: m.label(len),
+            "images must be a path or a list of paths",
+            'the path of a file: image.save("image.png")',
+        ),
+        (lambda m: m.transcribe(np.zeros(3)), "recording must be a path", "the path of a WAV file"),
+    ],
+)
+def test_hints_for_tasks(call: Callable[[Any], Any], what: str, hint: str) -> None:
+    """They come before the model is opened."""
+    with raises_freely(t.UsageError, match=what) as caught:
+        call(LoadedModel(Program.of("no-such-folder")))
+    assert str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize("function", [t.compile, t.load, t.Trainer])
+def test_objects_that_are_no_models(function: Callable[..., Any]) -> None:
+    exe = t.compile(classes, backend="numpy")
+    hints = {
+        "exe": (exe, "it is compiled already"),
+        "trainer": (t.Trainer(classes, backend="numpy"), "trainer.compiled()"),
+        "loaded": (LoadedModel(Program.of("no-such-folder")), "the model that t.load loaded"),
+        "dict": ({}, "t.compile(declaration, weights=...)"),
+        "None": (None, 'a declaration, "folder", or "model.onnx"'),
+    }
+    for value, hint in hints.values():
+        with raises_freely(t.UsageError, match="a model must be a declaration") as caught:
+            function(value)
+        assert str(caught.value.hint).startswith(hint)
+
+
+def test_a_compiled_models_weights_serve_its_model() -> None:
+    """As the hint says."""
+    exe = t.compile(classes, backend="numpy", seed=1)
+    tokens = np.array([[1, 2, 3]])
+    again = t.compile(classes, backend="numpy", weights=exe.weights)
+    np.testing.assert_array_equal(again(tokens)["head"], exe(tokens)["head"])
+    trainer = t.Trainer(classes, backend="numpy", weights=exe.weights)
+    np.testing.assert_array_equal(trainer.weights["wte.weight"], exe.weights["wte.weight"])
+
+
+def test_what_is_saved_is_a_compiled_model(tmp_path: Path) -> None:
+    exe = t.compile(classes, backend="numpy")
+    trainer = t.Trainer(classes, backend="numpy")
+    for value, hint in (
+        ("model.treadle", 't.save(exe, "model.treadle")'),
+        (trainer, 't.save(trainer.compiled(), "model.treadle")'),
+        (classes, 't.save(t.compile(MODEL), "model.treadle")'),
+    ):
+        with raises_freely(t.UsageError, match="save takes a compiled model") as caught:
+            t.save(value, tmp_path / "x.treadle")  # type: ignore[arg-type]
+        assert str(caught.value.hint).startswith(hint)
+    assert t.save(trainer.compiled(), tmp_path / "x.treadle") and t.save(exe, tmp_path / "y.treadle")
+
+
+def test_a_declaration_is_a_function() -> None:
+    for value in (3, "a", int, type("Net", (), {"forward": len})):
+        with raises_freely(t.FrontendError, match="@t.model decorates a function of tensors"):
+            t.model(value)
+    assert t.follow(classes, "S").axis == "S"

@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no passes": (lambda: compile(example, passes=3), "passes= must be a list or text"),  # type: ignore[arg-type]
     "a pass's class": (lambda: compile(example, passes=[Canonicalize]), "passes= must be a list of passes"),  # type: ignore[list-item]
     "negative seed": (lambda: compile(example, seed=-1), "a seed is 0 or more, not -1"),
-    "letters": (lambda: compile(example, inputs="yz"), "inputs= is a list of names"),
+    "letters": (lambda: compile(example, inputs="yz"), "inputs must be a list of strings"),
     "function": (lambda: compile(lambda x: x), "decorate the function with @t.model"),  # type: ignore[arg-type]
     "limits": (lambda: compile(example, limits={"nodes": 3}), "limits apply to a model"),
     "number": (lambda: compile(3), "a model must be a declaration, a graph, a name or a path"),  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from tests.backend_checks import (
     needs_tvm,
     python_backends,
 )
+from tests.error_texts import raises_freely
 from tests.golden import Golden
 from treadle.backends import bfloat16, signature
 from treadle.backends.commented_lines import commented
@@ -576,7 +577,11 @@ def test_which_tensors_are_converted(backend: str) -> None:
     exe = compiled(backend, graph_of(lambda b: b.input("x", "i64[N]").cast("f32") + b.input("y", "f32[N]")))
     tensors = {"x": torch.tensor([1, 2], dtype=torch.int16), "y": torch.tensor([0.5, 0.5], dtype=torch.float16)}
     np.testing.assert_array_equal(exe(**tensors).y, [1.5, 2.5])
-    assert "x must be i64, is float32" in message(lambda: exe(x=torch.ones(2), y=[0.5, 0.5]))
+    for x, cast in ((torch.ones(2), "x.to(torch.int64)"), (np.ones(2, np.float32), "x.astype('int64')")):
+        with raises_freely(BackendError, match="x must be i64, is float32") as caught:
+            exe(x=x, y=[0.5, 0.5])
+        assert caught.value.hint == cast
+        exe(x=eval(cast, {"x": x, "torch": torch}), y=[0.5, 0.5])
 
 
 @each_backend

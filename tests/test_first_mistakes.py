@@ -441,7 +441,12 @@ def test_lines_of_numpy_are_not_the_users() -> None:
             "such as kernel=(3, 3)",
         ),
         (lambda x: t.convolution(x, 4, (3,), strides=2, name="f"), "strides must be a tuple", "strides=(2,)"),
-        (lambda x: t.convolution(x, 4, (3,), padding="same", name="f"), "padding must be a tuple", None),
+        (lambda x: t.convolution(x, 4, (3,), padding="full", name="f"), "padding must be a tuple", 'padding="same"'),
+        (
+            lambda x: t.convolution(x, 4, (3,), padding="same", strides=(2,), name="f"),
+            'padding="same" keeps the sizes of axes, and strides divide them',
+            "padding=(1,)",
+        ),
         (lambda x: t.convolution(x, 4, (3,), groups=0, name="f"), "groups must be 1 or more", None),
         (lambda x: t.max_pool(x, kernel=3), "max_pool: kernel must be a tuple of integers, is 3", "kernel=(3,)"),
         (lambda x: t.reduce_mean(x, axes=-1), "reduce_mean: axes must be a tuple of integers, is -1", "axes=(-1,)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 import treadle as t
+from tests.error_texts import raises_freely
 from tests.test_fetch import pack, pin
 from treadle.fetch import fetch_wheel
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.models.gpt2 import gpt2
 from treadle.npy_files import read_npy, write_npy
 from treadle.training.weight_files import write_weights
@@ -95,6 +97,28 @@ def test_another_failure_is_not_called_a_full_disk(tmp_path: Path) -> None:
         write_weights(tmp_path / "no" / "w.safetensors", {"x": X})
     assert caught.value.what == "the weights cannot be written"
     assert caught.value.received == "No such file or directory"
+
+
+@pytest.mark.parametrize("what", [what for what in WRITERS if what not in ("the arrays", "the model cache")])
+def test_a_missing_folder_is_created_by_the_hint(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint is Python code, and for commands a command of the shell. Other writers create folders themselves."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "a b" / "c", Path("below")):
+        with raises_freely(UsageError, match=f"{what} cannot be written") as caught:
+            WRITERS[what](folder)
+        hint = caught.value.hint
+        assert isinstance(hint, Hint)
+        assert shlex.split(hint.command) == ["mkdir", "-p", str(folder)]
+        exec(hint, {"os": os})
+        WRITERS[what](folder)
+        assert list(folder.iterdir())
+
+
+def test_a_file_in_place_of_the_folder_is_not_created(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with raises_freely(UsageError, match="cannot be written") as caught:
+        write_weights(tmp_path / "file" / "weights", {"x": X})
+    assert caught.value.hint is None
 
 
 def test_arrays_are_read_back(tmp_path: Path) -> None:

@@ -150,9 +150,11 @@ def test_python_is_told_no_options_of_the_command_line_and_commands_no_arguments
 FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for the code of a model
     "backends/entries.py",
     "backends/tvm/executable.py",
+    "frontends/attention_layers.py",
     "frontends/declarations.py",
     "frontends/dsl.py",
     "frontends/layers.py",
+    "ir/analysis/following.py",
     "frontends/safetensors_file.py",  # a script that converts the file
     "frontends/torch_export/",
     "ir/attention/masking.py",

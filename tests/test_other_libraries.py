@@ -16,6 +16,7 @@ from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.op_registry import OPS
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
+from treadle.ir.wording.other_interfaces import ENTRY_WORDS
 from treadle.ir.wording.other_spellings import (
     LEFT_OUT_OPTIONS,
     OTHER_FUNCTIONS,
@@ -52,7 +53,10 @@ def test_words_of_other_libraries_are_no_names_of_the_dsl(word: str) -> None:
     [
         (lambda x: x.astype("f2"), "x.cast(t.f32)"),
         (lambda x: x.eq(0), "x == x"),
-        (lambda x: x.cuda(), "t.compile(model)(...)"),
+        (lambda x: x.cuda(), "x  # leave it out: target="),
+        (lambda x: x.numpy(), "t.compile(model)(...)"),
+        (lambda x: x.byte(), "x.to(t.u8)"),
+        (lambda x: x.nonzero(), "t.where(condition, x, 0.0)  # keeps the shape"),
         (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
         (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
@@ -152,7 +156,7 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
     """A name that PyTorch has is not misspelt: cumprod is not cumsum, and rrelu is not relu."""
     torch = pytest.importorskip("torch")
     names = {n for place in (torch.Tensor, torch.nn, torch.nn.functional) for n in dir(place) if n[0] != "_"}
-    for name in names - {*OTHER_WORDS, *dir(t)}:
+    for name in names - {*OTHER_WORDS, *ENTRY_WORDS, *dir(t)}:
         with raises_freely(FrontendError) as caught:
             getattr(t, name)
         for near in re.findall(r"t\.(\w+)", str(caught.value.hint)):
@@ -232,8 +236,22 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
         lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
         lambda torch, x: torch.nn.functional.mse_loss(x, x),
         lambda torch, x: torch.nn.functional.l1_loss(x, x),
+        lambda torch, x: torch.nn.functional.binary_cross_entropy_with_logits(x, x),
+        lambda torch, x: torch.nn.functional.cosine_similarity(x, x, dim=-1),
         lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), 8),
         lambda torch, x: torch.remainder(x, x),
+        lambda torch, x: torch.flip(x, (0, 1)),
+        lambda torch, x: torch.fliplr(x),
+        lambda torch, x: torch.roll(x, 3, 1),
+        lambda torch, x: torch.isinf(x),
+        lambda torch, x: torch.isfinite(x),
+        lambda torch, x: torch.nan_to_num(x),
+        lambda torch, x: torch.count_nonzero(x),
+        lambda torch, x: torch.diff(x),
+        lambda torch, x: torch.fmod(x, x),
+        lambda torch, x: torch.logit(x),
+        lambda torch, x: torch.lerp(x, x, 0.5),
+        lambda torch, x: torch.take(x, x.argmax(-1, keepdim=True)),
         lambda torch, x: torch.gather(x, -1, x.argmax(-1, keepdim=True)),
         lambda torch, x: torch.take_along_dim(x, x.argmax(-1, keepdim=True), -1),
     ],
@@ -272,6 +290,10 @@ def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: 
                 *("log10", "log2", "exp2", "sinh", "cosh", "tan", "square", "absolute", "negative"),
             )
         ],
+        lambda x: np.flip(x, 1),
+        lambda x: np.roll(x, 1, 1),
+        lambda x: np.nan_to_num(x),
+        lambda x: np.diff(x),
         lambda x: np.tile(x, (1, 1, 2)),
         lambda x: np.repeat(x, 2, axis=1),
         lambda x: np.argmin(x, axis=-1),
@@ -284,6 +306,33 @@ def test_the_hint_for_a_function_of_numpy_computes_what_it_computes(function: An
     a = np.random.default_rng(0).uniform(0.1, 2, (1, 4, 8)).astype(np.float32)
     (y,) = compile(traced(lambda x: eval(hint, {"t": t, "x": x}), shape="1 4 8"), backend="numpy")(x=a).values()
     np.testing.assert_allclose(y, function(a), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (4, 1), (3, 2), (4, 3)])
+def test_padding_by_name_is_pytorchs(padding: str, kernel: int, dilation: int) -> None:
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0)
+    a, w = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 16), (4, 3, kernel)))
+
+    def body(x: t.Tensor) -> t.Tensor:
+        return t.convolution(x, 4, (kernel,), padding=padding, dilations=(dilation,), bias=False, name="f")  # type: ignore[arg-type]
+
+    (y,) = compile(traced(body, shape="B 3 16"), backend="numpy", weights={"f.weight": w})(x=a).values()
+    ours, theirs = map(torch.from_numpy, (a, w))
+    expected = torch.nn.functional.conv1d(ours, theirs, padding=padding, dilation=dilation)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_without_heads_is_pytorchs_with_one_head() -> None:
+    torch = pytest.importorskip("torch")
+    hint = (refusal(lambda x: t.attention(x, x, x), shape="2 4 8").hint or "").partition("  #")[0]
+    a = np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)
+    graph = traced(lambda x: eval(hint, {"t": t, "q": x, "k": x, "v": x}), shape="2 4 8")
+    (y,) = compile(graph, backend="numpy")(x=a).values()
+    x = torch.from_numpy(a)
+    expected = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_causal_mask_is_what_is_causal_means() -> None:

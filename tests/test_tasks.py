@@ -373,7 +373,7 @@ def test_an_option_of_another_type_is_refused(method: str, options: dict[str, An
 @pytest.mark.parametrize("texts", [3, None, [1, 2], ["a", b"b"]])
 @pytest.mark.parametrize("method", ["embed", "perplexity"])
 def test_a_text_is_a_string(method: str, texts: Any) -> None:
-    with pytest.raises(UsageError, match="a text must be a string"):
+    with pytest.raises(UsageError, match="must be a string"):
         getattr(LoadedModel(Program.of("no-such-folder")), method)(texts)
 
 

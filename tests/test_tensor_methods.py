@@ -87,6 +87,13 @@ SHAPED: dict[str, Body] = {
     "repeat along a new axis": lambda x: x.repeat((2, 1, 1, 2)),
     "repeat a symbolic axis": lambda x: x.repeat(x.size(1), 1, 1)[:2],
     "repeat_interleave": lambda x: x.repeat_interleave(3, dim=1),
+    "expand_as": lambda x: x[:, :1].expand_as(x),
+    "flip": lambda x: x.flip(1),
+    "flip of several axes": lambda x: x.flip((0, -1)).flip(0, 1),
+    "roll": lambda x: x.roll(1, 1),
+    "roll of several axes": lambda x: x.roll((-3, 2), dims=(1, -1)),
+    "roll of all": lambda x: x.roll(5),
+    "new tensors": lambda x: x.new_zeros(1, 8) + x.new_ones((8,)) - x.new_full([8], 2.5) + x,
     "chunk": lambda x: x.chunk(3, dim=-1)[2] + x.chunk(2, -1)[0][..., :2],
     "chunk of a tuple": lambda x: sum(x.chunk(2, dim=-1)),
     "split": lambda x: x.split(3, dim=-1)[-1],
@@ -112,6 +119,7 @@ REDUCED: dict[str, Body] = {
     "amin": lambda x: x.amin(),
     "any": lambda x: (x > 1).any(-1),
     "all": lambda x: (x > -1).all((0, 2), keepdim=True),
+    "least": lambda x: x.topk(3, 1 if x.ndim > 3 else -1, largest=False, sorted=True).values,
     "max": lambda x: x.max(),
     "max values": lambda x: x.max(-1).values,
     "max indices": lambda x: x.max(-1)[1],
@@ -231,6 +239,28 @@ def test_any_reshape_keeps_the_order_of_the_elements_or_shows_the_rearrange(
     np.testing.assert_array_equal(result, x.reshape(after))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x[:, ::-1],
+        lambda x: x[..., ::-3],
+        lambda x: x[..., 6:1:-2],
+        lambda x: x[..., -2::-1],
+        lambda x: x[..., 1:6:-1] if isinstance(x, np.ndarray) else x[..., 0:0],
+        lambda x: x[:, 2:0:-1],
+        lambda x: x[:, 3::-2],
+        lambda x: x[:, -1::-1, 0],
+        lambda x: x[:, -1:-3:-1],
+        lambda x: x[::-1, None, :-2],
+    ],
+)
+def test_a_negative_step_is_numpys(body: Body) -> None:
+    """PyTorch has none."""
+    x = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)
+    (result,) = compile(traced(body), backend="numpy")(x=x).values()
+    np.testing.assert_array_equal(result, body(x))
+
+
 @pytest.mark.parametrize("case", [*INDEXED, *SHAPED])
 def test_a_part_or_a_shape_has_no_opaque_op(case: str) -> None:
     """Every axis can be followed through it."""
@@ -279,7 +309,17 @@ def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
         (lambda x: x[x > 0], "a condition cannot select elements", "t.where(condition, x, 0.0)"),
         (lambda x: x[[True, False]], "a condition cannot select elements", "t.where(condition, x, 0.0)"),
         (lambda x: x[: x.sum().long()], "the bounds of a slice cannot be a tensor", "t.gather(x, positions, axis=1)"),
-        (lambda x: x[..., ::-1], "the step of a slice must be", "t.gather(x, 7 - t.iota(size=8), axis=2)"),
+        (lambda x: x[:, 3:-1:-1], "a slice that ends at the last position and goes down has no elements", None),
+        (lambda x: x.roll((1, 2), 1), "roll needs a shift for each axis, received 2 for 1", None),
+        (lambda x: x.to(np.float16), ".to takes a dtype of Treadle, not \"<class 'numpy.float16'>\"", "x.to(t.f16)"),
+        (lambda x: x.to(float), ".to takes a dtype of Treadle, not \"<class 'float'>\"", "x.to(t.f64)"),
+        (lambda x: x.cast(torch.float16), "unknown dtype torch.float16", "t.f16"),
+        (lambda x: x.cast([1]), "unknown dtype [1]", "one of f64"),
+        (lambda x: t.parameter("w", 8, dtype=np.float16), "dtype must be a dtype of Treadle", "dtype=t.f16"),
+        (lambda x: t.embed(x, 8, 8, dtype=np.float16, name="f"), "embed: dtype must be a dtype", "dtype=t.f16"),
+        (lambda x: x.to(torch.device("cpu")), ".to takes a dtype of Treadle, not 'cpu'", "x  # leave it out"),
+        (lambda x: x.type(t.f16), "cannot be traced: TypeError: 'Type' object is not callable", "x.to(t.f32)"),
+        (lambda x: t.f16(x), "cannot be traced: TypeError: 'DType' object is not callable", "x.to(t.f32)"),
         (lambda x: x[..., ::0], "the step of a slice must be", None),
         (lambda x: x[:, [-1]], "negative positions on an axis whose size differs from call to call: S", "x[:, -1]"),
         (lambda x: x[x.argmax(0), x.argmax(1)], "only one axis may be indexed by a tensor", None),
@@ -313,7 +353,7 @@ def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
         (lambda x: x.gather(3, x.long()), "there is no axis 3 in a tensor of rank 3", None),
         (lambda x: x.to("float16"), ".to takes a dtype of Treadle, not 'float16'", "x.to(t.f16)"),
         (lambda x: x.to(torch.bfloat16), ".to takes a dtype of Treadle, not 'torch.bfloat16'", "x.to(t.bf16)"),
-        (lambda x: x.to("cuda"), ".to takes a dtype of Treadle, not 'cuda'", "x.to(t.f32)"),
+        (lambda x: x.to("cuda"), ".to takes a dtype of Treadle, not 'cuda'", "x  # leave it out"),
         (lambda x: x.add_(1), "a tensor of a model has no .add_", "x = x.add(...)"),
         (lambda x: x.eq(1), "a tensor of a model has no .eq", "x == x"),
         (

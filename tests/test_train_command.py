@@ -572,7 +572,7 @@ REFUSED = {
     "--save-every 3": ("--save-every only applies together with --state", "--state FILE as well"),
     "--resume none": ("there is no file none", "a file that --state wrote"),
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
-    "--state none/s": ("the state cannot be written: its folder does not exist", "a file in a folder"),
+    "--state none/s": ("the state cannot be written: its folder does not exist", "mkdir -p none"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),
     "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
     "--learning-rate 0": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),

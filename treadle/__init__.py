@@ -31,6 +31,8 @@ if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
 from treadle.frontends import language as _language  # noqa: E402
+from treadle.frontends.call_errors import UnknownNameError as _UnknownNameError  # noqa: E402
+from treadle.frontends.call_errors import unknown_word as _unknown_word  # noqa: E402
 from treadle.frontends.language import *  # noqa: E402, F403
 from treadle.ir.errors import BackendError as BackendError  # noqa: E402
 from treadle.ir.errors import CheckpointError as CheckpointError  # noqa: E402
@@ -95,7 +97,10 @@ if not TYPE_CHECKING:  # type checkers know all names, and report unknown names
         if name in _LAZY:
             found = globals()[name] = getattr(_import_module(_LAZY[name]), name)
             return found
-        return getattr(_language, name)
+        try:
+            return getattr(_language, name)
+        except _UnknownNameError:  # the nearest names may be those of this module
+            raise _unknown_word(name, __dir__()) from None
 
 
 def __dir__() -> list[str]:

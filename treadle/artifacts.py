@@ -32,11 +32,14 @@ from treadle.passes.framework.manager import Optimized
 from treadle.program.backend_choice import AUTO, choose_backend
 from treadle.program.budgets import budget_of
 from treadle.program.option_table import declared_options
+from treadle.program.places import refuse_to_save
 
 
 @with_checked_call()
 def save(compiled: Compiled, path: PathLike) -> str:
     """Write a compiled model to the file `path`: see `Compiled.save`."""
+    if not isinstance(compiled, Compiled):
+        raise refuse_to_save(compiled)
     return compiled.save(path)
 
 

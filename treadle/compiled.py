@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
-from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
+from treadle.ir.wording.other_interfaces import COMPILED_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
@@ -30,11 +32,16 @@ from treadle.runtime.session import CHUNK, Full, Session
 from treadle.stepped import SESSION_ELSEWHERE, SteppedModel, step_of
 
 if TYPE_CHECKING:
+    from treadle.explaining.sharding import ShardingReport
     from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
+OutputNames: TypeAlias = str | Sequence[str] | None
+"""Outputs of `Compiled.run`, which checks the names: None for all."""
 
 
+@with_attribute_hints("a compiled model", COMPILED_ATTRIBUTES)
+@with_checked_methods({"overwrite": "leave it out: an existing file is replaced"})
 @dataclass(frozen=True)
 class Compiled:
     """A compiled model: call it with arrays, by name or in order, and inspect what the compiler did.
@@ -134,19 +141,28 @@ class Compiled:
         """
         return self.executable(**self._named(ordered, arrays))
 
-    def run(self, names: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Array]:
+    @with_checked_call({"run_options": "leave it out"})
+    def run(self, output_names: OutputNames, input_feed: Any = None) -> list[Array]:
         """Run as ONNX Runtime's `InferenceSession.run` does: return the outputs of these names as a list; None: all.
+
+        input_feed  the inputs by name
 
         Raises BackendError as a call does, and for a name that is not an output's.
         """
-        if not isinstance(inputs, Mapping):
+        wrong = [
+            value
+            for value, kinds in ((output_names, str | Sequence | None), (input_feed, Mapping))
+            if not isinstance(value, kinds)
+        ]
+        if wrong:
             raise BackendError(
-                "run takes the inputs as a mapping by name",
-                received=type(inputs).__name__,
+                "run takes the names of outputs, then the inputs as a mapping by name",
+                received=type(wrong[0]).__name__,
                 hint=f"exe.run(None, {{{', '.join(f'{port.name!r}: ...' for port in self.inputs)}}})",
             )
-        outputs = self(**inputs)
-        chosen = list(outputs) if names is None else [names] if isinstance(names, str) else list(names)
+        outputs = self(**{str(name): array for name, array in input_feed.items()})
+        chosen = list(outputs) if output_names is None else output_names
+        chosen = [chosen] if isinstance(chosen, str) else chosen
         if unknown := [printable(str(name)) for name in chosen if name not in outputs]:
             what = f"{self.name} has no output {', '.join(unknown)}"
             raise BackendError(what, hint=f"None for all, or some of {', '.join(outputs)}")
@@ -221,18 +237,35 @@ class Compiled:
             rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory, resumes=resumes
         )
 
-    def report(self, **options: Any) -> Report:
+    def report(
+        self,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        sharding: ShardingReport | None = None,
+        cache: str | None = None,
+        profile: int = 0,
+        seed: int = 0,
+        command: str | None = None,
+        originals: Mapping[str, Any] | None = None,
+    ) -> Report:
         """Return a report on the model. Notebooks display the report, and its method `save` writes one HTML file.
 
-        Options are passed to `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`,
-        `originals`.
-        Raises UsageError as `report_of` does.
+        The options are those of `treadle.report.building.report_of`. Raises UsageError as `report_of` does.
         """
         from treadle.report.building import report_of
         from treadle.report.subjects import Subject
 
         parts = self.name, self.optimized, self.backend, self.target, self.executable
-        return report_of(Subject(*parts, self.unused, self.unread, has_weights=True), **options)
+        return report_of(
+            Subject(*parts, self.unused, self.unread, has_weights=True),
+            sizes=sizes,
+            sharding=sharding,
+            cache=cache,
+            profile=profile,
+            seed=seed,
+            command=command,
+            originals=originals,
+        )
 
     def save(self, path: PathLike) -> str:
         """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. Return the file's seal, 64

@@ -35,6 +35,7 @@ from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.target import Target
+from treadle.ir.wording.checked_calls import with_checked_methods
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
@@ -80,6 +81,7 @@ class Specialization(NamedTuple):
     compiled: Compiled
 
 
+@with_checked_methods()
 class Specializing(Compiled):
     """A model in which inputs determine shapes. It is called like any compiled model; `treadle.compile` returns it for
     such a file.

@@ -17,7 +17,7 @@ from treadle.backends.staged import build
 from treadle.frontends.rotary import Dynamic, LongRope
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, Lower, check_order, run
@@ -41,6 +41,7 @@ SESSION_ELSEWHERE = {
 """Options of a session by their names in other libraries."""
 
 
+@with_checked_methods()
 @dataclass(frozen=True)
 class SteppedModel:
     """The compiled decoding step that sessions of a model share.
@@ -91,13 +92,13 @@ class SteppedModel:
             resumes=resumes,
         )
 
-    def report(self, **options: Any) -> Report:
-        """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
+    def report(self, *, sizes: Mapping[str, int] | None = None) -> Report:
+        """Return the report on the step at these sizes, as `treadle.compiled.Compiled.report` does for a model."""
         from treadle.report.building import report_of
         from treadle.report.subjects import Subject
 
         parts = self.name, self.optimized, self.backend, Target("cpu"), self.executable
-        return report_of(Subject(*parts, derived=self.derived), **options)
+        return report_of(Subject(*parts, derived=self.derived), sizes=sizes)
 
 
 def step_of(

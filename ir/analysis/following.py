@@ -37,13 +37,14 @@ from treadle.ir.analysis.encounters import (
     Whole,
 )
 from treadle.ir.composites import body_of
-from treadle.ir.errors import GraphError
+from treadle.ir.errors import GraphError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.operation import Composite
 from treadle.ir.sizing.sizes import ONE
-from treadle.ir.wording.checked_calls import with_checked_call
+from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 
 
+@with_checked_methods()
 @dataclass(frozen=True)
 class Following:
     """The uses of one axis of a graph.
@@ -131,9 +132,13 @@ def follow(graph: Graph, axis: str) -> Following:
     """Return all uses of an axis in a graph.
 
     axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main` (`"tokens[1]"`,
-    `"wte.weight[0]"`). A compiled model may be passed instead of its graph. Raises GraphError if there is no such axis.
+    `"wte.weight[0]"`). A compiled model or a declaration may be passed instead of its graph. Raises GraphError if there
+    is no such axis.
     """
     graph = getattr(graph, "graph", graph)
+    graph = graph() if callable(graph) else graph
+    if not isinstance(graph, Graph):
+        raise UsageError("follow takes a graph", received=f"{graph!r}"[:80], hint='t.follow(exe.graph, "S")')
     tracer = Tracer(graph, axis)
     seeds = set(tracer.seeds())
     closure = tracer.close(graph.main, frozenset(seeds))

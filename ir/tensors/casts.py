@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from treadle.ir.tensors.elementwise import ElementwiseMethods
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, f32, f64, i32, i64
-from treadle.ir.wording.other_spellings import OTHER_WORDS
+from treadle.ir.wording.other_spellings import DEVICES, OTHER_METHODS, dtype_word
 
 if TYPE_CHECKING:
     from treadle.ir.expressions import Expr
@@ -24,17 +24,18 @@ class CastMethods(ElementwiseMethods):
 
         def cast(self, to: DType | str) -> Expr: ...
 
-    def to(self, dtype: DType | str) -> Expr:
-        """Return the tensor cast to a dtype such as `t.f16`."""
-        if isinstance(dtype, str) and dtype in DTYPES:
-            dtype = DTYPES[dtype]
-        if not isinstance(dtype, DType):
-            word = str(dtype).rpartition(".")[2] if str(dtype).startswith("torch.") else str(dtype)
+    def to(self, dtype: DType | str | Expr) -> Expr:
+        """Return the tensor cast to a dtype such as `t.f16`, or to the dtype of another tensor."""
+        asked: object = dtype.dtype if isinstance(dtype, CastMethods) else dtype
+        if isinstance(asked, str) and asked in DTYPES:
+            asked = DTYPES[asked]
+        if not isinstance(asked, DType):
+            is_device = isinstance(asked, int) or str(asked).partition(":")[0] in DEVICES
             raise self._refusal(
-                f".to takes a dtype of Treadle, not {str(dtype)[:80]!r}",
-                f"x.to({OTHER_WORDS[word]})" if OTHER_WORDS.get(word, "").startswith("t.") else "x.to(t.f32)",
+                f".to takes a dtype of Treadle, not {str(asked)[:80]!r}",
+                OTHER_METHODS["cuda"] if is_device else f"x.to({dtype_word(asked) or 't.f32'})",
             )
-        return self.cast(dtype)
+        return self.cast(asked)
 
     def type_as(self, other: Expr) -> Expr:
         """Return the tensor cast to the dtype of another tensor."""

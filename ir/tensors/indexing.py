@@ -129,16 +129,11 @@ def _span(x: Expr, axis: int, span: slice) -> Expr:
     """Return a slice along one axis. On an axis of constant size, positions past its ends are clamped."""
     start, stop, step = (None if edge is None else _edge(x, edge) for edge in (span.start, span.stop, span.step))
     step = 1 if step is None else step
-    if not isinstance(step, int) or step < 1:
-        size = x.shape[axis]
-        raise _refusal(
-            x,
-            f"the step of a slice must be an integer from 1 on, is {step}",
-            f"t.gather(x, {size - 1} - t.iota(size={_spelled(size)}), axis={axis}) reverses an axis"
-            if size.constant is not None
-            else None,
-        )
+    if not isinstance(step, int) or step == 0:
+        raise _refusal(x, f"the step of a slice must be an integer other than 0, is {step}", "x[:, ::2]")
     size = x.shape[axis]
+    if step < 0:
+        return _reversed_span(x, axis, start, stop, step)
     start = 0 if start is None else start
     stop = None if stop is not None and size == stop else stop
     if size.constant is not None and isinstance(start, int) and not isinstance(stop, Size):
@@ -151,8 +146,17 @@ def _span(x: Expr, axis: int, span: slice) -> Expr:
     return x.builder.slice(x, axis=axis, start=start, stop=stop, stride=step)
 
 
-def _spelled(size: Size) -> str:
-    return str(size) if size.constant is not None else f'"{size}"'
+def _reversed_span(x: Expr, axis: int, start: int | Size | None, stop: int | Size | None, step: int) -> Expr:
+    """Return a slice with a negative step, as in NumPy: from `start` down to the position after `stop`."""
+    size = x.shape[axis].constant
+    if size is not None and not isinstance(start, Size) and not isinstance(stop, Size):
+        positions = np.arange(size)[start:stop:step]
+        return x.builder.gather(x, x.builder.constant(positions), axis=axis)
+    if stop == -1:
+        raise _refusal(x, "a slice that ends at the last position and goes down has no elements", None)
+    low = None if stop is None else stop + 1
+    high = None if start is None or start == -1 else start + 1
+    return _span(_span(x, axis, slice(low, high)).flip(axis), axis, slice(None, None, -step))
 
 
 def _positions(x: Expr, axis: int, item: Any) -> Expr:

@@ -262,6 +262,45 @@ class TensorMethods(CastMethods):
         wide = [size for pair in zip(counts, shape, strict=True) for size in pair]
         return x.expand(*wide).reshape(*[count * size for count, size in zip(counts, shape, strict=True)])
 
+    def expand_as(self, other: Expr) -> Expr:
+        """Return the tensor repeated to the shape of another tensor."""
+        return self.expand(other.shape)
+
+    def flip(self, *dims: int | Sequence[int]) -> Expr:
+        """Return the tensor with the order of the elements along axes reversed."""
+        x = self._expr
+        for axis in map(self._axis, _flat(dims)):
+            size = self.shape[axis]
+            x = x.builder.gather(x, size - 1 - self.builder.iota(size=size), axis=axis)
+        return x
+
+    def roll(self, shifts: int | Sequence[int], dims: int | Sequence[int] | None = None) -> Expr:
+        """Return the tensor with its elements moved along axes; those that leave at the end enter at the start.
+        Without `dims`, they move in the flattened tensor.
+        """
+        if dims is None:
+            return self.flatten().roll(shifts, 0).reshape(*self.shape)
+        moves, axes = _flat([shifts]), _flat([dims])
+        if len(moves) != len(axes):
+            raise self._refusal(f"roll needs a shift for each axis, received {len(moves)} for {len(axes)}", None)
+        x = self._expr
+        for move, axis in zip(moves, map(self._axis, axes), strict=True):
+            size = self.shape[axis]
+            x = x.builder.gather(x, (self.builder.iota(size=size) - move) % size, axis=axis)
+        return x
+
+    def new_zeros(self, *size: SizeLike | Sequence[SizeLike]) -> Expr:
+        """Return zeros of this shape, of the dtype of the tensor."""
+        return self.new_full(_flat(size), 0)
+
+    def new_ones(self, *size: SizeLike | Sequence[SizeLike]) -> Expr:
+        """Return ones of this shape, of the dtype of the tensor."""
+        return self.new_full(_flat(size), 1)
+
+    def new_full(self, size: Sequence[SizeLike], fill_value: float) -> Expr:
+        """Return a tensor of this shape with equal elements, of the dtype of the tensor."""
+        return self.builder.expand(self.builder.constant(fill_value, self.dtype), shape=[*size])
+
     def contiguous(self) -> Expr:
         """Return the tensor. The compiler decides where and how values are stored."""
         return self._expr
@@ -368,9 +407,14 @@ class TensorMethods(CastMethods):
         """Return the logarithm of the softmax along an axis."""
         return self.builder.log_softmax(self._expr, axis=self._axis(dim))
 
-    def topk(self, k: int, dim: int = -1) -> Extremum:
-        """Return the k greatest elements along an axis, greatest first, and their positions."""
-        return Extremum(*self.builder.top_k(self._expr, k=k, axis=self._axis(dim)))
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Extremum:
+        """Return the k greatest elements along an axis, greatest first, and their positions; or the k least elements.
+        They are always sorted.
+        """
+        if largest:
+            return Extremum(*self.builder.top_k(self._expr, k=k, axis=self._axis(dim)))
+        values, indices = self.builder.top_k(reversed_order(self._expr), k=k, axis=self._axis(dim))
+        return Extremum(reversed_order(values), indices)
 
     # -- elements ----------------------------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from inspect import Parameter, Signature
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.wording.argument_kinds import kind_of
 from treadle.ir.wording.call_spelling import spelled_call
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -20,41 +21,118 @@ Class = TypeVar("Class", bound=type)
 _SIMILAR = 0.7
 """The least similarity of a name in a hint: `logprobs` and `prompts` have 0.53, `thread` and `threads` 0.92."""
 _NONE: Mapping[str, str] = MappingProxyType({})
+_PLACES = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_CHECKED = "_is_checked"
+"""The attribute of a function that is checked already."""
 
 
-def with_checked_call(elsewhere: Mapping[str, str] = _NONE) -> Callable[[Function], Function]:
+def with_checked_call(
+    elsewhere: Mapping[str, str] = _NONE, examples: Mapping[str, str] = _NONE, *, instead: str | None = None
+) -> Callable[[Function], Function]:
     """Decorate a function, or a method with `self`. A call that does not fit its signature raises UsageError, with the
-    nearest option or the signature as the hint.
+    nearest option or the signature as the hint; so does an argument of another kind than its annotation
+    (`treadle.ir.wording.argument_kinds`).
 
     elsewhere  hints for options that other libraries, or other functions, have, by name
+    examples   hints for arguments of another kind, by name
+    instead    the hint for arguments that have no place; None: the signature
     """
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         own = next(iter(signature.parameters), "") == "self"
+        places = [each for each in signature.parameters.values() if each.kind in _PLACES][own:]
+        required = sum(each.default is Parameter.empty for each in places)
+        most = len(places)
+        is_plain = not any(
+            each.kind is Parameter.KEYWORD_ONLY and each.default is Parameter.empty
+            for each in signature.parameters.values()
+        )
+        check_kinds = _kind_check(signature, places, examples)
 
         @functools.wraps(function)
         def checked(*ordered: Any, **options: Any) -> Any:
-            check_call(function.__name__, signature, ordered[own:], options, elsewhere)
+            arguments = ordered[own:]
+            if options or not is_plain or not required <= len(arguments) <= most:
+                check_call(function.__name__, signature, arguments, options, elsewhere, instead=instead)
+            check_kinds(arguments, options)
             return function(*ordered, **options)
 
+        setattr(checked, _CHECKED, True)
         return _as_original(checked, signature)  # type: ignore[return-value]
 
     return decorate
 
 
+def with_checked_methods(
+    elsewhere: Mapping[str, str] = _NONE, examples: Mapping[str, str] = _NONE
+) -> Callable[[Class], Class]:
+    """Decorate a class: its own public methods are checked as by `with_checked_call`, except those that are checked
+    already.
+    """
+
+    def decorate(cls: Class) -> Class:
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and not name.startswith("_") and not hasattr(method, _CHECKED):
+                setattr(cls, name, with_checked_call(elsewhere, examples)(method))
+        return cls
+
+    return decorate
+
+
+def _kind_check(
+    signature: Signature, places: Sequence[Parameter], examples: Mapping[str, str]
+) -> Callable[[Sequence[Any], Mapping[str, Any]], None]:
+    """Return a function that raises UsageError if an argument of a call is of another kind than its annotation.
+
+    places  the parameters that arguments without a name fill
+    """
+    place_of = {each.name: place for place, each in enumerate(places)}
+    kinds = [
+        (place_of.get(name, len(places)), name, kind)
+        for name, each in signature.parameters.items()
+        if (kind := kind_of(each)) is not None
+    ]
+
+    def check(ordered: Sequence[Any], options: Mapping[str, Any]) -> None:
+        for place, name, kind in kinds:
+            if place >= len(ordered) and name not in options:
+                continue
+            value = ordered[place] if place < len(ordered) else options[name]
+            if not kind.fits(value):
+                received = f"{name}={value!r}"[:80]
+                hint = f"{name}=[{value!r}]" if kind.fits([value]) else examples.get(name, kind.example)
+                raise UsageError(f"{name} must be {kind.words}", received=received, hint=hint)
+
+    return check
+
+
 def with_checked_constructor(elsewhere: Mapping[str, str] = _NONE) -> Callable[[Class], Class]:
-    """Decorate a class in the same way: its constructor is checked."""
+    """Decorate a class in the same way: its constructor is checked. The constructor's own errors come before errors for
+    arguments of another kind, since they know the range of a value.
+    """
 
     def decorate(cls: Class) -> Class:
         create = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(create)
+        check_kinds = _kind_check(signature, [p for p in signature.parameters.values() if p.kind in _PLACES][1:], _NONE)
 
         @functools.wraps(create)
         def checked(self: Any, /, *ordered: Any, **options: Any) -> None:
-            if type(self) is cls:
-                check_call(cls.__name__, signature, ordered, options, elsewhere)
-            create(self, *ordered, **options)
+            if type(self) is not cls:
+                create(self, *ordered, **options)
+                return
+            check_call(cls.__name__, signature, ordered, options, elsewhere)
+            failure: Exception | None = None
+            try:
+                create(self, *ordered, **options)
+            except TreadleError:
+                raise
+            except Exception as error:
+                failure = error
+            check_kinds(ordered, options)
+            if failure is not None:
+                raise failure
 
         setattr(cls, "__init__", _as_original(checked, signature))  # noqa: B010  mypy refuses the assignment
         return cls
@@ -77,19 +155,22 @@ def check_call(
     ordered: Collection[Any],
     options: Mapping[str, Any],
     elsewhere: Mapping[str, str] = _NONE,
+    *,
+    instead: str | None = None,
 ) -> None:
     """Raise UsageError if arguments do not fit a signature, whose first parameter `self` has no argument.
 
     ordered    the arguments without a name
     options    the arguments by name
     elsewhere  hints for options that other libraries, or other functions, have, by name
+    instead    the hint for arguments that have no place; None: the signature
     """
     parameters = [each for each in signature.parameters.values() if each.name != "self"]
     with suppress(TypeError):
         signature.bind(*[None] * (len(signature.parameters) - len(parameters)), *ordered, **options)
         return
     call = spelled_call(name, signature.replace(parameters=parameters))
-    places = [each for each in parameters if each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    places = [each for each in parameters if each.kind in _PLACES]
     by_name = {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
     filled = [each.name for each in places[: len(ordered)]]
     if not any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
@@ -98,12 +179,12 @@ def check_call(
                 raise UsageError(
                     f"{name} has no option {option!r}",
                     received=f"{option}={value!r}"[:80],
-                    hint=_nearest(option, by_name.difference(filled, options), elsewhere) or call,
+                    hint=_nearest(option, by_name.difference(filled, options), elsewhere) or instead or call,
                 )
     if len(ordered) > len(places) and not any(each.kind is Parameter.VAR_POSITIONAL for each in parameters):
         takes = f"at most {len(places)} argument{'s' * (len(places) != 1)} without a name" if places else "no argument"
         takes += "" if places else " without a name"
-        raise UsageError(f"{name} takes {takes}", received=str(len(ordered)), hint=call)
+        raise UsageError(f"{name} takes {takes}", received=str(len(ordered)), hint=instead or call)
     if twice := [option for option in filled if option in options and option in by_name]:
         received = f"{twice[0]}={options[twice[0]]!r}"[:80]
         raise UsageError(f"{name} received {twice[0]} twice", received=received, hint=call)

@@ -13,10 +13,29 @@ _NO_DROPOUT = "x  # leave it out: a graph has no random numbers, also in trainin
 _NO_GRADIENT = "t.stop_gradient(x)  # or t.Trainer(model, trained=[...]), which names the weights to train"
 _FILLED = "t.expand(t.constant({}, t.f32), shape=(x.shape[1], 4))  # with the sizes"
 _LIKE = "t.expand(t.constant({}, x.dtype), shape=x.shape)"
+_DEVICE = 'x  # leave it out: target="cuda" of t.compile chooses the device'
+_NO_DATA_SIZES = "t.where(condition, x, 0.0)  # keeps the shape: the size of a result cannot depend on data"
+_GRADIENTS = "x  # leave it out: t.Trainer(model).step computes the gradients of all weights"
 _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
-    "transpose permute swapaxes moveaxis movedim": _PERMUTED,
+    "transpose permute swapaxes swapdims moveaxis movedim": _PERMUTED,
+    "flip": "x.flip(1)  # axis 1",
+    "fliplr": "x.flip(1)",
+    "flipud": "x.flip(0)",
+    "roll": "x.roll(1, 1)  # by 1 along axis 1",
+    "take": "x.flatten()[positions]",
+    "isinf": 't.abs(x) == float("inf")',
+    "isfinite": 't.abs(x) < float("inf")',
+    "nan_to_num": "t.where(x == x, x, 0.0).clamp(-3.4028234663852886e38, 3.4028234663852886e38)  # of f32",
+    "count_nonzero": "(x != 0).sum()",
+    "diff": "x[..., 1:] - x[..., :-1]",
+    "fmod": "x - y * (t.sign(x / y) * t.floor(t.abs(x / y)))",
+    "logit": "t.log(x / (1.0 - x))",
+    "lerp": "x + 0.5 * (y - x)  # halfway",
+    "prelu PReLU": "t.where(x > 0, x, x * y)  # y: the weight",
+    "nonzero argwhere unique masked_select": _NO_DATA_SIZES,
+    "bernoulli multinomial rand_like randn_like": "x  # leave it out: a graph has no random numbers",
     "view": "x.view(x.shape[0], x.shape[1], 2, 4)",
     "flatten ravel": "x.flatten()  # x.flatten(1) keeps the first axis",
     "unflatten": "x.unflatten(-1, (2, -1))",
@@ -30,7 +49,7 @@ _WORDS = {
     "norm": "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))",
     "var": "x.var(-1)  # as PyTorch's; x.var(-1, correction=0) is NumPy's",
     "std": "x.std(-1)  # as PyTorch's; x.std(-1, correction=0) is NumPy's",
-    "split chunk narrow unbind": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
+    "split chunk narrow unbind tensor_split hsplit": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
     "cat concatenate hstack vstack": "t.concat(x, x, axis=1)  # along axis 1",
     "tile": "x.repeat(1, 1, 2)  # the repetitions of each axis",
     "repeat repeat_interleave": "x.repeat_interleave(2, dim=1)  # each element; x.repeat(1, 2, 1) is PyTorch's repeat",
@@ -83,20 +102,25 @@ _WORDS = {
     "outer": "x[:, None] * y",
     "one_hot": "(positions[..., None] == t.iota(size=8)).long()  # of 8 classes",
     "mse_loss MSELoss": "((x - y) ** 2).mean()",
+    "binary_cross_entropy BCELoss": "-(y * t.log(x) + (1.0 - y) * t.log(1.0 - x)).mean()  # probabilities x, targets y",
+    "binary_cross_entropy_with_logits BCEWithLogitsLoss": "(t.softplus(x) - x * y).mean()  # targets y",
+    "cosine_similarity CosineSimilarity": (
+        "(x * y).sum(-1) / t.maximum(t.sqrt((x * x).sum(-1) * (y * y).sum(-1)), 1e-8)"
+    ),
     "l1_loss L1Loss": "t.abs(x - y).mean()",
     "normalize": "x / t.maximum(t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True)), 1e-12)",
     "dot bmm mm": "x @ t.rearrange(x, pattern='b s d -> b d s')",
     "topk": "t.top_k(x, k=2)",
     "arange range": "t.iota(size=x.shape[1])  # or another size; dtype=t.f32 for floats",
-    "zeros empty new_zeros": _FILLED.format("0.0"),
-    "ones new_ones": _FILLED.format("1.0"),
-    "full new_full": _FILLED.format("value"),
+    "zeros empty": _FILLED.format("0.0"),
+    "ones": _FILLED.format("1.0"),
+    "full": _FILLED.format("value"),
     "zeros_like empty_like": _LIKE.format("0.0"),
     "ones_like": _LIKE.format("1.0"),
     "full_like": _LIKE.format("value"),
     "eye": "(t.iota(size=8)[:, None] == t.iota(size=8)).cast(t.f32)",
     "linspace": "t.constant([0.0, 0.5, 1.0])",
-    "tensor array asarray as_tensor": "t.constant([1.0, 2.0])",
+    "tensor array asarray as_tensor from_numpy": "t.constant([1.0, 2.0])",
     "Linear Dense dense": 't.linear(x, 64, name="f")',
     "Embedding": 't.embed(tokens, 100, 16, name="wte")',
     "LayerNorm layernorm": 't.layer_norm(x, name="ln")',
@@ -109,10 +133,9 @@ _WORDS = {
     "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
     "dropout Dropout": _NO_DROPOUT,
     "contiguous clone": _LEFT_OUT,
-    "detach requires_grad no_grad": _NO_GRADIENT,
-    "Parameter": 't.parameter("w", 64)',
-    "Module": "@t.model  # on a function; layers are functions, too",
+    "detach requires_grad": _NO_GRADIENT,
     "nn": 't.linear(x, 64, name="f")  # layers are functions',
+    "Parameter Variable": 't.parameter("w", 64)',
     "float32 float single": "t.f32",
     "float64 double": "t.f64",
     "float16 half": "t.f16",
@@ -125,7 +148,7 @@ _WORDS = {
     "bool": "t.boolean",
 }
 _METHODS = {
-    "H": "x.mT",
+    "H mH adjoint": "x.mT",
     "eq": "x == x",
     "ne": "x != x",
     "lt": "x < x",
@@ -133,9 +156,31 @@ _METHODS = {
     "gt": "x > x",
     "ge": "x >= x",
     "sub": "x - x",
-    "matmul": "x @ x.mT",
     "astype": "x.cast(t.f32)",
-    "item numpy tolist cpu cuda device": _NUMBERS,
+    "matmul mm bmm dot": "x @ x.mT",
+    "item numpy tolist": _NUMBERS,
+    "cpu cuda device is_cuda get_device pin_memory share_memory_": _DEVICE,
+    "grad backward retain_grad register_hook is_leaf": _GRADIENTS,
+    "requires_grad_": _NO_GRADIENT,
+    "data": "t.stop_gradient(x)",
+    "is_contiguous stride storage layout data_ptr copy": _LEFT_OUT,
+    "uniform_ normal_ bernoulli_": "x  # leave it out: a graph has no random numbers",
+    "new_tensor": "t.constant([1.0, 2.0], x.dtype)",
+    "new_empty": "x.new_zeros(2, 4)",
+    "clamp_min": "x.clamp(min=0.0)",
+    "clamp_max": "x.clamp(max=0.0)",
+    "nelement": "x.numel()",
+    "is_floating_point": "x.dtype.is_float",
+    "conj real": "x  # leave it out: elements are real",
+    "t": "x.mT  # x.T for a matrix",
+    "select": "x[:, 0]  # position 0 of axis 1",
+    "where": "t.where(condition, x, y)",
+    "fill_": _LIKE.format("value"),
+    "zero_": _LIKE.format("0.0"),
+    "copy_": "y.expand(x.shape)  # values do not change: x = y",
+    "short": "x.to(t.i16)",
+    "char": "x.to(t.i8)",
+    "byte": "x.to(t.u8)",
 }
 
 OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in words.split()}
@@ -143,6 +188,21 @@ OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in wo
 
 OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
 """The replacement for each method or property that a model's tensor lacks."""
+
+DEVICES = frozenset({"cpu", "cuda", "gpu", "mps", "xpu", "tpu", "meta"})
+"""Names of devices in other libraries, without numbers."""
+
+
+def dtype_word(value: object) -> str | None:
+    """Return the dtype, such as `t.f16`, that a dtype of another library or of Python has here, or its name; None if
+    there is none.
+    """
+    name = "float64" if value is float else "int64" if value is int else getattr(value, "__name__", None) or str(value)
+    spelled = OTHER_WORDS.get(name.rpartition(".")[2].rstrip("_"), "")
+    return spelled if spelled in _DTYPES else None
+
+
+_DTYPES = frozenset({"t.f64", "t.f32", "t.f16", "t.bf16", "t.i64", "t.i32", "t.i16", "t.i8", "t.u8", "t.boolean"})
 
 OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items() if word[0].isupper()} | {
     "layer_norm": OTHER_WORDS["LayerNorm"],

@@ -25,6 +25,7 @@ from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
+from treadle.tasks.option_hints import with_task_calls
 
 if TYPE_CHECKING:
     from treadle.tasks.image_prompts import ReadImage
@@ -36,6 +37,7 @@ CAPACITY = 4096
 """Maximum number of tokens of a conversation, unless the model has a smaller limit."""
 
 
+@with_task_calls
 @dataclass
 class Conversation:
     """The messages of a conversation, and the model that replies. Create it with `open`."""

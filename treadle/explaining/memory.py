@@ -22,6 +22,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
 from treadle.ir.target import Target
+from treadle.ir.wording.checked_calls import with_checked_methods
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 from treadle.passes.memory.frames import ALIGNMENT, Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
@@ -57,6 +58,7 @@ class Alive:
         return dict(self.__dict__)
 
 
+@with_checked_methods()
 @dataclass(frozen=True, eq=False)
 class MemoryReport:
     """The memory that a run of a model needs at some sizes.

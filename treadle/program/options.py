@@ -125,11 +125,11 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.passes.stages import Custom, MergeOps, Precision, Quantize, Recognize, arranged, left_out
         from treadle.program.precision import checked_passes
 
-        if isinstance(self.without, str):
+        if isinstance(self.without, str) or not all(isinstance(name, str) for name in self.without):
             raise UsageError(
                 "without= is a list of names",
                 received=printable(repr(self.without)),
-                hint=f"without=[{self.without!r}]",
+                hint=f"without={[self.without] if isinstance(self.without, str) else ['fuse-linear']!r}",
             )
         given = None if self.passes is None else checked_passes(self.passes, self.where)
         stages = [Recognize(), MergeOps(), *more] if given is None else [Custom(given), *more]
@@ -211,7 +211,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         if name is None:
             return
         takes_target = any(each.name == "target" for each in taken_by(self.entry))
-        if takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
+        if name in _NOT_HERE:
+            error.hint = f"leave it out: {_NOT_HERE[name]}"
+        elif takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
             count = printable(repr(self.config[name])) if name in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
         elif meant := self._meant(name):
@@ -224,3 +226,14 @@ def _dtype_names(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
     return str(value) if isinstance(value, DType) else value
+
+
+_NOT_HERE = {
+    **dict.fromkeys(("fullgraph", "dynamic"), "a model is one graph, and symbolic axes take every size"),
+    "mode": 'torch_compile=True for the torch backend, or backend="tvm"',
+    "trust_remote_code": "no code of a model's folder is run",
+    "attn_implementation": "the compiler chooses the kernels of attention",
+    "use_cache": "t.compile(model).session() has a key/value cache",
+    "sess_options": 'target=t.Target("cpu", threads=4) sets the threads',
+}
+"""Options of other libraries that have no effect here, with what there is."""

@@ -34,7 +34,7 @@ def find_place(name: str) -> Path:
     """Return the path of the folder or file that MODEL names: a path, a fetched model's name, or a name of the Hugging
     Face hub, for a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
     """
-    if Path(name).exists():
+    if name and Path(name).exists():
         if name.endswith(".py"):
             raise UsageError(
                 "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
@@ -103,10 +103,35 @@ def _is_model(path: str) -> bool:
     return Path(path).suffix in MODEL_SUFFIXES or os.path.isdir(path)
 
 
+_OBJECTS = {
+    **dict.fromkeys(
+        ("Compiled", "Specializing"),
+        "it is compiled already, and exe(...) runs it; for other options, or to train it, pass the model that was "
+        "compiled to t.compile or t.Trainer, with weights=exe.weights for its weights",
+    ),
+    "LoadedModel": "the model that t.load loaded, by its name or path",
+    "Trainer": "trainer.compiled() returns the compiled model",
+    "dict": "t.compile(declaration, weights=...): arrays by name are weights of a declaration",
+}
+"""Hints for objects of Treadle that are not models, and for weights, by class name."""
+
+
+def refuse_to_save(model: object) -> UsageError:
+    """Return the error for an object that is not a compiled model, and cannot be written as an artifact."""
+    hint = 't.save(t.compile(MODEL), "model.treadle")'
+    if isinstance(model, str | os.PathLike):
+        hint = 't.save(exe, "model.treadle"): the compiled model is the first argument'
+    elif type(model).__name__ == "Trainer":
+        hint = 't.save(trainer.compiled(), "model.treadle"), or trainer.save("folder") for the weights'
+    return UsageError("save takes a compiled model", received=f"{model!r}"[:80], hint=hint)
+
+
 def refuse_object(model: object) -> UsageError:
     """Return the error for an object that is not a model: another library's object, or an undecorated function."""
     torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
-    hint = "decorate the function with @t.model" if inspect.isfunction(model) else None
+    hint: str | None = _OBJECTS.get(type(model).__name__, 'a declaration, "folder", or "model.onnx"')
+    if inspect.isfunction(model):
+        hint = "decorate the function with @t.model"
     if torch is not None and isinstance(model, torch.nn.Module):
         hint = (
             "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of the arguments of its "

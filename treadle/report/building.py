@@ -29,6 +29,7 @@ from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Node
 from treadle.ir.target import Target
+from treadle.ir.wording.checked_calls import with_checked_methods
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
@@ -62,6 +63,7 @@ SUFFIXES = (".html", ".htm")
 """The endings of the names of pages."""
 
 
+@with_checked_methods()
 @dataclass(frozen=True)
 class Report:
     """The facts of a model for the page.

@@ -15,6 +15,7 @@ from treadle.tasks.opening import Head, OpenedModel, read_labels
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
 Text = str | tuple[str, str]
+Texts = Text | list[Text] | list[str] | list[tuple[str, str]]
 Progress = Callable[[int], None]
 """A function that is called with the number of finished inputs."""
 

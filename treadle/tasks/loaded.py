@@ -10,16 +10,19 @@ the first call of the task's method, and cached. Each task is also a class in a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, overload
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.other_interfaces import LOADED_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.program.program import Program
-from treadle.tasks.option_hints import with_option_hints
+from treadle.tasks.option_hints import with_task_calls
 
 if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from treadle.runtime.token_rules import TokenRules
     from treadle.sentence_embedding import SentenceEmbedder, Vectors
     from treadle.tasks.answering import Answer, QuestionAnswerer
-    from treadle.tasks.classifying import Classified, Text, TextClassifier
+    from treadle.tasks.classifying import Classified, Text, TextClassifier, Texts
     from treadle.tasks.filling import Filled, MaskFiller
     from treadle.tasks.labelling import ImageLabeller
     from treadle.tasks.matching import ImageMatcher, Matched
@@ -62,6 +65,8 @@ class _TaskModel(Generic[T]):
         return opened
 
 
+@with_attribute_hints("a loaded model", LOADED_ATTRIBUTES)
+@with_task_calls
 @dataclass(frozen=True)
 class LoadedModel:
     """The model that MODEL names, and its compile options; see the module's docstring.
@@ -78,25 +83,27 @@ class LoadedModel:
     def classify(self, texts: Text) -> Classified: ...
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
-    @with_option_hints
-    def classify(self, texts: Any) -> Any:
+    def classify(self, texts: Texts) -> Any:
         """Return the labels of a text or of a pair (text, text), best first. For a list, return the labels of each
         item.
         """
-        return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
+        found = self.classifier.classify(_listed(texts))
+        return found if _many(texts) else found[0]
 
     @overload
     def answer(self, question: str, text: str) -> Answer | None: ...
     @overload
     def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
-    @with_option_hints
-    def answer(self, question: Any, text: Any = None) -> Any:
+    def answer(self, question: str | list[tuple[str, str]], text: str | None = None) -> Any:
         """Return the span of the text that best answers the question, or None if the text has no answer. For a list of
         (question, text) pairs, return the span of each pair.
         """
-        if text is None and not _many(question):
-            raise UsageError("a question needs a text that may contain the answer", hint="answer(question, text)")
-        asked = question if text is None else [(question, text)]
+        if isinstance(question, str) == (text is None):
+            raise UsageError(
+                "a question needs a text that may contain the answer",
+                hint="answer(question, text), or answer([(question, text), ...])",
+            )
+        asked: Any = question if text is None else [(question, text)]
         found = [spans[0] if spans else None for spans in self.answerer.answer(asked)]
         return found if text is None else found[0]
 
@@ -104,8 +111,7 @@ class LoadedModel:
     def tag(self, texts: str, *, grouping: str = "simple") -> list[TaggedSpan]: ...
     @overload
     def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
-    @with_option_hints
-    def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
+    def tag(self, texts: str | list[str], *, grouping: str = "simple") -> Any:
         """Return the labeled spans of a text, such as names. `grouping` is as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)
         return found if _many(texts) else found[0]
@@ -114,16 +120,13 @@ class LoadedModel:
     def fill(self, texts: str, *, top: int = 5) -> Filled: ...
     @overload
     def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
-    @with_option_hints
-    def fill(self, texts: Any, *, top: int = 5) -> Any:
+    def fill(self, texts: str | list[str], *, top: int = 5) -> Any:
         """Return the `top` most likely tokens for each mask of a text."""
         found = self.filler.fill(_listed(texts), top=top)
         return found if _many(texts) else found[0]
 
-    @with_option_hints
     def embed(self, sentences: str | list[str]) -> Vectors:
         """Return a sentence's embedding [D], or several sentences' embeddings [N, D]."""
-        _check_texts(sentences)
         found = self.embedder.embed(_listed(sentences))
         return found if _many(sentences) else found[0]
 
@@ -131,8 +134,7 @@ class LoadedModel:
     def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
     @overload
     def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
-    @with_option_hints
-    def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
+    def translate(self, texts: str | list[str], *, source: str | None = None, target: str | None = None) -> Any:
         """Translate a text. A model for several languages needs source and target."""
         found = self.rewriter.translate(_listed(texts), source=source, target=target)
         return _texts(found, texts)
@@ -141,8 +143,7 @@ class LoadedModel:
     def summarize(self, texts: str, *, most: int | None = None) -> str: ...
     @overload
     def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
-    @with_option_hints
-    def summarize(self, texts: Any, *, most: int | None = None) -> Any:
+    def summarize(self, texts: str | list[str], *, most: int | None = None) -> Any:
         """Return a summary of a text, of up to `most` tokens."""
         return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
 
@@ -166,10 +167,9 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> list[str]: ...
-    @with_option_hints
     def generate(
         self,
-        prompts: Any,
+        prompts: str | list[str],
         *,
         most: int = 128,
         sampling: Sampling | None = None,
@@ -186,16 +186,13 @@ class LoadedModel:
             found[piece.row] += piece.text
         return found if _many(prompts) else found[0]
 
-    @with_option_hints
     def perplexity(self, text: str, *, window: int | None = None, most: int | None = None) -> Perplexity:
         """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens: 512,
         or the model's maximum. A quantized or reduced-precision model is compared with the model in its original
         precision.
         """
-        _check_texts(text)
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
-    @with_option_hints
     def stream(
         self,
         prompt: str,
@@ -212,8 +209,7 @@ class LoadedModel:
     def search(self, prompts: str, *, most: int = 128, beams: Beams | int = 4) -> list[str]: ...
     @overload
     def search(self, prompts: list[str], *, most: int = 128, beams: Beams | int = 4) -> list[list[str]]: ...
-    @with_option_hints
-    def search(self, prompts: Any, *, most: int = 128, beams: Beams | int = 4) -> Any:
+    def search(self, prompts: str | list[str], *, most: int = 128, beams: Beams | int = 4) -> Any:
         """Return the best continuations of a prompt that a beam search finds, best first. If `beams` is an integer,
         one continuation is returned.
         """
@@ -224,7 +220,6 @@ class LoadedModel:
         found = [[each.text for each in of_one] for of_one in searched]
         return found if _many(prompts) else found[0]
 
-    @with_option_hints
     def chat(self, *, system: str | None = None) -> Conversation:
         """Start a conversation with a chat model. `chat().say("Hello")` yields the reply piece by piece."""
         from treadle.chatting.conversation import Conversation
@@ -235,7 +230,6 @@ class LoadedModel:
 
     # -- sound -------------------------------------------------------------------------------------------------
 
-    @with_option_hints
     def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
         """Return the transcript of the speech in a WAV file. If `language` is None, the model detects the language."""
         return self.transcriber.transcribe(recording, language=language).text
@@ -246,8 +240,7 @@ class LoadedModel:
     def label(self, images: PathLike) -> tuple[Scored, ...]: ...
     @overload
     def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
-    @with_option_hints
-    def label(self, images: Any) -> Any:
+    def label(self, images: PathLike | list[PathLike] | list[str]) -> Any:
         """Return the labels of an image file with their scores, best first."""
         found = self.labeller.label(_listed(images))
         return found if _many(images) else found[0]
@@ -256,13 +249,11 @@ class LoadedModel:
     def match(self, images: PathLike, texts: Sequence[str]) -> Matched: ...
     @overload
     def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
-    @with_option_hints
-    def match(self, images: Any, texts: Sequence[str]) -> Any:
+    def match(self, images: PathLike | list[PathLike] | list[str], texts: Sequence[str]) -> Any:
         """Return the probabilities that the texts describe an image file (`treadle.tasks.matching.Matched`)."""
         found = self.matcher.match(_listed(images), texts)
         return found if _many(images) else found[0]
 
-    @with_option_hints
     def describe(
         self, images: PathLike | Sequence[PathLike], question: str = "Describe this image.", *, most: int = 256
     ) -> str:
@@ -271,7 +262,12 @@ class LoadedModel:
 
         ImagePrompts.check(self.program.source)
         talk = self.chat()
-        return "".join(piece.text for piece in talk.say(question, images=_listed(images), most=most))
+        return "".join(
+            piece.text
+            for piece in talk.say(
+                question, images=[images] if isinstance(images, str | os.PathLike) else [*images], most=most
+            )
+        )
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 
@@ -299,6 +295,14 @@ class LoadedModel:
 
         return TextWriter.open(self.program.source, **self.program.options.keywords())
 
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise UsageError: a model has a method for each task, while Hugging Face's pipeline has one task."""
+        raise UsageError(
+            "a loaded model is called by its tasks",
+            received=repr(self),
+            hint='model.generate("Once upon a time"), model.classify("I like it."), model.embed("a cat"), ...',
+        )
+
     def __repr__(self) -> str:
         return f"<model {self.program.model} for tasks, backend {self.program.options.backend}>"
 
@@ -309,14 +313,6 @@ def _many(given: object) -> bool:
 
 def _listed(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [given]
-
-
-def _check_texts(texts: Any) -> None:
-    """Raise UsageError if a text is not a string."""
-    for text in _listed(texts):
-        if not isinstance(text, str):
-            what, hint = "a text must be a string", "a string, or a list of strings"
-            raise UsageError(what, received=f"{text!r}"[:80], hint=hint)
 
 
 def _texts(found: Sequence[Rewritten], given: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.files.nearest_names import nearest_path_hint
+from treadle.files.whole_files import missing_folder_hint
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
@@ -264,7 +265,8 @@ def _check_state(state: Path, *, replace: bool) -> None:
     """Raise UsageError if the file cannot be written, or if it exists and is not a state."""
     if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):  # isdir never raises
         what = "this is a folder" if os.path.isdir(state) else "its folder does not exist"
-        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+        hint = missing_folder_hint(state) or "a file in a folder"
+        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint=hint)
     check_state_file(state)
     if os.path.lexists(state) and not (os.path.isfile(state) and (replace or is_state(state))):
         other = "another file, or --replace" if os.path.isfile(state) else "another file"

@@ -43,7 +43,9 @@ from treadle.ir.transforms.training_losses import (
     with_own_loss,
 )
 from treadle.ir.types import f32
-from treadle.ir.wording.checked_calls import with_checked_constructor
+from treadle.ir.wording.checked_calls import with_checked_constructor, with_checked_methods
+from treadle.ir.wording.other_interfaces import TRAINER_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.stages import Gradient, MergeOps, Precision, Recognize, passes_of, run
 from treadle.program.entry_signatures import with_options
 from treadle.program.options import CompileOptions
@@ -91,6 +93,8 @@ class StepResult:
 
 
 @with_checked_constructor()
+@with_attribute_hints("a trainer", TRAINER_ATTRIBUTES)
+@with_checked_methods({"overwrite": "replace=True", "set_to_none": "leave it out"})
 class Trainer:
     """A model in training: call `step` with a batch, then `compiled` for the trained model, or `save` for a folder.
 

@@ -1,0 +1,197 @@
+"""Names that other libraries have for loading, compiling, running, saving and training a model, with the equivalents.
+
+PyTorch, ONNX Runtime, Hugging Face, Keras and JAX; `other_spellings` has their functions of tensors. An equivalent
+begins with code, so that a test can run it; a remark in words follows a #. `leave it out: ` begins one without code.
+"""
+
+from __future__ import annotations
+
+import re
+
+_COMPILE = "t.compile(model)"
+_CUDA = 't.compile(model, target="cuda")'
+_EXPORT = (
+    "from treadle.backends.onnx.exporter import export_onnx; "
+    'export_onnx(exe.graph, exe.weights, "model.onnx")  # exe = t.compile(model)'
+)
+_QUANTIZE = 't.compile(model, quantize="int8-weights")  # or "int4", or "int8"'
+_GENERATE = 't.load("folder").generate("Once upon a time")'
+_SAMPLING = "t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
+_STEP = "t.Trainer(model).step(tokens=tokens, targets=targets)  # for each batch"
+_THREADS = 't.compile(model, target=t.Target("cpu", threads=4))'
+_BF16 = 't.compile(model, dtype="bf16")'
+_WEIGHTS = "t.compile(model, weights=weights)  # arrays by name, or a folder"
+_TOKENIZER = 't.ModelSource.open("folder").tokenizer()  # t.load("folder") takes texts, and needs none'
+_SAVE = 'exe.save("model.treadle")  # exe = t.compile(model)'
+_PROFILE = 't.compile(model, backend="tvm").report(profile=10)  # times of 10 runs'
+_NO_MODES = "leave it out: a compiled model has no dropout, and computes no gradients"
+_NO_MODULES = '@t.model  # on a function: x = t.linear(x, 64, name="f")'
+_NUMBERS = "np.random.default_rng(0).standard_normal(8)  # outside of a model: a graph has no random numbers"
+_SEED = "t.compile(model, seed=1)  # seeds random weights; t.Sampling(temperature=1.0, seed=1) seeds texts"
+
+
+def _by_word(equivalents: dict[str, str]) -> dict[str, str]:
+    return {word: spelled for words, spelled in equivalents.items() for word in words.split()}
+
+
+ENTRY_WORDS = _by_word(
+    {
+        "quantize quantization quantize_dynamic quantize_static BitsAndBytesConfig": _QUANTIZE,
+        "export export_onnx to_onnx onnx": _EXPORT,
+        "from_onnx load_onnx InferenceSession": 't.compile("model.onnx")',
+        "load_model from_pretrained pipeline from_hf from_huggingface": 't.load("folder")  # for tasks on texts or '
+        'images; t.compile("folder") takes arrays',
+        "from_gguf Llama": 't.load("model.gguf")',
+        "from_safetensors safetensors": 't.compile("folder")',
+        "tokenizer Tokenizer": _TOKENIZER,
+        "jit script fx dynamo optimize build compile_model convert transpile": _COMPILE,
+        "no_grad inference_mode enable_grad set_grad_enabled": f"{_NO_MODES}; in a model, t.stop_gradient(x)",
+        "eval": _NO_MODES,
+        "optim Adam adam adamw Optimizer RMSprop": "t.Trainer(model, optimizer=t.AdamW())  # or t.SGD()",
+        "sgd": "t.Trainer(model, optimizer=t.SGD())",
+        "lr_scheduler": "t.Trainer(model, learning_rate=t.Schedule(3e-4, warmup=100))",
+        "functional": "t.relu  # functions are names of treadle itself",
+        "Sequential ModuleList ModuleDict Module": _NO_MODULES,
+        "device cuda device_put": _CUDA,
+        "synchronize empty_cache": "leave it out: a call returns when its outputs are computed",
+        "manual_seed seed set_seed": _SEED,
+        "rand randn random randint": _NUMBERS,
+        "save_model save_pretrained save_file save_weights": f'{_SAVE}; trainer.save("folder") writes weights alone',
+        "load_state_dict load_file load_weights load_checkpoint": _WEIGHTS,
+        "state_dict weights": "t.compile(model).weights",
+        "grad value_and_grad backward autograd": f"{_STEP}: it computes the gradients and updates the weights",
+        "DataLoader load_dataset": _STEP,
+        "train fit TrainingArguments": _STEP,
+        "checkpoint": "t.Trainer(model, gradient_checkpointing=True)",
+        "clip_grad_norm_": "t.Trainer(model, max_grad_norm=1.0)",
+        "vmap": 't.f32["B 8"]  # a type with a symbolic axis B: a model takes every size of it',
+        "predict forward run inference": "t.compile(model)(tokens=tokens)",
+        "generate": _GENERATE,
+        "GenerationConfig SamplingParams": _SAMPLING,
+        "LLM": 't.load("folder").generate(["Once", "The"])',
+        "Session": "t.compile(model).session(capacity=64)",
+        "SessionOptions set_num_threads": _THREADS,
+        "get_num_threads": "t.compile(model).target",
+        "providers get_available_providers available_backends list_backends": 't.compile(model, backend="auto")  # the '
+        "command `treadle doctor` lists what is installed",
+        "is_available version": "t.__version__  # the command `treadle doctor` lists what is installed",
+        "set_default_dtype get_default_dtype autocast amp": _BF16,
+        "Config AutoConfig PretrainedConfig from_config": 't.compile(model, config={"dim": 16})',
+        "hub snapshot_download hf_hub_download": 't.fetch_model("organization/name")',
+        "profile profiler": _PROFILE,
+        "benchmark": "leave it out: the command `treadle bench` compares a model with other tools",
+        "summary": "print(t.compile(model).graph)",
+        "loss": 't.Trainer(model, loss="cross-entropy")',
+        "numpy asnumpy": "leave it out: a compiled model takes and returns NumPy arrays",
+        "torch": "t.from_torch(module, (array,))  # module.eval() first; the arguments of its forward",
+        "target targets": 't.Target("cpu", threads=4)',
+        "zoo model_zoo list_models": 't.compile("gpt2", layers=2)  # a family of the zoo',
+        "fake_quant": _QUANTIZE,
+        "dtype": "t.f32  # or t.f64, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8, t.boolean",
+        "float8_e4m3fn f8 float8 int4 uint4 uint16 uint32 uint64 complex64 complex128 string": "leave it out: tensors "
+        "have the dtypes t.f64, t.f32, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8 and t.boolean; quantize= of "
+        "t.compile stores weights in 8 or 4 bits",
+        "distributed DistributedDataParallel DataParallel parallel shard": "leave it out: the command `treadle launch` "
+        "starts ranks, and `treadle shard` plans them",
+    }
+)
+"""Names of modules of other libraries, by the name after `t.`."""
+
+_MODELS = re.compile(r"(Auto|TF|Flax|ORT)?Model(For\w+)?|\w+For[A-Z]\w+|\w+LMHeadModel|\w+Pipeline")
+_AUTO = re.compile(r"Auto(Tokenizer|\w*Processor|FeatureExtractor)|\w+Tokenizer(Fast)?")
+
+
+def entry_word(name: str) -> str | None:
+    """Return the equivalent of a module's name in other libraries, also of a class of Hugging Face's; None if there is
+    none.
+    """
+    if name not in ENTRY_WORDS and name != "Model":
+        if _AUTO.fullmatch(name):
+            return _TOKENIZER
+        if _MODELS.fullmatch(name):
+            return ENTRY_WORDS["from_pretrained"]
+    return ENTRY_WORDS.get(name)
+
+
+_ANY = {
+    "eval train requires_grad_": _NO_MODES,
+    "to cuda cpu": _CUDA,
+    "half float bfloat16 double": _BF16,
+    "quantize": _QUANTIZE,
+    "export to_onnx export_onnx": _EXPORT,
+    "load_state_dict": _WEIGHTS,
+    "fit backward optimizer": _STEP,
+    "compile": _COMPILE,
+    "generate": f"{_GENERATE}  # t.compile(model).session(capacity=64) takes token ids",
+}
+
+MODEL_ATTRIBUTES = _by_word(
+    {
+        **_ANY,
+        "summary": "print(t.compile(model).graph)",
+        "state_dict parameters named_parameters": "t.compile(model).weights",
+        "save save_pretrained": _SAVE,
+        "forward predict run": "t.compile(model)(tokens=tokens)",
+    }
+)
+"""Attributes of a model in other libraries, which a declaration lacks."""
+
+COMPILED_ATTRIBUTES = _by_word(
+    {
+        **_ANY,
+        "state_dict parameters named_parameters": "exe.weights",
+        "summary": "print(exe.graph)",
+        "save_pretrained": 'exe.save("model.treadle")',
+        "forward predict": "exe(tokens=tokens)",
+        "get_inputs input_names": "[port.name for port in exe.inputs]",
+        "get_outputs output_names": "[port.name for port in exe.outputs]",
+        "get_providers device": "exe.backend, exe.target",
+        "config": "exe.options",
+        "profile": _PROFILE,
+    }
+)
+"""Attributes of a compiled model or a session of other libraries, which a compiled model lacks."""
+
+_LOADED = 't.compile("folder")'
+LOADED_ATTRIBUTES = _by_word(
+    {
+        "eval train requires_grad_": _NO_MODES,
+        "to cuda cpu": 't.load("folder", target="cuda")',
+        "half float bfloat16": 't.load("folder", dtype="bf16")',
+        "quantize": 't.load("folder", quantize="int8-weights")',
+        "tokenize encode decode tokenizer": _TOKENIZER,
+        "predict complete forward run": 'model.generate("Once upon a time")  # or the method of another task',
+        "pipeline": 't.load("folder")',
+        "graph": f"{_LOADED}.graph",
+        "model": _LOADED,
+        "config": 't.ModelSource.open("folder").config',
+        "state_dict parameters named_parameters weights": f"{_LOADED}.weights",
+        "save save_pretrained": f'{_LOADED}.save("model.treadle")',
+        "similarity": 'model.embed("a cat") @ model.embed("a dog")',
+    }
+)
+"""Attributes of a pipeline or a model of Hugging Face's, which a model that `t.load` returns lacks."""
+
+TRAINER_ATTRIBUTES = _by_word(
+    {
+        "train fit": "trainer.step(tokens=tokens, targets=targets)  # for each batch",
+        "backward": "leave it out: trainer.step computes the gradients and updates the weights",
+        "eval": "trainer.evaluate(tokens=tokens, targets=targets)",
+        "forward predict model": "trainer.compiled()",
+        "state_dict parameters named_parameters": "trainer.weights",
+        "load_state_dict": 'trainer.restore("state.safetensors")  # a file of trainer.save_state',
+        "save_model save_pretrained": 'trainer.save("trained")',
+        "save_checkpoint": 'trainer.save_state("state.safetensors")',
+        "to cuda cpu": 't.Trainer(model, target="cuda")',
+    }
+)
+"""Attributes of Hugging Face's trainer and of PyTorch's modules, which a trainer lacks."""
+
+SESSION_ATTRIBUTES = _by_word(
+    {
+        "generate": _GENERATE,
+        "run forward append extend": "session.prefill({row: [4, 3]})  # row = session.open()",
+        "get_inputs get_outputs": "t.compile(model).inputs  # and .outputs",
+    }
+)
+"""Attributes of a session of other libraries, which a session of rows lacks."""

@@ -1,0 +1,47 @@
+"""Errors for attributes that an object of the public API lacks: the equivalent of another library's, or the nearest."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from treadle.ir.errors import UsageError
+from treadle.ir.source_lines import user_line
+
+Class = TypeVar("Class", bound=type)
+
+_SIMILAR = 0.75
+
+
+class UnknownAttributeError(UsageError, AttributeError):
+    """The error for an attribute that an object of the public API lacks. The class is also an AttributeError, so that
+    `hasattr` returns False.
+    """
+
+
+def with_attribute_hints(what: str, equivalents: Mapping[str, str]) -> Callable[[Class], Class]:
+    """Decorate a class: an unknown attribute without a leading _ raises UnknownAttributeError.
+
+    what         the object in the error: "a session"
+    equivalents  hints for attributes of other libraries, by name
+    """
+
+    def decorate(cls: Class) -> Class:
+        def __getattr__(self: Any, name: str) -> Any:
+            missing = object()
+            if name.startswith("_") or inspect.getattr_static(type(self), name, missing) is not missing:
+                return object.__getattribute__(self, name)  # raises the error of Python, or of the property again
+            known = [each for each in dir(type(self)) if not each.startswith("_")]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=_SIMILAR)
+            raise UnknownAttributeError(
+                f"{what} has no .{name}",
+                source=str(user_line() or "") or None,
+                hint=equivalents.get(name) or (f"did you mean .{near[0]}?" if near else f"it has {', '.join(known)}"),
+            )
+
+        setattr(cls, "__getattr__", __getattr__)  # noqa: B010  mypy refuses the assignment
+        return cls
+
+    return decorate
