@@ -39,6 +39,7 @@ from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
 from treadle.passes.stepping.table_rows import most_positions
+from treadle.passes.stepping.unpadded import without_padding
 
 CACHE_DTYPES = (f32, bf16, f16)
 """The dtypes in which keys and values may be stored."""
@@ -114,6 +115,7 @@ def derive_step(
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
         raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
+    graph = without_padding(graph)
     axis = axis or _stepped_axis(graph)
     verdict = follow(graph, axis).step()
     if not verdict:
