@@ -266,6 +266,20 @@ class Unchanging(Rewrite):
 
 
 @dataclass(frozen=True)
+class ConcatOfEmpty(Rewrite):
+    """concat(x, y)   -->   x        for a y that has no elements"""
+
+    def pattern(self, p: Vocabulary, x: Any, y: Any, axis: Any) -> Any:
+        return p.either(p.concat(x, y, axis=axis), p.concat(y, x, axis=axis))
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.y.shape[m.axis] == ZERO and m.x.type == m.result.type)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
 class ReshapeOfReshape(Rewrite):
     """reshape(reshape(x, s), t)   -->   reshape(x, t)"""
 
@@ -350,7 +364,7 @@ class Canonicalize(RewriteSet):
      4. where of a constant condition  -->  the selected side;  where(c, x, x)  -->  x
      5. cast to the same dtype, cast of a lossless cast
      6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
-     7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
+     7. rearrange, reshape, expand, slice, pad, concat that change nothing, and concat(x, an empty y)  -->  x
      8. slice(concat(x, y)) that is one of them; gather of the whole axis; where(i < 0, y, i) of positions  -->  x
      9. slice of a table that is computed from positions  -->  the smaller table
     10. stop_gradient(x)  -->  x, if the graph is not differentiated
@@ -382,6 +396,7 @@ class Canonicalize(RewriteSet):
         ExpandOfExpand(),
         WhereNegative(),
         SliceOfConcat(),
+        ConcatOfEmpty(),
         SliceOfPositions(),
         GatherOfAll(),
         RowsOfTable(),

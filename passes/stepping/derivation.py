@@ -30,8 +30,11 @@ from treadle.ir.naming import free_name
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.transforms.text_signature import without_padding
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
 from treadle.passes.stepping.kept_values import StepStates
@@ -39,7 +42,7 @@ from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
 from treadle.passes.stepping.table_rows import most_positions
-from treadle.passes.stepping.unpadded import without_padding
+
 
 CACHE_DTYPES = (f32, bf16, f16)
 """The dtypes in which keys and values may be stored."""
@@ -115,7 +118,8 @@ def derive_step(
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
         raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
-    graph = without_padding(graph)
+    if (unpadded := without_padding(graph)) is not graph:
+        graph = PassManager(RECOGNITION).run(unpadded).graph
     axis = axis or _stepped_axis(graph)
     verdict = follow(graph, axis).step()
     if not verdict:
