@@ -23,7 +23,7 @@ from treadle.program.forms.model_form import Kind, ModelForm
 from treadle.program.trained_folders import CONFIG
 
 
-_SAME_VOCABULARY = "{}FOLDER, of a model with the same vocabulary, if it continues text"
+_SAME_VOCABULARY = "of a model with the same vocabulary, if it continues text"
 
 
 class OnnxForm(ModelForm):
@@ -50,8 +50,8 @@ class OnnxForm(ModelForm):
         return UsageError(
             f"{printable(self.label)} is an ONNX file, without a tokenizer",
             hint=Hint(
-                f"{_SAME_VOCABULARY.format('tokenizer=')}; t.compile({self.label!r}) takes arrays",
-                f"{_SAME_VOCABULARY.format('--tokenizer ')}; treadle run takes arrays",
+                f'tokenizer="FOLDER", {_SAME_VOCABULARY}; t.compile({self.label!r}) takes arrays',
+                f"--tokenizer FOLDER, {_SAME_VOCABULARY}; treadle run takes arrays",
             ),
         )
 
