@@ -21,6 +21,7 @@ from treadle.passes.cleanup.position_indices import (
     EqualPositions,
     GatherOfAll,
     SliceOfConcat,
+    SumOfNumber,
     WhereNegative,
 )
 from treadle.passes.cleanup.position_slices import RowsOfTable, SliceOfPositions
@@ -401,6 +402,7 @@ class Canonicalize(RewriteSet):
         GatherOfAll(),
         RowsOfTable(),
         EqualPositions(),
+        SumOfNumber(),
     )
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
