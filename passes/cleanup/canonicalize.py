@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
+from treadle.ir.ops.logic import Where
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.types import DType
@@ -163,6 +165,36 @@ class WhereConstant(Rewrite):
     def rewrite(self, b: Builder, m: Match) -> Any:
         chosen = m.x if m.condition else m.y
         return chosen if chosen.type == m.result.type else b.expand(chosen, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
+class WhereOfTruth(Rewrite):
+    """where(c, true, false)   -->   c"""
+
+    def pattern(self, p: Vocabulary, c: Any) -> Any:
+        return p.where(c, True, False)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.c.type == m.result.type)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.c
+
+
+@dataclass(frozen=True)
+class WhereTimesTruth(Rewrite):
+    """where(c, n, 0) * cast(d)   -->   where(c and d, n, 0)        for a finite number n and a condition d"""
+
+    def pattern(self, p: Vocabulary, c: Any, d: Any, to: Any) -> Any:
+        return p.mul(p.where(c, p.constant("n"), 0), p.cast(d, to=to))
+
+    def fits(self, m: Match) -> bool:
+        whole, parts = m.result.type.shape, (m.c.shape, m.d.shape)
+        return m.d.dtype.kind == "bool" and whole in parts and math.isfinite(m.n)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        dtype = m.result.type.dtype
+        return b.where(b.logical_and(m.c, m.d), b.constant(m.n, dtype), b.constant(0, dtype))
 
 
 @dataclass(frozen=True)
@@ -386,6 +418,8 @@ class Canonicalize(RewriteSet):
         NotNot(),
         AndTrue(),
         WhereConstant(),
+        WhereOfTruth(),
+        WhereTimesTruth(),
         WhereAlike(),
         CastToItself(),
         CastOfCast(),
@@ -407,6 +441,7 @@ class Canonicalize(RewriteSet):
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         moved = constants_to_scalars(function, log) + constants_to_the_right(function, log)
+        moved += numbers_through(function, log)
         rules = self.rules if log.differentiated else (*self.rules, StopGradient())
         return moved + sweep(rules, function, graph, log)
 
@@ -436,6 +471,49 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
                 log.match("constants-to-scalars", function, node)
                 changed += 1
     return changed
+
+
+def numbers_through(function: Function, log: PassRecord) -> int:
+    """f(expand(n))        -->   expand(f(n))              for an elementwise f and numbers n, m
+
+    f(where(c, n, m))   -->   where(c, f(n), f(m))      further operands of f may be numbers, too
+    """
+    changed = 0
+    for node in function.nodes:
+        values = {v for v in node.inputs if v.literal is None or v.literal.shape}
+        if len(values) != 1 or len(node.results) != 1 or node.op.callee is not None or not node.is_elementwise:
+            continue
+        (value,), result = values, node.results[0].type
+        above = value.node
+        if above is None or value.type.dims != result.dims or isinstance(node.op, Where):
+            continue
+        before = above.inputs if isinstance(above.op, Expand) else above.inputs[1:]
+        if not isinstance(above.op, Expand | Where) or any(v.literal is None or v.literal.shape for v in before):
+            continue
+        numbers = [_applied(node, value, v) for v in before]
+        if None in numbers:
+            continue
+        if isinstance(above.op, Where):
+            node.op, node.operands = Where(), (above.inputs[0], *numbers)
+        else:
+            node.op, node.operands = Expand(shape=result.shape), tuple(numbers)
+        log.match("numbers-through", function, node)
+        changed += 1
+    return changed
+
+
+def _applied(node: Node, value: Value, number: Value) -> Value | None:
+    """Return an elementwise op's result if a value is a number, as its other operands are; None if there is none."""
+    dtype = node.results[0].type.dtype
+    operands = [number if v is value else v for v in node.inputs]
+    if dtype.numpy is None or any(v.type.dtype.numpy is None for v in operands):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            made = node.op.reference(*[v.literal.array for v in operands if v.literal is not None])
+        return Value.constant(Literal.of(np.asarray(made), dtype))
+    except (TreadleError, ArithmeticError, TypeError, ValueError):
+        return None
 
 
 def _repeated_number(value: Value) -> Literal | None:
