@@ -15,10 +15,11 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
-from treadle.ir.ops.logic import Where
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.logic import Comparison, Where
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizing.sizes import ZERO
-from treadle.ir.types import DType
+from treadle.ir.types import DType, boolean
 from treadle.passes.cleanup.position_indices import (
     EqualPositions,
     GatherOfAll,
@@ -169,16 +170,30 @@ class WhereConstant(Rewrite):
 
 @dataclass(frozen=True)
 class WhereOfTruth(Rewrite):
-    """where(c, true, false)   -->   c"""
+    """where(c, true, false)   -->   c;   where(c, false, true)   -->   not c"""
 
     def pattern(self, p: Vocabulary, c: Any) -> Any:
-        return p.where(c, True, False)
+        return p.where(c, p.constant("x"), p.constant("y"))
 
     def fits(self, m: Match) -> bool:
-        return bool(m.c.type == m.result.type)
+        return bool(m.c.type == m.result.type and m.x != m.y)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
-        return m.c
+        return m.c if m.x else b.logical_not(m.c)
+
+
+@dataclass(frozen=True)
+class WhereOfSame(Rewrite):
+    """where(c, x, where(c, y, z))   -->   where(c, x, z);   where(c, x, where(not c, y, z))   -->   where(c, x, y)"""
+
+    def pattern(self, p: Vocabulary, c: Any, x: Any, y: Any, z: Any, w: Any) -> Any:
+        return p.where(c, x, p.either(p.where(c, y, z), p.where(p.logical_not(c), z, w)))
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.c.shape == m.result.type.shape)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.where(m.c, m.x, m.z)
 
 
 @dataclass(frozen=True)
@@ -419,6 +434,7 @@ class Canonicalize(RewriteSet):
         AndTrue(),
         WhereConstant(),
         WhereOfTruth(),
+        WhereOfSame(),
         WhereTimesTruth(),
         WhereAlike(),
         CastToItself(),
@@ -440,10 +456,18 @@ class Canonicalize(RewriteSet):
     )
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        moved = constants_to_scalars(function, log) + constants_to_the_right(function, log)
-        moved += numbers_through(function, log)
         rules = self.rules if log.differentiated else (*self.rules, StopGradient())
-        return moved + sweep(rules, function, graph, log)
+        changes = _move_numbers(function, log)
+        changes += sweep(rules, function, graph, log)
+        while moved := _move_numbers(function, log):
+            changes += moved + sweep(rules, function, graph, log)
+        return changes
+
+
+def _move_numbers(function: Function, log: PassRecord) -> int:
+    return (
+        constants_to_scalars(function, log) + constants_to_the_right(function, log) + numbers_through(function, log)
+    )
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
@@ -474,32 +498,74 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
 
 
 def numbers_through(function: Function, log: PassRecord) -> int:
-    """f(expand(n))        -->   expand(f(n))              for an elementwise f and numbers n, m
+    """f(expand(n))        -->   expand(f(n))              for an elementwise f, or a move, and numbers n, m
 
-    f(where(c, n, m))   -->   where(c, f(n), f(m))      further operands of f may be numbers, too
+    f(where(c, n, m))      -->   where(c, f(n), f(m))      for an elementwise f, also of a moved where(c, n, m)
+    f(cast(c))             -->   where(c, f(1), f(0))      for a comparison f
+
+    Further operands of f may be numbers, too.
     """
+    made: list[Node] = []
     changed = 0
     for node in function.nodes:
-        values = {v for v in node.inputs if v.literal is None or v.literal.shape}
-        if len(values) != 1 or len(node.results) != 1 or node.op.callee is not None or not node.is_elementwise:
-            continue
-        (value,), result = values, node.results[0].type
-        above = value.node
-        if above is None or value.type.dims != result.dims or isinstance(node.op, Where):
-            continue
-        before = above.inputs if isinstance(above.op, Expand) else above.inputs[1:]
-        if not isinstance(above.op, Expand | Where) or any(v.literal is None or v.literal.shape for v in before):
-            continue
-        numbers = [_applied(node, value, v) for v in before]
-        if None in numbers:
-            continue
-        if isinstance(above.op, Where):
-            node.op, node.operands = Where(), (above.inputs[0], *numbers)
-        else:
-            node.op, node.operands = Expand(shape=result.shape), tuple(numbers)
-        log.match("numbers-through", function, node)
-        changed += 1
+        replaced = _through(node)
+        if replaced is not None:
+            *before, (node.op, node.operands) = replaced
+            made += before
+            log.match("numbers-through", function, node)
+            changed += 1
+        made.append(node)
+    function.nodes = made
     return changed
+
+
+def _through(node: Node) -> list[Any] | None:
+    """Return the op and the operands that replace a node's, by the equations of `numbers_through`, after the nodes that
+    must come before it. Return None if no equation applies.
+    """
+    values = {v for v in node.inputs if v.literal is None or v.literal.shape}
+    if len(values) != 1 or len(node.results) != 1 or node.op.callee is not None:
+        return None
+    (value,), result = values, node.results[0].type
+    above, moves = value.node, list[Node]()
+    if above is not None and isinstance(above.op, Expand) and _is_number(above.inputs[0]):
+        number: Value | None = above.inputs[0]
+        if node.is_elementwise and value.type.dims == result.dims and not isinstance(node.op, Where):
+            number = _applied(node, value, above.inputs[0])
+        elif isinstance(node.op, Expand) or not (node.op.only_moves and len(node.operands) == 1):
+            return None
+        expand = Expand(shape=result.shape)
+        same = number is not None and expand.infer_for([number]) == (result,)
+        return [(expand, (number,))] if same else None
+    if not node.is_elementwise or isinstance(node.op, Where) or value.type.dims != result.dims:
+        return None
+    while above is not None and isinstance(above.op, Rearrange | Expand):
+        moves.append(above)
+        above = above.inputs[0].node
+    if above is None:
+        return None
+    if isinstance(above.op, Where) and all(map(_is_number, above.inputs[1:])):
+        condition, *numbers = above.inputs
+    elif isinstance(above.op, Cast) and isinstance(node.op, Comparison) and above.inputs[0].type.dtype is boolean:
+        condition, dtype = above.inputs[0], above.results[0].type.dtype
+        numbers = [Value.constant(Literal.of(n, dtype)) for n in (1, 0)]
+    else:
+        return None
+    if condition.type.dims != above.results[0].type.dims:
+        return None
+    applied = [_applied(node, value, number) for number in numbers]
+    if None in applied:
+        return None
+    made: list[Any] = []
+    for move in reversed(moves):
+        moved = Node(move.op, [condition], move.op.infer_for([condition]), scope=move.scope, source=move.source)
+        made.append(moved)
+        condition = moved.result
+    return [*made, (Where(), (condition, *applied))]
+
+
+def _is_number(value: Value) -> bool:
+    return value.literal is not None and value.literal.shape == ()
 
 
 def _applied(node: Node, value: Value, number: Value) -> Value | None:
