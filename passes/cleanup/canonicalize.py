@@ -15,8 +15,9 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
+from treadle.ir.operation import Op
 from treadle.ir.ops.elementwise import Cast
-from treadle.ir.ops.logic import Comparison, Where
+from treadle.ir.ops.logic import Comparison, LogicalNot, Where
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.types import DType, boolean
@@ -186,14 +187,26 @@ class WhereOfTruth(Rewrite):
 class WhereOfSame(Rewrite):
     """where(c, x, where(c, y, z))   -->   where(c, x, z);   where(c, x, where(not c, y, z))   -->   where(c, x, y)"""
 
-    def pattern(self, p: Vocabulary, c: Any, x: Any, y: Any, z: Any, w: Any) -> Any:
-        return p.where(c, x, p.either(p.where(c, y, z), p.where(p.logical_not(c), z, w)))
+    def pattern(self, p: Vocabulary, c: Any, x: Any, y: Any) -> Any:
+        return p.where(c, x, y)
 
     def fits(self, m: Match) -> bool:
-        return bool(m.c.shape == m.result.type.shape)
+        return bool(m.c.shape == m.result.type.shape) and self._chosen(m) is not None
+
+    def _chosen(self, m: Match) -> Value | None:
+        """Return the operand of the inner where that is selected if c is false, or None if this is not known."""
+        inner = m.y.value.node
+        if inner is None or not isinstance(inner.op, Where):
+            return None
+        condition, y, z = inner.inputs
+        if condition is m.c.value:
+            return z
+        opposite = condition.node
+        negates = opposite is not None and isinstance(opposite.op, LogicalNot) and opposite.inputs[0] is m.c.value
+        return y if negates else None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
-        return b.where(m.c, m.x, m.z)
+        return b.where(m.c, m.x, b.expr(self._chosen(m)))
 
 
 @dataclass(frozen=True)
@@ -506,9 +519,10 @@ def numbers_through(function: Function, log: PassRecord) -> int:
     Further operands of f may be numbers, too.
     """
     made: list[Node] = []
+    moved: dict[tuple[Op, Value], Value] = {}
     changed = 0
     for node in function.nodes:
-        replaced = _through(node)
+        replaced = _through(node, moved)
         if replaced is not None:
             *before, (node.op, node.operands) = replaced
             made += before
@@ -519,9 +533,11 @@ def numbers_through(function: Function, log: PassRecord) -> int:
     return changed
 
 
-def _through(node: Node) -> list[Any] | None:
+def _through(node: Node, moved: dict[tuple[Op, Value], Value]) -> list[Any] | None:
     """Return the op and the operands that replace a node's, by the equations of `numbers_through`, after the nodes that
     must come before it. Return None if no equation applies.
+
+    moved   conditions that were moved for earlier nodes, by move and condition; new ones are added
     """
     values = {v for v in node.inputs if v.literal is None or v.literal.shape}
     if len(values) != 1 or len(node.results) != 1 or node.op.callee is not None:
@@ -556,11 +572,16 @@ def _through(node: Node) -> list[Any] | None:
     applied = [_applied(node, value, number) for number in numbers]
     if None in applied:
         return None
+    if applied[0].literal == applied[1].literal:
+        return [(Expand(shape=result.shape), (applied[0],))]
     made: list[Any] = []
     for move in reversed(moves):
-        moved = Node(move.op, [condition], move.op.infer_for([condition]), scope=move.scope, source=move.source)
-        made.append(moved)
-        condition = moved.result
+        key = move.op, condition
+        if key not in moved:
+            types = move.op.infer_for([condition])
+            made.append(Node(move.op, [condition], types, scope=move.scope, source=move.source))
+            moved[key] = made[-1].result
+        condition = moved[key]
     return [*made, (Where(), (condition, *applied))]
 
 
