@@ -295,6 +295,7 @@ def counted_by_sums(b: Builder, r: Random, x: Expr) -> Expr:
     ones = b.expand(b.constant(1, i64), shape=("B", "S"))
     positions = b.cumsum(ones, axis=1, exclusive=r.random() < 0.5)
     y = b.sin(x + b.cast(b.rearrange(positions, pattern="b s -> b s 1"), to=x.dtype))
+    y = y + (b.expand(b.constant(0, x.dtype), shape=("B", 1, 1)) + parameter(b, x.dtype, WIDTH))
     nothing = b.expand(b.constant(0, x.dtype), shape=("B", 0, WIDTH))
     return one_of(r, lambda: b.concat(nothing, y, axis=1), lambda: b.concat(y, nothing, axis=1))
 

@@ -149,8 +149,8 @@ CANONICALIZED = [
     unary(
         "constant-that-gives-the-shape",
         Canonicalize(),
-        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
-        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        ["z = expand(2.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        ["z = expand(2.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
         x="f32[S]",
         y="f32[2, S]",
     ),
@@ -360,6 +360,20 @@ CANONICALIZED = [
                 "",
             ),
         )
+    ),
+    unary(
+        "nothing-repeated-is-added",
+        Canonicalize(),
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(0.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        ["m = reduce_mean(x, axes=[0], keep=true)", "y = expand(m, shape=[B, S])", "return y = y"],
+        x="f32[B, S]",
+    ),
+    unary(
+        "a-number-repeated-is-added",
+        Canonicalize(),
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(2.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(2.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        x="f32[B, S]",
     ),
     unary(
         "concat-of-empty",

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.generated_values import GeneratedValue
-from treadle.ir.graph import Graph, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_sizes
@@ -96,7 +96,7 @@ def _with_values(graph: Graph, replaced: Sequence[Value]) -> Graph:
     return graph
 
 
-def _replace(graph: Graph, nodes: Sequence[object], values: Mapping[Value, Value]) -> None:
+def _replace(graph: Graph, nodes: Sequence[Node], values: Mapping[Value, Value]) -> None:
     """Append nodes to `main`, with values replaced by others in them and in the outputs."""
     main = graph.main
     for node in nodes:

@@ -158,6 +158,21 @@ class AndTrue(Rewrite):
 
 
 @dataclass(frozen=True)
+class RepeatedNeutral(Rewrite):
+    """x + expand(0), x and expand(true)   -->   expand(x)"""
+
+    def pattern(self, p: Vocabulary, x: Any, shape: Any) -> Any:
+        repeated = p.shared(p.expand(p.constant("n"), shape=shape))
+        return p.either(x + repeated, x & repeated)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.n == (0 if m.x.dtype.kind != "bool" else 1))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.expand(m.x, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
 class WhereConstant(Rewrite):
     """where(true, x, y)   -->   x;   where(false, x, y)   -->   y        (expanded if the other operand was larger)"""
 
@@ -195,18 +210,20 @@ class WhereOfSame(Rewrite):
 
     def _chosen(self, m: Match) -> Value | None:
         """Return the operand of the inner where that is selected if c is false, or None if this is not known."""
-        inner = m.y.value.node
+        inner: Node | None = m.y.value.node
         if inner is None or not isinstance(inner.op, Where):
             return None
         condition, y, z = inner.inputs
-        if condition is m.c.value:
+        known: Value = m.c.value
+        if condition is known:
             return z
         opposite = condition.node
-        negates = opposite is not None and isinstance(opposite.op, LogicalNot) and opposite.inputs[0] is m.c.value
+        negates = opposite is not None and isinstance(opposite.op, LogicalNot) and opposite.inputs[0] is known
         return y if negates else None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
-        return b.where(m.c, m.x, b.expr(self._chosen(m)))
+        chosen = self._chosen(m)
+        return m.result if chosen is None else b.where(m.c, m.x, chosen)
 
 
 @dataclass(frozen=True)
@@ -445,6 +462,7 @@ class Canonicalize(RewriteSet):
         NegNeg(),
         NotNot(),
         AndTrue(),
+        RepeatedNeutral(),
         WhereConstant(),
         WhereOfTruth(),
         WhereOfSame(),
@@ -478,9 +496,7 @@ class Canonicalize(RewriteSet):
 
 
 def _move_numbers(function: Function, log: PassRecord) -> int:
-    return (
-        constants_to_scalars(function, log) + constants_to_the_right(function, log) + numbers_through(function, log)
-    )
+    return constants_to_scalars(function, log) + constants_to_the_right(function, log) + numbers_through(function, log)
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
@@ -519,10 +535,10 @@ def numbers_through(function: Function, log: PassRecord) -> int:
     Further operands of f may be numbers, too.
     """
     made: list[Node] = []
-    moved: dict[tuple[Op, Value], Value] = {}
+    conditions: dict[tuple[Op, Value], Value] = {}
     changed = 0
     for node in function.nodes:
-        replaced = _through(node, moved)
+        replaced = _through(node, conditions)
         if replaced is not None:
             *before, (node.op, node.operands) = replaced
             made += before
@@ -533,11 +549,11 @@ def numbers_through(function: Function, log: PassRecord) -> int:
     return changed
 
 
-def _through(node: Node, moved: dict[tuple[Op, Value], Value]) -> list[Any] | None:
+def _through(node: Node, conditions: dict[tuple[Op, Value], Value]) -> list[Any] | None:
     """Return the op and the operands that replace a node's, by the equations of `numbers_through`, after the nodes that
     must come before it. Return None if no equation applies.
 
-    moved   conditions that were moved for earlier nodes, by move and condition; new ones are added
+    conditions  conditions that were moved for earlier nodes, by move and condition; new ones are added
     """
     values = {v for v in node.inputs if v.literal is None or v.literal.shape}
     if len(values) != 1 or len(node.results) != 1 or node.op.callee is not None:
@@ -569,19 +585,19 @@ def _through(node: Node, moved: dict[tuple[Op, Value], Value]) -> list[Any] | No
         return None
     if condition.type.dims != above.results[0].type.dims:
         return None
-    applied = [_applied(node, value, number) for number in numbers]
-    if None in applied:
+    applied = [x for x in (_applied(node, value, number) for number in numbers) if x is not None]
+    if len(applied) < len(numbers):
         return None
     if applied[0].literal == applied[1].literal:
         return [(Expand(shape=result.shape), (applied[0],))]
     made: list[Any] = []
     for move in reversed(moves):
         key = move.op, condition
-        if key not in moved:
+        if key not in conditions:
             types = move.op.infer_for([condition])
             made.append(Node(move.op, [condition], types, scope=move.scope, source=move.source))
-            moved[key] = made[-1].result
-        condition = moved[key]
+            conditions[key] = made[-1].result
+        condition = conditions[key]
     return [*made, (Where(), (condition, *applied))]
 
 

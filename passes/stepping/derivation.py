@@ -43,7 +43,6 @@ from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenCho
 from treadle.passes.stepping.survey import Kind, Survey
 from treadle.passes.stepping.table_rows import context_of
 
-
 CACHE_DTYPES = (f32, bf16, f16)
 """The dtypes in which keys and values may be stored."""
 

@@ -30,7 +30,6 @@ from treadle.passes.fusion.attention.core import LEAST_FILL, Added, Chosen, Plac
 from treadle.passes.fusion.attention.masks import band_terms
 from treadle.passes.fusion.attention.positions import (
     MOST_PARTS,
-    Affine,
     affine,
     band_of,
     beneath,

@@ -22,7 +22,6 @@ from treadle.program.forms.folder_form import config_positions
 from treadle.program.forms.model_form import Kind, ModelForm
 from treadle.program.trained_folders import CONFIG
 
-
 _SAME_VOCABULARY = "of a model with the same vocabulary, if it continues text"
 
 
