@@ -26,6 +26,8 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 import treadle as t
+from tests.onnx_exports import draw
+from tests.onnx_exports import export as export_family
 from tests.onnx_models import runtime
 from tests.task_models import save, without_specials
 from treadle.cli import app
@@ -154,6 +156,19 @@ def test_a_session_has_the_logits_of_the_whole_text(form: str, tmp_path: Path) -
         found = [session.prefill({row: ids[0, :3].tolist()})[row]]
         found += [session.step({row: int(token)})[row] for token in ids[0, 3:]]
         np.testing.assert_allclose(np.stack(found), whole[2:], rtol=0, atol=LARGEST_ERROR)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "eager"), ("gpt2", "sdpa")])
+def test_a_session_of_a_model_of_transformers(name: str, attention: str, tmp_path: Path) -> None:
+    path = export_family(name, tmp_path, dynamo=False, attention=attention)
+    inputs = draw(name, 1, B=1, S=6)
+    inputs["attention_mask"][:] = 1
+    (whole,) = runtime(str(path), inputs)["y"]
+    session = t.compile(path, backend="numpy").session(rows=1, capacity=8)
+    row = session.open()
+    ids = inputs["input_ids"][0]
+    found = [session.prefill({row: ids[:3].tolist()})[row], *(session.step({row: int(i)})[row] for i in ids[3:])]
+    np.testing.assert_allclose(np.stack(found), whole[2:], rtol=0, atol=2e-5)
 
 
 def test_a_file_continues_text_and_has_a_perplexity(words: Path, tmp_path: Path) -> None:

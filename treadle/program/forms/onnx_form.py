@@ -50,7 +50,7 @@ class OnnxForm(ModelForm):
             f"{printable(self.label)} is an ONNX file, without a tokenizer",
             hint=Hint(
                 f'tokenizer="FOLDER", {_SAME_VOCABULARY}; t.compile({self.label!r}) takes arrays',
-                f"--tokenizer FOLDER, {_SAME_VOCABULARY}; treadle run takes arrays",
+                f"--tokenizer FOLDER, {_SAME_VOCABULARY}",
             ),
         )
 
