@@ -282,8 +282,27 @@ def selected(b: Builder, r: Random, x: Expr) -> Expr:
         lambda: b.logical_and(x > 0.0, True),
         lambda: x > 0.0,
         lambda: b.rearrange(b.equal(b.iota(size="S") + 1, b.iota(size="S") + 1 + r.choice((0, 2))), pattern="s -> s 1"),
+        lambda: b.where(x > 0.0, True, False),
+        lambda: b.equal(b.cast(x > 0.0, to=x.dtype), 1),
     )
-    return b.where(condition, x, one_of(r, lambda: x * 0.5, lambda: x * 0.5, lambda: x))
+    other = one_of(r, lambda: x * 0.5, lambda: x * 0.5, lambda: x, lambda: b.where(condition, x * 3, x * 0.5))
+    return b.where(condition, x, other)
+
+
+def masked_twice(b: Builder, r: Random, x: Expr) -> Expr:
+    """Subtract a number where two conditions hold, both as numbers."""
+    number = b.where(x > r.choice((0.0, -0.5)), b.constant(-2.0, x.dtype), b.constant(0, x.dtype))
+    return x + number * b.cast(x < 0.5, to=x.dtype)
+
+
+def counted_by_sums(b: Builder, r: Random, x: Expr) -> Expr:
+    """Add the position, as a running sum of ones, to rows after nothing."""
+    ones = b.expand(b.constant(1, i64), shape=("B", "S"))
+    positions = b.cumsum(ones, axis=1, exclusive=r.random() < 0.5)
+    y = b.sin(x + b.cast(b.rearrange(positions, pattern="b s -> b s 1"), to=x.dtype))
+    y = y + (b.expand(b.constant(0, x.dtype), shape=("B", 1, 1)) + parameter(b, x.dtype, WIDTH))
+    nothing = b.expand(b.constant(0, x.dtype), shape=("B", 0, WIDTH))
+    return one_of(r, lambda: b.concat(nothing, y, axis=1), lambda: b.concat(y, nothing, axis=1))
 
 
 def counted(b: Builder, r: Random, x: Expr) -> Expr:
@@ -333,6 +352,8 @@ STEPS: tuple[Step, ...] = (
         attended,
         linear,
         unchanged,
+        masked_twice,
+        counted_by_sums,
         unchanged,
     ),
     *(feed_forward, residual, embedded, projected, scaled_product),

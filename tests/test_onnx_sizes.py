@@ -130,6 +130,14 @@ def test_long_names_and_long_lists_of_axes_are_cut() -> None:
         assert caught.value.received == f"z={printable(repr('long' * 30), 60)}"
 
 
+def test_an_expression_that_comes_before_its_axes_has_their_symbols() -> None:
+    proto = model("(float[N] x, float[past] y, float[S] z) => (float[N] w)", "c = Concat<axis=0>(y, z) w = Add(x, c)")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "past + S"
+    found = import_onnx(proto)
+    assert [str(v.type) for v in found.graph.main.inputs] == ["f32[S+past]", "f32[past]", "f32[S]"]
+    assert str(found.graph.main.outputs["w"].type) == "f32[S+past]"
+
+
 def test_dims_make_two_names_one_or_give_a_size() -> None:
     proto = model("(float[A] x, float[B] y) => (float[A] z)", "z = Add(x, y)")
     with pytest.raises(FrontendError, match="sizes disagree") as caught:

@@ -149,8 +149,8 @@ CANONICALIZED = [
     unary(
         "constant-that-gives-the-shape",
         Canonicalize(),
-        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
-        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        ["z = expand(2.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        ["z = expand(2.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
         x="f32[S]",
         y="f32[2, S]",
     ),
@@ -275,18 +275,140 @@ CANONICALIZED = [
                 ["k = iota(size=S)", "j = add(k, 2)", "c = less(j, 9)"],
             ),
             (
-                "of-numbers-chosen",
-                "stop=S",
-                ["t = less({0}, 9)", "f = where(t, 1.0, 0.0)", "{1} = cast(f, to=bool)"],
-                ["k = iota(size=S)", "u = less(k, 9)", "g = where(u, 1.0, 0.0)", "c = cast(g, to=bool)"],
-            ),
-            (
                 "not-of-waves",
                 "stop=S",
                 ["f = cast({0}, to=f32)", "w = cos(f)", "{1} = greater(w, 0.5)"],
                 ["c = slice(m, axis=0, stop=S)"],
             ),
         )
+    ),
+    unary(
+        "slice-of-positions-of-numbers-chosen",
+        Canonicalize(),
+        [
+            *("n = iota(size=64)", "t = less(n, 9)", "f = where(t, 1.0, 0.0)", "m = cast(f, to=bool)"),
+            *("c = slice(m, axis=0, stop=S)", *READ),
+        ],
+        [
+            *("n = iota(size=64)", "t = less(n, 9)", "f = where(t, 1.0, 0.0)"),
+            *("k = iota(size=S)", "c = less(k, 9)", *READ),
+        ],
+        x="f32[S]",
+    ),
+    unary(
+        "slice-of-a-constant-that-counts",
+        Canonicalize(),
+        ["p = slice(i64[1, 6]{3, 5, 7, 9, 11, 13}, axis=1, stop=S)", "c = less(p, 9)", *READ],
+        [
+            *("k = iota(size=S)", "m = mul(k, 2)", "a = add(m, 3)", 'p = rearrange(a, pattern="n -> 1 n")'),
+            *("c = less(p, 9)", *READ),
+        ],
+        x="f32[1, S]",
+    ),
+    unary(
+        "slice-of-a-constant-that-does-not-count",
+        Canonicalize(),
+        ["p = slice(i64[1, 6]{3, 5, 7, 9, 11, 14}, axis=1, stop=S)", "c = less(p, 9)", *READ],
+        ["p = slice(i64[1, 6]{3, 5, 7, 9, 11, 14}, axis=1, stop=S)", "c = less(p, 9)", *READ],
+        x="f32[1, S]",
+    ),
+    unary(
+        "running-sum-of-a-number",
+        Canonicalize(),
+        ["e = expand(2, shape=[B, S])", "p = cumsum(e, axis=1)", "c = less(p, 9)", *READ],
+        [
+            *("e = expand(2, shape=[B, S])", "k = iota(size=S)", "m = mul(k, 2)", "a = add(m, 2)"),
+            *("p = expand(a, shape=[B, S])", "c = less(p, 9)", *READ),
+        ],
+        x="f32[B, S]",
+    ),
+    unary(
+        "running-sum-of-positions-stays",
+        Canonicalize(),
+        ["k = iota(size=S)", "p = cumsum(k, axis=0)", "c = less(p, 9)", *READ],
+        ["k = iota(size=S)", "p = cumsum(k, axis=0)", "c = less(p, 9)", *READ],
+        x="f32[S]",
+    ),
+    *(
+        unary(
+            f"numbers-through-{name}",
+            Canonicalize(),
+            ["u = less(x, 9.0)", *before, "return y = y"],
+            ["u = less(x, 9.0)", *after, "return y = y"],
+            x="f32[B, S]",
+            y=y,
+        )
+        for name, before, after, y in (
+            (
+                "a-where",
+                ["w = where(u, 1.0, 3.0)", "y = mul(w, 2.0)"],
+                ["w = where(u, 1.0, 3.0)", "y = where(u, 2.0, 6.0)"],
+                "",
+            ),
+            (
+                "a-moved-where",
+                ["w = where(u, 1.0, 3.0)", 'm = rearrange(w, pattern="b s -> s b")', "y = sub(4.0, m)"],
+                [
+                    *("w = where(u, 1.0, 3.0)", 'm = rearrange(w, pattern="b s -> s b")'),
+                    *('v = rearrange(u, pattern="b s -> s b")', "y = where(v, 3.0, 1.0)"),
+                ],
+                "f32[S, B]",
+            ),
+            (
+                "a-condition",
+                ["f = cast(u, to=i64)", "y = equal(f, 0)"],
+                ["f = cast(u, to=i64)", "y = logical_not(u)"],
+                "bool[B, S]",
+            ),
+            (
+                "equal-numbers",
+                ["w = where(u, 1.0, 3.0)", "y = greater(w, 0.0)"],
+                ["w = where(u, 1.0, 3.0)", "y = expand(true, shape=[B, S])"],
+                "bool[B, S]",
+            ),
+            (
+                "two-masks",
+                ["v = greater(x, 0.0)", "w = where(u, -1.0, 0.0)", "f = cast(v, to=f32)", "y = mul(w, f)"],
+                [
+                    "v = greater(x, 0.0)",
+                    "c = logical_and(u, v)",
+                    "y = where(c, -1.0, 0.0)",
+                ],
+                "",
+            ),
+            (
+                "the-same-condition",
+                ["n = logical_not(u)", "w = where(n, 5.0, x)", "y = where(u, 0.0, w)"],
+                ["n = logical_not(u)", "w = where(n, 5.0, x)", "y = where(u, 0.0, 5.0)"],
+                "",
+            ),
+            (
+                "another-condition-stays",
+                ["v = greater(x, 0.0)", "w = where(v, 5.0, x)", "y = where(u, 0.0, w)"],
+                ["v = greater(x, 0.0)", "w = where(v, 5.0, x)", "y = where(u, 0.0, w)"],
+                "",
+            ),
+        )
+    ),
+    unary(
+        "nothing-repeated-is-added",
+        Canonicalize(),
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(0.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        ["m = reduce_mean(x, axes=[0], keep=true)", "y = expand(m, shape=[B, S])", "return y = y"],
+        x="f32[B, S]",
+    ),
+    unary(
+        "a-number-repeated-is-added",
+        Canonicalize(),
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(2.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        ["m = reduce_mean(x, axes=[0], keep=true)", "e = expand(2.0, shape=[B, 1])", "y = add(m, e)", "return y = y"],
+        x="f32[B, S]",
+    ),
+    unary(
+        "concat-of-empty",
+        Canonicalize(),
+        ["e = expand(0.0, shape=[B, 0, 8])", "c = concat(e, x, axis=1)", "y = exp(c)", "return y = y"],
+        ["e = expand(0.0, shape=[B, 0, 8])", "y = exp(x)", "return y = y"],
     ),
     unary("constant-right", Canonicalize(), ["a = add(3.0, x)", "return y = a"], ["a = add(x, 3.0)", "return y = a"]),
     unary("constant-stays", Canonicalize(), ["a = sub(3.0, x)", "return y = a"], ["a = sub(3.0, x)", "return y = a"]),

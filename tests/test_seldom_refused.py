@@ -293,7 +293,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 is a declaration"),
     "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "load does not take memory"),
-    "a graph for tasks": (lambda p: load(bare(p, ("m.onnx",)) / "m.onnx"), UsageError, "a model for tasks is"),
     "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),

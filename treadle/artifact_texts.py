@@ -9,7 +9,7 @@ from treadle.ir.analysis.following import follow
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
-from treadle.passes.stepping.derivation import may_be_empty
+from treadle.passes.stepping.derivation import for_step, may_be_empty
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
 
@@ -43,6 +43,7 @@ def continues_text(graph: Graph) -> bool:
     """Return True if a model maps tokens [B, S] to logits, can be stepped along S, and needs no other inputs for a
     text.
     """
+    graph = for_step(graph)
     inputs = [v for v in graph.main.inputs if v.name not in graph.generated and not may_be_empty(v, graph)]
     if len(inputs) != 1 or "logits" not in graph.main.outputs:
         return False

@@ -187,7 +187,7 @@ class TextWriter:
         the model.
         """
         chosen = CompileOptions.of("generate", options)
-        source = chosen.open(model)
+        source = chosen.open(model).for_text()
         need_for_text(source)
         try:
             tokenizer = source.tokenizer(cut=False)
@@ -403,5 +403,5 @@ def need_for_text(model: AnyModel, *, chat: bool = False) -> None:
     conversation with it.
     """
     source = ModelSource.open(model)
-    of_file = ["gguf"] if source.kind == "gguf" else []
+    of_file = [source.kind] if source.kind in ("gguf", "onnx") else []
     need_packages(f"text from {printable(source.label)}", "tokenizers", *of_file, *(["jinja2"] if chat else []))

@@ -120,7 +120,7 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
     `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
-    answer, ... A graph with `weights`, and a module from `from_torch` with `tokenizer`, continue text.
+    answer, ... A graph with `weights`, a module from `from_torch` and an ONNX file, with `tokenizer`, continue text.
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks

@@ -15,7 +15,8 @@ from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.program.entry_signatures import describe_options
-from treadle.program.places import ONNX_SUFFIX, is_fetched
+from treadle.program.forms.onnx_form import OnnxForm
+from treadle.program.places import is_fetched
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.tasks.loaded import LoadedModel
@@ -25,7 +26,7 @@ from treadle.tasks.loaded import LoadedModel
 def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
     `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
-    answer, ... A graph with `weights`, and a module from `from_torch` with `tokenizer`, continue text.
+    answer, ... A graph with `weights`, a module from `from_torch` and an ONNX file, with `tokenizer`, continue text.
 
     OPTIONS
     config    configuration of the model, which overrides the checkpoint's
@@ -51,9 +52,8 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
         source = program.source
         if not source.has_weights or (source.path is None and source.text_source is source):
             raise source.without_weights()
-        if source.path is not None and source.path.is_file() and source.path.suffix == ONNX_SUFFIX:
-            what = "a model for tasks is a folder or a GGUF file"
-            raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
+        if isinstance(source.form, OnnxForm) and source.text_source is source and not source.form.has_tokenizer:
+            raise source.form.without_tokenizer()
     return LoadedModel(program)
 
 

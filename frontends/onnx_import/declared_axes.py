@@ -158,7 +158,7 @@ class DeclaredAxes:
             )
         expression = _expression(text)
         if expression is not None:
-            return expression.substitute({s: self.named(s) for s in expression.symbols if s in self.dims})
+            return expression.substitute({s: self.named(s) for s in sorted(expression.symbols)})
         name, count = _spelled(text), 1
         taken = {s for size in self.symbols.values() for s in size.symbols}
         while name in taken:

@@ -150,6 +150,34 @@ class EqualPositions(Rewrite):
 
 
 @dataclass(frozen=True)
+class SumOfNumber(Rewrite):
+    """cumsum(x)   -->   n * iota + n        for an integer x that is the number n everywhere"""
+
+    def pattern(self, p: Vocabulary, x: Any, axis: Any) -> Any:
+        return p.cumsum(x, axis=axis)
+
+    def fits(self, m: Match) -> bool:
+        return _sum_of_number(m) is not None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        shape, axis = m.result.type.shape, place(m.axis, m.result.type.rank)
+        factor, first = _sum_of_number(m) or (0, 0)
+        numbers = b.iota(size=shape[axis], dtype=m.x.dtype) * factor + first
+        after = len(shape) - axis - 1
+        return b.expand(b.rearrange(numbers, pattern=f"n -> n{' 1' * after}"), shape=shape)
+
+
+def _sum_of_number(m: Match) -> tuple[int, int] | None:
+    """Return the step of a running sum and its first number, if both are known."""
+    found = _linear(m.result, {})
+    if found is None or not m.result.type.rank:
+        return None
+    factor, first = found.factors[place(m.axis, m.result.type.rank)].constant, found.constant.constant
+    others = [f for i, f in enumerate(found.factors) if i != place(m.axis, m.result.type.rank)]
+    return None if factor is None or first is None or any(f != ZERO for f in others) else (factor, first)
+
+
+@dataclass(frozen=True)
 class _Linear:
     """A linear function of positions: constant + the sum over axes of factor * position. The factor of an axis of size
     1 is 0.
@@ -207,7 +235,7 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     if isinstance(op, Rearrange):
         return _rearranged(parts[0], op.pattern, node.inputs[0])
     if isinstance(op, CumSum):
-        return parts[0] if parts[0] == _Linear((ZERO,) * len(shape)) else None
+        return _summed(parts[0], op, shape)
     if isinstance(op, Concat):
         return _join(parts, [v.type.shape for v in node.inputs], place(op.axis, len(shape)))
     if isinstance(op, Slice):
@@ -264,6 +292,15 @@ def _always(value: Value, functions: dict[Value, _Linear | None]) -> bool | None
     if x.factors != y.factors or difference is None:
         return None
     return (difference == 0) == isinstance(node.op, Equal)
+
+
+def _summed(x: _Linear, op: CumSum, shape: Sequence[Size]) -> _Linear | None:
+    """Return the running sum of a number that is the same at all positions, or None for any other sum."""
+    axis = place(op.axis, len(shape))
+    if any(factor != ZERO for factor in x.factors) or (op.reverse and x.constant != ZERO):
+        return None
+    factor = ZERO if shape[axis] == ONE else x.constant
+    return _Linear((*x.factors[:axis], factor, *x.factors[axis + 1 :]), ZERO if op.exclusive else x.constant)
 
 
 def _is_index(value: Value) -> bool:

@@ -1,14 +1,18 @@
 """Slices of tables: of tables that are computed from positions, they become smaller tables; of weights, lookups.
 
 slice(tril(ones(C, C)), [:S, :S])   -->   tril(ones(S, S))
+slice([0, 1, 2, ...], [:S])         -->   iota(S)
 slice(w, [:S])                      -->   gather(w, iota(S))
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from treadle.ir.axes import Role
 from treadle.ir.builder import Builder, Expr
@@ -19,6 +23,7 @@ from treadle.ir.ops.indexing import Iota
 from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.shapes import Expand
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.types import DType
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32
@@ -37,7 +42,8 @@ class SliceOfPositions(Rewrite):
         return p.slice(x, axis=axis, start=start, stop=stop, stride=1)
 
     def fits(self, m: Match) -> bool:
-        if _is_leaf(m.x.value) or not _is_of_positions(m.x.value):
+        x = m.x.value
+        if not _is_of_positions(x) or (_is_leaf(x) and _counted(x, m.axis % m.x.rank) is None):
             return False
         made = self.rewrite(Builder(m.x.builder.graph, Function("tried")), m)
         return made is not None and made.type == m.result.type
@@ -54,6 +60,18 @@ def _is_leaf(value: Value) -> bool:
     the pass would not terminate.
     """
     return value.node is None or isinstance(value.node.op, Slice)
+
+
+def _counted(value: Value, axis: int) -> tuple[int, int] | None:
+    """Return the first number of a constant of consecutive multiples along an axis, and the step between them. Return
+    None for any other value, also for one that has further elements along other axes.
+    """
+    literal = value.literal
+    if literal is None or not value.type.dtype.is_int or math.prod(literal.shape) != literal.shape[axis]:
+        return None
+    numbers = literal.array.reshape(-1).astype(np.int64)
+    steps = np.diff(numbers)
+    return (int(numbers[0]), int(steps[0])) if len(steps) and (steps == steps[0]).all() else None
 
 
 def _is_of_positions(value: Value) -> bool:
@@ -94,19 +112,28 @@ class _Cut:
         return self.made[key]
 
     def _sliced(self, value: Value, axis: int) -> Expr:
+        counted = _counted(value, axis)
+        if counted is not None:
+            first, step = counted
+            dtype, after = value.type.dtype, value.type.rank - axis - 1
+            numbers = self._positions(dtype) * step + first
+            return self.b.rearrange(numbers, pattern=f"n -> {'1 ' * axis}n{' 1' * after}")
         stop = self.start + self.length
         return self.b.slice(Expr(self.b, value), axis=axis, start=self.start, stop=stop)
+
+    def _positions(self, dtype: DType) -> Expr:
+        counted: Expr = self.b.iota(size=self.length, dtype=dtype)
+        if self.start == ZERO:
+            return counted
+        first = self.start.constant
+        return counted + (first if first is not None else self.b.size(value=self.start, dtype=dtype))
 
     def _node(self, value: Value, axis: int) -> Expr | None:
         node = value.node
         assert node is not None
         op: Any = node.op
         if isinstance(op, Iota):
-            counted: Expr = self.b.iota(size=self.length, dtype=op.dtype)
-            if self.start == ZERO:
-                return counted
-            first = self.start.constant
-            return counted + (first if first is not None else self.b.size(value=self.start, dtype=op.dtype))
+            return self._positions(op.dtype)
         application = op.apply([None if v is None else v.type for v in node.operands])
         dim = application.results[value.index][axis]
         if len(dim.factors) != 1:

@@ -30,8 +30,11 @@ from treadle.ir.naming import free_name
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.transforms.text_signature import without_padding
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
 from treadle.passes.stepping.kept_values import StepStates
@@ -39,7 +42,7 @@ from treadle.passes.stepping.last_position import with_all_positions
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
-from treadle.passes.stepping.table_rows import most_positions
+from treadle.passes.stepping.table_rows import context_of
 
 CACHE_DTYPES = (f32, bf16, f16)
 """The dtypes in which keys and values may be stored."""
@@ -117,6 +120,7 @@ def derive_step(
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
         raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
+    graph = for_step(graph)
     graph, axis = (graph, axis) if axis is not None else _stepped(graph)
     verdict = follow(graph, axis).step()
     if not verdict:
@@ -128,8 +132,7 @@ def derive_step(
     made.symbols, made.initial = dict(graph.symbols), dict(graph.initial)
     # Rows are independent, and tokens of the following ones: one row or token has the results that it has among more.
     made.symbols |= {s: Bounds(1, graph.symbols[s].upper) for s in (rows, axis) if graph.symbols[s].lower > 1}
-    limits = [n for n in (graph.symbols[axis].upper, most_positions(graph, axis)) if n is not None]
-    context = min(limits, default=None)
+    context = context_of(graph, axis)
     _refuse_symbols(graph, (SLOTS, CAPACITY))
     made.bound(SLOTS, Bounds())
     made.bound(CAPACITY, Bounds(1, context))
@@ -172,6 +175,12 @@ def derive_step(
         carries=functions.carries,
         sampling=sampling,
     )
+
+
+def for_step(graph: Graph) -> Graph:
+    """Return the graph from which a step is derived: without the inputs that `without_padding` replaces."""
+    made = without_padding(graph)
+    return graph if made is graph else PassManager(RECOGNITION).run(made).graph
 
 
 def logits_of(name: str, function: Function, axis: str) -> str:

@@ -15,6 +15,13 @@ from treadle.ir.sizing.sizes import Size
 from treadle.passes.fusion.attention.core import number_of
 
 
+def context_of(graph: Graph, axis: str) -> int | None:
+    """Return the greatest size of an axis, by its bounds and by the tables of an optimized graph. Return None if there
+    is no limit.
+    """
+    return min((n for n in (graph.symbols[axis].upper, most_positions(graph, axis)) if n is not None), default=None)
+
+
 def most_positions(graph: Graph, axis: str) -> int | None:
     """Return the greatest size of an axis at which every index of a table, counted along the axis, is a row of the
     table. Return None if the graph has no such table.

@@ -34,6 +34,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.rounded_inputs import AS_STORED
+from treadle.ir.transforms.text_signature import for_text
 from treadle.ir.transforms.widening import narrow_dtypes
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
@@ -61,13 +62,14 @@ class ModelSource:
 
     form    the opened model in its form (`treadle.program.forms`)
     text_source  the model whose tokenizer, chat template and end tokens are used: this one, or another that `open` got
+    is_for_text  True if the graph of an imported model takes tokens alone: see `for_text`
 
     Each file is opened once, when it is first needed. If a file has changed when another one is opened, or when its
     weights are read, CheckpointError is raised.
     """
 
-    def __init__(self, form: ModelForm, text_source: ModelSource | None = None) -> None:
-        self.form = form
+    def __init__(self, form: ModelForm, text_source: ModelSource | None = None, *, is_for_text: bool = False) -> None:
+        self.form, self.is_for_text = form, is_for_text
         self.text_source: ModelSource = self if text_source is None else text_source
 
     @staticmethod
@@ -99,6 +101,12 @@ class ModelSource:
                 raise UsageError(what, received=f"{printable(form.label)} and {shown_path(mmproj)}", hint=hint)
             form.mmproj = mmproj
         return ModelSource(form, None if tokenizer is None else ModelSource.open(tokenizer))
+
+    def for_text(self) -> ModelSource:
+        """Return the same model, for tasks with texts: an ONNX file, a graph or an imported module becomes a model of
+        tokens alone (`treadle.ir.transforms.text_signature`). Files that are open stay open.
+        """
+        return ModelSource(self.form, None if self.text_source is self else self.text_source, is_for_text=True)
 
     def _refuse_other_choices(
         self, weights: str | Path | None, tokenizer: AnyModel | None, mmproj: str | Path | None, limits: Limits
@@ -153,6 +161,8 @@ class ModelSource:
                 hint=Hint('quantize="int8"', "--quantize int8"),
             )
         found = read.widened(_narrow(names))
+        if self.is_for_text and self.kind in ("graph", "onnx"):
+            found = replace(found, graph=for_text(found.graph))
         if is_fetched(self.label):
             found.graph.name = self.label  # replaces the name of its family
             found = replace(found, name=self.label)

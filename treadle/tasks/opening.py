@@ -21,6 +21,7 @@ from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.registry import family_of
+from treadle.passes.stepping.table_rows import context_of
 from treadle.program.program import Program
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
@@ -247,4 +248,4 @@ def token_positions(model: Compiled, name: str = "tokens") -> int | None:
     """Return the maximum number of tokens of a row, or None if the model has no limit. `name` is the input's name."""
     tokens = next(port for port in model.inputs if port.name == name)
     symbol = tokens.type.shape[-1].as_symbol
-    return None if symbol is None else model.graph.symbols[symbol].upper
+    return None if symbol is None else context_of(model.graph, symbol)

@@ -101,7 +101,8 @@ class PerplexityMeter:
         Raises UsageError if the model is not a causal language model of tokens alone, and the errors of
         `treadle.compile` and of reading the tokenizer.
         """
-        source = program.source
+        source = program.source.for_text()
+        program = Program(source, program.options)
         need_for_text(source)
         try:
             tokenizer = source.tokenizer(cut=False)

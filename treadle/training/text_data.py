@@ -25,6 +25,7 @@ from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
+from treadle.passes.stepping.table_rows import context_of
 from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.further_models import open_further
 from treadle.program.given_texts import read_documents
@@ -202,7 +203,9 @@ def _most_tokens(graph: Graph) -> int | None:
     """Return the maximum number of tokens that a model supports, or None if there is no limit."""
     tokens = next((v for v in graph.main.inputs if v.name == "tokens"), None)
     symbol = tokens.type.shape[-1].as_symbol if tokens is not None and tokens.type.rank else None
-    return None if symbol is None else graph.symbols[symbol].upper
+    if symbol is None or graph.symbols[symbol].upper is not None:
+        return None if symbol is None else graph.symbols[symbol].upper
+    return context_of(run(graph, [Recognize()]).graph, symbol)  # an imported model has only tables of positions
 
 
 def _check_model(resolved: Resolved, objective: str) -> None:

@@ -92,7 +92,8 @@ class TextTraining:
             _check_state(state, replace=replace)
         _check_computing(options)
         settings.schedule_of_rates(), settings.optimizer_of_weights()
-        resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
+        source = options.open(model).for_text()
+        resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(source, deferred=True)
         saver = None if output is None else saver_for(resolved, output, replace=replace)
         names = ("objective", "length", "batch", "holdout", "vocab", "teacher", "column")
         chosen: dict[str, Any] = {name: getattr(settings, name) for name in names}

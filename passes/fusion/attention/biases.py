@@ -2,7 +2,7 @@
 
 where(c, 0, -inf), (1 - c) * -1e9, a constant of zeros and -inf    -->   masks
 table[bucket(iota(T) - iota(S))]                                   -->   t5_relative
-slopes[h] * (iota(T) - iota(S))                                    -->   alibi
+slopes[h] * (iota(T) - iota(S)), slopes[h] * iota(T)               -->   alibi
 any other addend                                                   -->   bias(axes)
 """
 
@@ -30,7 +30,6 @@ from treadle.passes.fusion.attention.core import LEAST_FILL, Added, Chosen, Plac
 from treadle.passes.fusion.attention.masks import band_terms
 from treadle.passes.fusion.attention.positions import (
     MOST_PARTS,
-    Affine,
     affine,
     band_of,
     beneath,
@@ -191,16 +190,18 @@ def read_bias(roles: Roles, added: Added) -> list[Fused]:
     """Return an addend as a bias: a positional term if the addend equals one, else a tensor."""
     placed = beneath(roles.axes, added.placed)
     node = placed.value.node
-    if added.factor == 1.0 and node is not None:
-        structural = t5_relative(roles, placed) or _alibi(roles, placed)
+    if node is not None:
+        structural = _alibi(roles, placed, added.factor)
+        if structural is None and added.factor == 1.0:
+            structural = t5_relative(roles, placed)
         if structural is not None:
             return [structural]
     axes = roles.held(placed.layout) or "t"
     return [Fused(TensorBias(axes), (PlacedOperand(placed, axes, factor=added.factor),))]
 
 
-def _alibi(roles: Roles, placed: Placed) -> Fused | None:
-    """Return slopes[h] * (j - i) as alibi, or None for any other addend."""
+def _alibi(roles: Roles, placed: Placed, factor: float) -> Fused | None:
+    """Return slopes[h] * (j - i), times a factor, as alibi, or None for any other addend."""
     node = placed.value.node
     assert node is not None
     if not isinstance(node.op, Mul):
@@ -208,20 +209,24 @@ def _alibi(roles: Roles, placed: Placed) -> Fused | None:
     for slopes, offset in (node.inputs, node.inputs[::-1]):
         own = beneath(roles.axes, Placed(slopes, narrowed(slopes, placed.layout)))
         if roles.held(own.layout) in ("h", "") and _is_offset(roles, Placed(offset, narrowed(offset, placed.layout))):
-            return Fused(Alibi(), (PlacedOperand(own, "h"),))
+            return Fused(Alibi(), (PlacedOperand(own, "h", factor=factor),))
     return None
 
 
 def _is_offset(roles: Roles, placed: Placed) -> bool:
-    """Return True if the value is j - i, cast to a float."""
+    """Return True if the value is j - i, cast to a float, plus a number that is the same for all keys of a query, which
+    does not change probabilities.
+    """
     offsets = offset_table(roles, placed)
     if offsets is not None:
-        return bool(np.array_equal(*offsets))
+        array, exact = offsets
+        return bool(np.array_equal(array - array[:, :1], exact - exact[:, :1]))
     under = beneath(roles.axes, placed)
     cast = under.value.node
     if cast is None or not isinstance(cast.op, Cast) or not cast.inputs[0].type.dtype.is_int:
         return False
-    return affine(roles, Placed(cast.inputs[0], under.layout)) == Affine(-1, 1)
+    found = affine(roles, Placed(cast.inputs[0], under.layout))
+    return found is not None and found.t == 1 and all("t" not in roles.held(x.layout) for _, x in found.tensors)
 
 
 # -- possible values of addends --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import numpy as np
 from treadle.ir.attention.attention_terms import BooleanMask, Causal, Padding, Segments, Window
 from treadle.ir.graph import Node
 from treadle.ir.operation import Op
-from treadle.ir.ops.logic import Equal, Greater, GreaterEqual, Less, LessEqual, NotEqual
+from treadle.ir.ops.logic import Equal, Greater, GreaterEqual, Less, LessEqual, LogicalAnd, LogicalOr, NotEqual
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.types import boolean, i64
 from treadle.passes.fusion.attention.core import Placed, number_of
@@ -103,6 +103,10 @@ def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | 
     if table is not None:
         return _read_table(part, table, roles, notes)
     node = value.node
+    if node is not None and isinstance(node.op, LogicalOr if part.wanted else LogicalAnd):
+        union = _read_union(roles, part, node)
+        if union is not None:
+            return union
     if node is not None and (negated := _NEGATED.get(type(node.op))) is not None:
         order = type(node.op) if part.wanted else negated
         x, y = (Placed(v, narrowed(v, layout)) for v in node.inputs)
@@ -116,6 +120,18 @@ def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | 
         if same is not None:
             return same
     return _tensor(roles, part)
+
+
+def _read_union(roles: Roles, part: _Part, node: Node) -> _Band | None:
+    """Return a disjunction of two bands without a lower limit as one band. Return None for any other disjunction."""
+    bands = []
+    for value in node.inputs:
+        parts = list(_parts(roles.axes, _Part(Placed(value, narrowed(value, part.placed.layout)), part.wanted)))
+        read = _read_part(roles, parts[0], []) if len(parts) == 1 else None
+        if not isinstance(read, _Band) or read.low is not None or read.high is None:
+            return None
+        bands.append(read.high)
+    return _Band(None, max(bands), part)
 
 
 def _tensor(roles: Roles, part: _Part) -> Fused:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treadle.ir.graph import Node, Value
-from treadle.ir.ops.arithmetic import Maximum, Minimum
+from treadle.ir.ops.arithmetic import Add, Maximum, Minimum
 from treadle.ir.ops.logic import Where
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.cleanup.canonicalize import is_lossless
 from treadle.passes.cleanup.round_trips import round_trip_at
+from treadle.passes.fusion.attention.biases import ABSORBING
 from treadle.passes.fusion.attention.core import (
     LEAST_FILL,
     MOST_STEPS,
@@ -149,6 +151,13 @@ class _Ascent:
             raise Mismatch(f"the scores are cast from {source} to {to}, which is lossy", node, trail.nodes[:-1])
         return self.up(node.inputs[0], layout, trail)
 
+    def _maximum(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        for value, other in (node.inputs, node.inputs[::-1]):
+            number = number_of(other)
+            if number is not None and number * trail.factor <= -ABSORBING and _adds_mask(value, number):
+                return self.up(value, narrowed(value, layout), trail)
+        raise Mismatch("the scores are clipped", node, trail.nodes[:-1])
+
     # -- arithmetic --------------------------------------------------------------------------------------------
 
     def _mul(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
@@ -220,6 +229,22 @@ class _Ascent:
                     )
                 return self.up(value, narrowed(value, layout), trail.beyond(mask))
         raise Mismatch("the mask selects between two tensors", node, trail.nodes[:-1])
+
+
+def _adds_mask(value: Value, least: float) -> bool:
+    """Return True if a value is a sum with a mask of 0 and one number, which is not below `least`. The number absorbs
+    the other addend, so the sum is not below `least` either.
+    """
+    if value.node is None or not isinstance(value.node.op, Add):
+        return False
+    for mask in value.node.inputs:
+        while mask.node is not None and isinstance(mask.node.op, Rearrange | Expand):
+            mask = mask.node.inputs[0]
+        if mask.node is not None and isinstance(mask.node.op, Where):
+            numbers = [number_of(side) for side in mask.node.inputs[1:]]
+            if 0 in numbers and all(n is not None and (n == 0 or least <= n <= -ABSORBING) for n in numbers):
+                return True
+    return False
 
 
 def _unlikely(value: Value, node: Node) -> int:

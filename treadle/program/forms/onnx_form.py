@@ -1,4 +1,4 @@
-"""An ONNX file."""
+"""An ONNX file, and the files of its tokenizer, if they are next to it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from functools import cached_property
 from typing import Any
 
 from treadle.files.shown_names import printable
+from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.widening import widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
+from treadle.program.forms.folder_form import config_positions
 from treadle.program.forms.model_form import Kind, ModelForm
+from treadle.program.trained_folders import CONFIG
+
+_SAME_VOCABULARY = "of a model with the same vocabulary, if it continues text"
 
 
 class OnnxForm(ModelForm):
-    """An ONNX file. A key of the configuration is the name of an input to fix at a value, or of an axis."""
+    """An ONNX file. A key of the configuration is the name of an input to fix at a value, or of an axis.
+
+    Exporters write tokenizer.json and config.json next to the file.
+    """
 
     kind: Kind = "onnx"
 
@@ -27,8 +37,36 @@ class OnnxForm(ModelForm):
     def file(self) -> OnnxFile:
         return OnnxFile.open(self.place, self.limits)
 
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return ModelFolder.find(self.place.parent)
+
     def check(self) -> None:
         """Do nothing: the file is read completely when it is opened."""
+
+    def without_tokenizer(self) -> UsageError:
+        """Return the error for a file without a tokenizer next to it, where a task needs one."""
+        return UsageError(
+            f"{printable(self.label)} is an ONNX file, without a tokenizer",
+            hint=Hint(
+                f'tokenizer="FOLDER", {_SAME_VOCABULARY}; t.compile({self.label!r}) takes arrays',
+                f"--tokenizer FOLDER, {_SAME_VOCABULARY}",
+            ),
+        )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """True if the files of a tokenizer are next to the file."""
+        return any(map(self.folder.has, VOCABULARIES))
+
+    def tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        if not self.has_tokenizer:
+            raise self.without_tokenizer()
+        return super().tokenizer(max_tokens, context, cut)
+
+    @property
+    def positions(self) -> int | None:
+        return config_positions(self.config) if self.folder.has(CONFIG) else None
 
     def inputs(self, narrow: frozenset[DType], config: Mapping[str, Any]) -> Graph:
         from treadle.frontends.onnx_import.importer import declared_inputs
