@@ -308,6 +308,7 @@ def test_the_hint_for_a_function_of_numpy_computes_what_it_computes(function: An
     np.testing.assert_allclose(y, function(a), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (4, 1), (3, 2), (4, 3)])
 def test_padding_by_name_is_pytorchs(padding: str, kernel: int, dilation: int) -> None:
