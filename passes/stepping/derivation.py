@@ -287,9 +287,9 @@ def _fixed_sizes(graph: Graph) -> NoStep:
         f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
         received=", ".join(f"{v.name}: {v.type}" for v in inputs),
         hint=Hint(
-            f'names for the sizes, such as "B S": {first}: t.i64["B S"] in a declaration, dynamic={{"{first}": "B S"}} in '
+            f'names of the sizes, as "B S": {first}: t.i64["B S"] in a declaration, dynamic={{"{first}": "B S"}} in '
             "from_torch, dynamic axes in the export of an ONNX file",
-            f'names for the sizes, such as "B S": in the declaration of {first}, or as dynamic axes in the export of an '
+            f'names of the sizes, as "B S": in the declaration of {first}, or as dynamic axes in the export of an '
             "ONNX file",
         ),
     )
