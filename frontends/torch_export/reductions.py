@@ -311,4 +311,7 @@ def _sort(site: TorchSite) -> Made:
 
 @operator("bincount.default", "nonzero.default", "item.default", "_local_scalar_dense.default", "masked_select.default")
 def _data_dependent(site: TorchSite) -> Made:
-    site.refuse("its output shape depends on data, or its output leaves the graph")
+    hint = None
+    if str(site.node.target).startswith(("aten.nonzero", "aten.masked_select")):
+        hint = "a value for every element: torch.where(condition, x, 0); each expert for all tokens, times its weights"
+    site.refuse("its output shape depends on data, or its output leaves the graph", hint)

@@ -76,6 +76,8 @@ def _kind(node: ast.expr) -> _Kind | None:
         return None
     if name == "Mapping":
         return _mapping(*kinds)
+    if name == "tuple" and kinds == [_ANY]:  # the function itself knows what its tuple holds
+        return None
     if name == "tuple" and len(inside) == len(kinds):
         return _fixed(kinds)
     return _items(_CONTAINERS[name], kinds[0])
@@ -103,7 +105,8 @@ def _items(container: type | tuple[type, ...], kind: _Kind) -> _Kind:
             return container is Iterable and kind.fits(value)
         return kind.numbers or not isinstance(value, Sequence | Set) or all(map(kind.fits, value))
 
-    return _Kind(f"a list of {kind.several}", f"lists of {kind.several}", fits)
+    of = f" of {kind.several}" if kind.several else ""
+    return _Kind(f"a list{of}", f"lists{of}", fits)
 
 
 def _fixed(kinds: Sequence[_Kind]) -> _Kind:

@@ -52,7 +52,7 @@ class NoStep(PassError):
     """The error for a model without an axis that may be stepped.
 
     is_causal  True if an output is causal along an axis nevertheless
-    is_fixed   True if all sizes of the inputs after the first are numbers
+    is_fixed   True if tokens have a number in place of a symbol for their length
     """
 
     is_causal = False
@@ -244,7 +244,7 @@ def _stepped_axis(graph: Graph) -> str:
     against: list[str] = []
     measured: list[str] = []
     first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
-    if first.issuperset(symbols):
+    if first.issuperset(symbols) and any(v.type.dtype.is_int and v.type.rank == 2 for v in graph.main.inputs):
         raise _fixed_sizes(graph)
     for symbol in symbols:
         following = follow(graph, symbol)
@@ -282,7 +282,7 @@ def _stepped_axis(graph: Graph) -> str:
 
 def _fixed_sizes(graph: Graph) -> NoStep:
     inputs = graph.main.inputs
-    first = inputs[0].name if inputs else "tokens"
+    first = next(v.name for v in inputs if v.type.dtype.is_int and v.type.rank == 2)
     error = NoStep(
         f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
         received=", ".join(f"{v.name}: {v.type}" for v in inputs),
