@@ -80,8 +80,8 @@ def load_artifact(
 
 
 def compile_artifact(
-    held: Artifact,
-    shown: str,
+    artifact: Artifact,
+    path: str,
     *,
     backend: str | None = None,
     target: str | Target | None = None,
@@ -92,18 +92,24 @@ def compile_artifact(
 ) -> Compiled:
     """Compile the graph of an opened artifact. The options and errors are those of `load_artifact`.
 
-    shown    the file's name in errors
+    path     the file's name in errors
     outputs  as in `compile`; None: all
     """
     if outputs is not None:
-        held = _with_outputs(held, outputs)
-    where = target if isinstance(target, Target) else Target(held.target if target is None else target)
-    asked = (AUTO, held.backend) if backend is None else (backend,)
-    budget = budget_of(memory, sizes, held.optimized.graph)
+        artifact = _with_outputs(artifact, outputs)
+    where = target if isinstance(target, Target) else Target(artifact.target if target is None else target)
+    asked = (AUTO, artifact.backend) if backend is None else (backend,)
+    budget = budget_of(memory, sizes, artifact.optimized.graph)
     try:
-        chosen = choose_backend(asked[0], held.optimized.graph, where, before=asked[1:])
+        chosen = choose_backend(asked[0], artifact.optimized.graph, where, before=asked[1:])
         executable, lowered = build(
-            chosen.backend, held.optimized.graph, where, held.weights, budget=budget, donate=donate, why=chosen.why
+            chosen.backend,
+            artifact.optimized.graph,
+            where,
+            artifact.weights,
+            budget=budget,
+            donate=donate,
+            why=chosen.why,
         )
     except TreadleError:
         raise
@@ -111,28 +117,30 @@ def compile_artifact(
         raise CheckpointError(
             f"backend {asked[-1]} cannot lower the graph that the artifact holds",
             received=f"{type(error).__name__}: {printable(str(error))}",
-            within=f"{printable(shown)}: section graph",
+            within=f"{printable(path)}: section graph",
         ) from error
-    optimized = replace(held.optimized, lowered=lowered)
+    optimized = replace(artifact.optimized, lowered=lowered)
     return Compiled(
-        held.name,
+        artifact.name,
         optimized,
         executable,
         chosen.name,
         where,
-        held.weights,
-        seed=held.seed,
-        options=held.options,
-        texts=lambda: held.files,
+        artifact.weights,
+        seed=artifact.seed,
+        options=artifact.options,
+        texts=lambda: artifact.files,
     )
 
 
-def _with_outputs(held: Artifact, outputs: Sequence[str]) -> Artifact:
+def _with_outputs(artifact: Artifact, outputs: Sequence[str]) -> Artifact:
     """Return the artifact with these outputs, and without the operations and weights that only other outputs need."""
-    declared, graph = (choose_outputs(g, outputs) for g in (held.optimized.source, held.optimized.graph))
+    declared, graph = (choose_outputs(g, outputs) for g in (artifact.optimized.source, artifact.optimized.graph))
     graph = PassManager([DeadCode()]).run(graph).graph
-    weights = {name: held.weights[name] for name in graph.parameters}
-    return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights, sharding=None)
+    weights = {name: artifact.weights[name] for name in graph.parameters}
+    return replace(
+        artifact, optimized=Optimized(declared, graph, artifact.optimized.log), weights=weights, sharding=None
+    )
 
 
 def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
