@@ -807,13 +807,17 @@ def test_a_missing_tokenizer(trained: Treadle) -> None:
         ModelSource.open(ModelSource.open(OWN, weights="out"), tokenizer="words")
 
 
-def test_a_model_without_lengths_does_not_embed(trained: Treadle) -> None:
+def test_a_model_without_lengths_embeds_each_text_alone(trained: Treadle) -> None:
+    wanted = t.load(OWN, weights="out", backend="numpy").embed(["the cat", "the dog sees the cat"])
     text = Path("models.py").read_text()
     plain = text.replace("lengths: Lengths | None = None, ", "")
     Path("models.py").write_text(plain.replace("None if lengths is None else t.padding(lengths)", "None"))
-    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
-    said = trained(f"embed {OWN} the --weights out")
-    refused(said, f"{OWN} does not embed sentences", "my_gpt has no input lengths")
+    model = t.load(OWN, weights="out/weights.safetensors", backend="numpy")
+    assert [port.name for port in model.embedder.model.inputs] == ["tokens"]
+    np.testing.assert_allclose(model.embed(["the cat", "the dog sees the cat"]), wanted, rtol=0, atol=1e-6)
+    Path("models.py").write_text(Path("models.py").read_text().replace(', "hidden": x', ""))
+    said = trained(f"embed {OWN} the --weights out/weights.safetensors")
+    refused(said, f"{OWN} does not embed sentences", "(tokens: i64[B, S]) -> (logits: f32[B, S, 300])")
 
 
 @pytest.mark.parametrize(
@@ -882,7 +886,7 @@ def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
     refused(said, "the artifact a.treadle has no tokenizer")
     assert hint_of(said).startswith("--tokenizer FOLDER")
     assert trained("generate a.treadle the --tokens 2 --tokenizer out").code == 0
-    with pytest.raises(UsageError, match="not a model for tasks"):
+    with pytest.raises(UsageError, match=r"the artifact a\.treadle has no tokenizer"):
         t.load("a.treadle")
     refused(trained("generate a.treadle the --tokenizer out --quantize int4"), "does not accept --quantize")
     for command in ("compile a.treadle", "perplexity a.treadle corpus.txt"):
@@ -892,9 +896,10 @@ def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
     refused(trained("classify a.treadle the"), "to classify texts needs the model itself, not an artifact")
 
 
-def test_a_model_that_does_not_continue_text_stores_no_tokenizer(trained: Treadle) -> None:
-    exe = t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",))
-    assert not exe.text_files
+def test_a_model_that_neither_continues_nor_embeds_text_stores_no_tokenizer(trained: Treadle) -> None:
+    assert not t.compile(OWN, weights="out", inputs=("lengths",), outputs=("logits",)).text_files
+    assert not t.compile(OWN, weights="out", outputs=("hidden[:, 0]",)).text_files
+    assert t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",)).text_files
     assert t.compile(OWN, weights="out").text_files
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a language model, as files that its artifact stores."""
+"""The tokenizer of a model for text, and the pooling of an embedding model, as files that their artifacts store."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from treadle.ir.types import i64
 from treadle.passes.stepping.derivation import for_step, may_be_empty
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
+from treadle.tasks.pooling import read_pooling_files
 
 _SETTINGS = "tokenizer_config.json"
 _PATHS = ("name_or_path",)
@@ -19,24 +20,27 @@ _PATHS = ("name_or_path",)
 
 
 def stored_texts(source: ModelSource) -> dict[str, bytes]:
-    """Return the files of a model's tokenizer and chat template by name, and a generation_config.json with its end
-    tokens and token rules. Return an empty mapping if it has no tokenizer that can be read.
+    """Return the files of a model's tokenizer, chat template and pooling by name, and a generation_config.json with its
+    end tokens and token rules. Return only the pooling if it has no tokenizer that can be read.
     """
+    pooling: dict[str, bytes] = {}
+    if source.path is not None and source.kind not in ("gguf", "onnx"):
+        pooling = read_pooling_files(source.folder)
     try:
-        files = source.text_files()
-        rules = FolderRules.read(source) if files else FolderRules()
+        if not source.has_tokenizer:
+            return pooling
+        files, rules = source.text_files(), FolderRules.read(source)
     except TreadleError:
-        return {}
-    if not files:
-        return {}
+        return pooling
     settings: dict[str, Any] = {**rules.options, **({"eos_token_id": list(rules.end)} if rules.end else {})}
-    files["generation_config.json"] = json.dumps(settings, indent=2).encode()
+    if settings:
+        files["generation_config.json"] = json.dumps(settings, indent=2).encode()
     if _SETTINGS in files:
         found = json.loads(files[_SETTINGS])
         if isinstance(found, dict) and any(key in found for key in _PATHS):
             kept = {key: value for key, value in found.items() if key not in _PATHS}
             files[_SETTINGS] = json.dumps(kept, indent=2, ensure_ascii=False).encode()
-    return files
+    return {**files, **pooling}
 
 
 def continues_text(graph: Graph) -> bool:
@@ -50,3 +54,17 @@ def continues_text(graph: Graph) -> bool:
     (tokens,) = inputs
     axis = tokens.type.shape[-1].as_symbol if tokens.type.rank == 2 and tokens.type.dtype is i64 else None
     return axis is not None and bool(follow(graph, axis).step())
+
+
+def embeds_text(graph: Graph) -> bool:
+    """Return True if a model maps tokens [B, S], and optionally their lengths [B], to hidden states [B, S, D]."""
+    takes, hidden = {v.name: v.type for v in graph.main.inputs}, graph.main.outputs.get("hidden")
+    tokens = takes.get("tokens")
+    return (
+        tokens is not None
+        and takes.keys() <= {"tokens", "lengths"}
+        and (tokens.rank, tokens.dtype) == (2, i64)
+        and hidden is not None
+        and hidden.type.rank == 3
+        and hidden.type.shape[:2] == tokens.shape
+    )

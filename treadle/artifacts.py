@@ -25,10 +25,12 @@ from treadle.files.shown_names import printable
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.target import Target
+from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.ir.wording.checked_calls import with_checked_call
-from treadle.passes.framework.manager import Optimized
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.program.backend_choice import AUTO, choose_backend
 from treadle.program.budgets import budget_of
 from treadle.program.option_table import declared_options
@@ -77,13 +79,40 @@ def load_artifact(
     does.
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
-    where = target if isinstance(target, Target) else Target(held.target if target is None else target)
-    asked = (AUTO, held.backend) if backend is None else (backend,)
-    budget = budget_of(memory, sizes, held.optimized.graph)
+    return compile_artifact(held, str(path), backend=backend, target=target, memory=memory, sizes=sizes, donate=donate)
+
+
+def compile_artifact(
+    artifact: Artifact,
+    path: str,
+    *,
+    backend: str | None = None,
+    target: str | Target | None = None,
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] = (),
+    outputs: Sequence[str] | None = None,
+) -> Compiled:
+    """Compile the graph of an opened artifact. The options and errors are those of `load_artifact`.
+
+    path     the file's name in errors
+    outputs  as in `compile`; None: all
+    """
+    if outputs is not None:
+        artifact = _with_outputs(artifact, outputs)
+    where = target if isinstance(target, Target) else Target(artifact.target if target is None else target)
+    asked = (AUTO, artifact.backend) if backend is None else (backend,)
+    budget = budget_of(memory, sizes, artifact.optimized.graph)
     try:
-        chosen = choose_backend(asked[0], held.optimized.graph, where, before=asked[1:])
+        chosen = choose_backend(asked[0], artifact.optimized.graph, where, before=asked[1:])
         executable, lowered = build(
-            chosen.backend, held.optimized.graph, where, held.weights, budget=budget, donate=donate, why=chosen.why
+            chosen.backend,
+            artifact.optimized.graph,
+            where,
+            artifact.weights,
+            budget=budget,
+            donate=donate,
+            why=chosen.why,
         )
     except TreadleError:
         raise
@@ -91,19 +120,29 @@ def load_artifact(
         raise CheckpointError(
             f"backend {asked[-1]} cannot lower the graph that the artifact holds",
             received=f"{type(error).__name__}: {printable(str(error))}",
-            within=f"{printable(str(path))}: section graph",
+            within=f"{printable(path)}: section graph",
         ) from error
-    optimized = replace(held.optimized, lowered=lowered)
+    optimized = replace(artifact.optimized, lowered=lowered)
     return Compiled(
-        held.name,
+        artifact.name,
         optimized,
         executable,
         chosen.name,
         where,
-        held.weights,
-        seed=held.seed,
-        options=held.options,
-        texts=lambda: held.files,
+        artifact.weights,
+        seed=artifact.seed,
+        options=artifact.options,
+        texts=lambda: artifact.files,
+    )
+
+
+def _with_outputs(artifact: Artifact, outputs: Sequence[str]) -> Artifact:
+    """Return the artifact with these outputs, and without the operations and weights that only other outputs need."""
+    declared, graph = (choose_outputs(g, outputs) for g in (artifact.optimized.source, artifact.optimized.graph))
+    graph = PassManager([DeadCode()]).run(graph).graph
+    weights = {name: artifact.weights[name] for name in graph.parameters}
+    return replace(
+        artifact, optimized=Optimized(declared, graph, artifact.optimized.log), weights=weights, sharding=None
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 
-from treadle.artifact_texts import continues_text
+from treadle.artifact_texts import continues_text, embeds_text
 from treadle.artifact_writing import write_artifact
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.exporting.file_formats import refuse_other_format
@@ -56,7 +56,7 @@ class Compiled:
     unread      the keys of config.json that the model's family does not know
     options     the options that were set when the model was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
-    texts       returns the files of the model's tokenizer by name
+    texts       returns the files of the model's tokenizer and of its pooling by name
 
     If the values of some inputs determine shapes, `treadle.compile` returns the subclass
     `treadle.specializing.Specializing`, which has a graph for each combination of these values.
@@ -84,10 +84,10 @@ class Compiled:
 
     @cached_property
     def text_files(self) -> Mapping[str, bytes]:
-        """The files of the tokenizer that an artifact stores, by name; an empty mapping if the model does not continue
-        text or has no tokenizer.
+        """The files of the tokenizer and of the pooling that an artifact stores, by name; an empty mapping if the model
+        neither continues nor embeds text, or has none of these files.
         """
-        return self.texts() if continues_text(self.graph) else {}
+        return self.texts() if continues_text(self.graph) or embeds_text(self.graph) else {}
 
     @property
     def log(self) -> PassLog:

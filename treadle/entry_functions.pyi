@@ -153,8 +153,9 @@ def load(
               computes
     config    configuration of the model, which overrides the checkpoint's
 
-    An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
-    runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.
+    An artifact of a model that continues or embeds text is loaded, too, for these tasks. The model is compiled when its
+    first task runs. Raises UsageError if there is no such model, for another artifact, and for an option that only
+    artifacts have.
     """
 
 class Trainer(_Trainer):

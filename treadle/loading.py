@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from treadle.artifact_reading import is_artifact
+from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.artifact_texts import continues_text, embeds_text
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_call
@@ -31,15 +32,19 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     OPTIONS
     config    configuration of the model, which overrides the checkpoint's
 
-    An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
-    runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.
+    An artifact of a model that continues or embeds text is loaded, too, for these tasks. The model is compiled when its
+    first task runs. Raises UsageError if there is no such model, for another artifact, and for an option that only
+    artifacts have.
     """
     path = str(os.fspath(model)) if isinstance(model, str | os.PathLike) else None
     program = Program.of(model if path is None else path, **options)  # type: ignore[arg-type]
     name = program.source.label if path is None else path
     if program.options.doubtful:  # a misspelled option is reported here, not by the first task
         program = program.declared(deferred=True)
-    if is_artifact(name) and os.path.exists(name) and not program.source.text_files():
+    if is_artifact(name) and os.path.exists(name) and not program.source.has_tokenizer:
+        graph = open_artifact(name, limits=program.options.limits, check=False).optimized.graph
+        if continues_text(graph) or embeds_text(graph):
+            program.source.tokenizer()  # raises
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",
             received=name,

@@ -6,72 +6,38 @@
 
 The model's hidden states are pooled over the sentence's tokens, without padding (Reimers & Gurevych 2019, section 3).
 The folder's modules.json and 1_Pooling/config.json specify the pooling in the format of sentence-transformers. Without
-these files, the vector is the mean, scaled to length one.
+these files, the vector is the mean, scaled to length one. An artifact contains these files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from treadle.artifact_texts import embeds_text
+from treadle.artifacts import compile_artifact
 from treadle.compiled import Compiled
 from treadle.compiling import compile_model
 from treadle.files.shown_names import printable
-from treadle.files.strict_json import JsonReader
 from treadle.frontends.declarations import UnknownInputError
-from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer, TokenBatch
-from treadle.ir.errors import CheckpointError, Hint, UsageError
-from treadle.ir.transforms.chosen_outputs import UnknownOutputError
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.options import CompileOptions
-from treadle.program.source import AnyModel
+from treadle.program.program import Program
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.language_models import count_token_ids
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.opening import token_positions
+from treadle.tasks.pooling import Pooling, Vectors, read_pooling
 
-Vectors = npt.NDArray[np.float32]
-
-_CONFIG_BYTES = 1 << 20
-_NESTING, _VALUES = 16, 10_000
 _READ = 4096
 """Number of sentences that are tokenized at a time, to bound the memory."""
-
-_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
-"""Pooling modes in all versions of sentence-transformers, and the corresponding mode of `Pooling`."""
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """The conversion of a sentence's hidden states to one vector.
-
-    mode       "mean" over all tokens except padding, or the "first" token
-    normalize  True if vectors are scaled to length one
-    max_tokens maximum number of tokens of a sentence; None: the tokenizer's limit
-    """
-
-    mode: str = "mean"
-    normalize: bool = True
-    max_tokens: int | None = None
-
-    def __call__(self, hidden: Vectors, lengths: npt.NDArray[np.int64]) -> Vectors:
-        """Return the vectors [B, D] of a batch.
-
-        hidden   the hidden states of all tokens, [B, S, D], or of the first tokens only, [B, D]
-        lengths  number of tokens of each row without padding, [B]
-        """
-        if self.mode == "first":
-            pooled = hidden
-        else:
-            real = np.arange(hidden.shape[1]) < lengths[:, None]
-            pooled = np.where(real[:, :, None], hidden, 0).sum(1) / lengths[:, None]
-        if self.normalize:
-            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
-        return pooled.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -103,33 +69,18 @@ class SentenceEmbedder:
         Raises CheckpointError if a file is missing or damaged, or specifies an unsupported pooling; UsageError if the
         model has no input for token ids or returns no hidden states; and the errors of `compile`.
         """
-        chosen = CompileOptions.of("embed", options, inputs=("lengths",))
+        chosen = CompileOptions.of("embed", options)
         source = chosen.open(model)
-        if source.kind in ("gguf", "onnx", "artifact"):
+        if source.kind in ("gguf", "onnx"):
             raise UsageError(
                 f"embed reads no {source.place.suffix} files",
                 received=printable(source.place.name),
                 hint="a folder with config.json, such as the fetched model minilm; or a declaration with weights",
             )
-        if source.kind == "graph":
-            declared = "a declaration, for which @t.model decorates a function"
-            raise UsageError(
-                "embed needs a folder with config.json, or a declaration",
-                received=f"{printable(source.label)}, a graph",
-                hint=Hint(f"{declared}; t.compile(model) takes arrays", declared),
-            )
-        pooling = read_pooling(source.folder)
-        wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
-        try:
-            made = compile_model(source, chosen.but(outputs=wanted))
-        except UnknownOutputError:
-            made = compile_model(source, chosen)
-        except UnknownInputError as error:
-            raise _does_not_embed(source.label, error.what) from error
-        takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
-        if takes != ["tokens", "lengths"] or gives != ["hidden"]:
-            ports = f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})"
-            raise _does_not_embed(made.name, ports)
+        if not source.has_weights:
+            raise source.without_weights()
+        pooling = Pooling() if source.path is None else read_pooling(source.folder)
+        made = _compiled(source, chosen, ["hidden[:, 0]" if pooling.mode == "first" else "hidden"])
         context = token_positions(made)
         tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=context)
         return cls(made, fit_tokenizer(tokenizer, source, made.graph.main), pooling)
@@ -160,6 +111,7 @@ class SentenceEmbedder:
         if not sentences:
             raise UsageError("there are no sentences to embed")
         counts, cut = [0] * len(sentences), []
+        takes = [port.name for port in self.model.inputs]
         vectors = np.zeros((len(sentences), self.width or 0), np.float32)
         by_letters = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
         for at in range(0, len(sentences), _READ):
@@ -173,10 +125,10 @@ class SentenceEmbedder:
                     received=f"text number {min(i for i, was_cut in zip(read, batch.cut, strict=True) if was_cut)}",
                     hint="split it into shorter texts",
                 )
-            for chosen in batches_by_length(batch.lengths.tolist(), batch_size):
+            for chosen in batches_by_length(batch.lengths.tolist(), batch_size if "lengths" in takes else 1):
                 lengths = batch.lengths[chosen]
-                tokens = np.ascontiguousarray(batch.ids[chosen, : int(lengths.max())])
-                hidden = np.asarray(self.model(tokens=tokens, lengths=lengths)["hidden"])
+                given = {"tokens": np.ascontiguousarray(batch.ids[chosen, : int(lengths.max())]), "lengths": lengths}
+                hidden = np.asarray(self.model(**{name: given[name] for name in takes})["hidden"])
                 vectors[[read[row] for row in chosen]] = self.pooling(hidden, lengths)
             for i, length, was_cut in zip(read, batch.lengths, batch.cut, strict=True):
                 counts[i] = int(length)
@@ -200,72 +152,36 @@ class SentenceEmbedder:
         return TokenBatch(padded, lengths, np.array([len(ids) for ids in all_ids]) > lengths)
 
 
-def _does_not_embed(name: str, received: str) -> UsageError:
-    return UsageError(
-        f"{printable(name)} does not embed sentences",
-        received=received,
-        hint="a model with inputs tokens and lengths and output hidden, such as an encoder without a head",
-    )
-
-
-def read_pooling(place: ModelFolder) -> Pooling:
-    """Return the pooling that a folder specifies. Raises CheckpointError for an unsupported pooling."""
-    if not place.has("modules.json"):
-        return Pooling(max_tokens=_max_length(place))
-    modules = _read_modules(place)
-    kinds = [kind.rpartition(".")[2] for kind, _ in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0][1]:
-        raise CheckpointError(
-            "the folder's modules.json describes an unsupported pipeline",
-            received=", ".join(map(printable, kinds)) or "no module",
-            within=place.show("modules.json"),
-            hint="the modules Transformer (in the folder itself), Pooling and, optionally, Normalize",
+def _compiled(source: ModelSource, options: CompileOptions, outputs: Sequence[str]) -> Compiled:
+    """Compile a model that embeds, with its input `lengths` if it has one, for these outputs."""
+    if isinstance(source.form, ArtifactForm):
+        options.refuse_for_artifact(source.label, also=("tokenizer",))
+        held = source.form.content
+        _check_embeds(held.optimized.graph, source)
+        chosen = {name: getattr(options, name) for name in ("backend", "target") if name in options.explicit}
+        return compile_artifact(
+            held, source.label, memory=options.memory, sizes=options.sizes, outputs=outputs, **chosen
         )
-    path = f"{modules[1][1]}/config.json"
-    pooling = place.read_settings(path)
-    chosen = _chosen_modes(pooling)
-    if len(chosen) != 1 or chosen[0] not in _MODES:
-        raise CheckpointError(
-            "the folder uses an unsupported pooling of tokens",
-            received=", ".join(map(printable, chosen)) or "none",
-            within=place.show(path),
-            hint="one of " + ", ".join(_MODES),
-        )
-    return Pooling(_MODES[chosen[0]], "Normalize" in kinds, _max_length(place))
+    optional = None if source.kind == "graph" else ("lengths",)
+    try:
+        declared = Program(source, options.but(inputs=optional)).declared(deferred=True)
+    except UnknownInputError:
+        optional = None
+        declared = Program(source, options).declared(deferred=True)
+    _check_embeds(declared.graph, source)
+    return compile_model(source, options.but(inputs=optional, outputs=outputs))
 
 
-def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
-    """Return the pooling modes that 1_Pooling/config.json selects: by `"pooling_mode": "mean"` or, in older files, by
-    `"pooling_mode_mean_tokens": true`.
-    """
-    named = pooling.get("pooling_mode")
-    if named is not None:
-        return [str(mode) for mode in (named if isinstance(named, list) else [named])]
-    prefix = "pooling_mode_"
-    return [key.removeprefix(prefix) for key, on in pooling.items() if key.startswith(prefix) and on is True]
-
-
-def _read_modules(place: ModelFolder) -> list[tuple[str, str]]:
-    """Return the type and the folder of each module in modules.json."""
-    shown = place.show("modules.json")
-    data = place.read("modules.json", _CONFIG_BYTES)
-    reader = JsonReader(data, shown, nesting=_NESTING, values=_VALUES)
-    modules = reader.value()
-    reader.end()
-    if isinstance(modules, list) and all(isinstance(m, Mapping) for m in modules):
-        found = [(m.get("type"), m.get("path")) for m in modules]
-        if all(isinstance(kind, str) and isinstance(path, str) for kind, path in found):
-            return found
-    raise CheckpointError("modules.json must list objects with a type and a path", within=shown)
-
-
-def _max_length(place: ModelFolder) -> int | None:
-    name = "sentence_bert_config.json"
-    if not place.has(name):
-        return None
-    length = place.read_settings(name).get("max_seq_length")
-    if length is None or (isinstance(length, int) and not isinstance(length, bool) and length > 0):
-        return length
-    raise CheckpointError(
-        "max_seq_length must be a positive integer", received=printable(repr(length)), within=place.show(name)
+def _check_embeds(graph: Graph, source: ModelSource) -> None:
+    """Raise UsageError if a model has other inputs and outputs than a model that embeds."""
+    if embeds_text(graph):
+        return
+    main = graph.main
+    takes = ", ".join(f"{value.name}: {value.type}" for value in main.inputs)
+    gives = ", ".join(f"{name}: {value.type}" for name, value in main.outputs.items())
+    raise UsageError(
+        f"{printable(source.label)} does not embed sentences",
+        received=f"({takes}) -> ({gives})",
+        hint="a model with inputs tokens [B, S] and, optionally, lengths [B], and output hidden [B, S, dim], such as "
+        "an encoder without a head",
     )

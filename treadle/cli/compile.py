@@ -30,9 +30,11 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifact_reading import SUFFIX
+    from treadle.artifact_texts import continues_text, embeds_text
     from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
+    from treadle.frontends.vocabularies.folder_vocabulary import FILE
     from treadle.progress import working
     from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
     from treadle.reporting.counts import human
@@ -67,5 +69,6 @@ def compile_model(
         print("", fitted(str(made.memory), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
-        if made.text_files:
-            print("its tokenizer is in the file: `generate`, `chat` and `serve` take it as MODEL")
+        if FILE in made.text_files:
+            tasks = ["`generate`", "`chat`"] * continues_text(made.graph) + ["`embed`"] * embeds_text(made.graph)
+            print(f"its tokenizer is in the file: {', '.join(tasks)} and `serve` take it as MODEL")

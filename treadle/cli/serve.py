@@ -42,12 +42,13 @@ def serve_models(
     from treadle.serving.models import ServedWriter
     from treadle.serving.running import serve
 
-    _refuse_declarations_together(models, keywords.get("weights"))
+    is_shared = len({each.rpartition("=")[2] for each in models}) > 1
+    _refuse_declarations_together(models, keywords.get("weights"), keywords.get("tokenizer"))
     key, log = settings.read_key(), settings.open_log()
     served = []
     for model in models:
         with working(f"compiling {model}", shown=not as_json):
-            served.append(settings.opening.open(model, **keywords))
+            served.append(settings.opening.open(model, prefers_own=is_shared, **keywords))
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -80,8 +81,9 @@ def serve_models(
     )
 
 
-def _refuse_declarations_together(models: list[str], weights: object) -> None:
+def _refuse_declarations_together(models: list[str], weights: object, tokenizer: object) -> None:
     """Raise UsageError for several models with a declaration among them, whose weights no option names."""
+    from treadle.files.shown_names import printable
     from treadle.frontends.model_folder import ModelFolder
     from treadle.ir.errors import UsageError
     from treadle.program.further_models import compiled_apart
@@ -102,6 +104,8 @@ def _refuse_declarations_together(models: list[str], weights: object) -> None:
         if found is not None:
             commands.append(f"`{found[1]}`")
         served.append(f"{name}{equals}{place if found is None else file}")
+    if tokenizer is not None:  # of the models that have none
+        served.append(f"--tokenizer {printable(str(tokenizer))}")
     if commands:
         raise UsageError(
             "--weights names the weights of one model, and several models are served",

@@ -130,7 +130,7 @@ def _settings(config: Mapping[str, Any], kind: str, resolved: Resolved) -> dict[
 def _texts(resolved: Resolved, count: int) -> dict[str, Any]:
     """Return the keys of the tokenizer; of a model without one, only that it has none."""
     source = resolved.source
-    if not source.text_files():
+    if not source.has_tokenizer:
         return {"tokenizer.ggml.model": "no_vocab"}
     return gguf_vocabulary(source.tokenizer(cut=False), count, source.end_tokens, source.chat_template)
 

@@ -31,6 +31,7 @@ from treadle.frontends.binding_errors import OTHER_MODEL
 from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.folder_vocabulary import FILE
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.rounded_inputs import AS_STORED
@@ -258,6 +259,11 @@ class ModelSource:
         if self.text_source is not self:
             return self.text_source.text_files()
         return {} if self.path is None else self.form.text_files()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """True if the files of its text source have a vocabulary. Raises CheckpointError for a damaged file."""
+        return FILE in self.text_files()
 
     @property
     def chat_template(self) -> str | None:

@@ -12,8 +12,10 @@ from treadle.chatting.templates import ChatTemplate
 from treadle.continuation import TextWriter
 from treadle.files.available_memory import free_memory
 from treadle.files.errors import TreadleError
+from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.program.options import CompileOptions
+from treadle.program.source import ModelSource
 from treadle.reporting.counts import human
 from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.scheduler import BUDGET, Scheduler
@@ -302,10 +304,11 @@ class Opening:
     prefixes: int | None = None
     clips: bool = False
 
-    def open(self, model: str, **options: Any) -> Served:
+    def open(self, model: str, *, prefers_own: bool = False, **options: Any) -> Served:
         """Compile a model for text generation, or, if it does not generate text, for embeddings.
 
         model    NAME=MODEL, or MODEL, which is then named after its function, or after the last part of its path
+        prefers_own  True if the option `tokenizer` is for other models, too: a model that has a tokenizer uses its own
         options  the options of `treadle.compile`, and `cache`
 
         If the model supports neither, raises the error of text generation.
@@ -317,13 +320,20 @@ class Opening:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
         chosen = CompileOptions.of("generate", options)
         source = chosen.open(place)
+        notes = []
+        if prefers_own and chosen.tokenizer is not None and ModelSource(source.form).has_tokenizer:
+            notes.append(f"{name} uses its own tokenizer, not {printable(str(chosen.tokenizer))}")
+            source, chosen = ModelSource(source.form), chosen.but(tokenizer=None)
         embedder = partial(SentenceEmbedder.open, source, **chosen.but(cache=None).keywords())
         try:
-            writer = TextWriter.open(source, **options)
+            writer = TextWriter.open(source, **chosen.keywords())
         except TreadleError as writes_not:
             try:
-                return ServedEmbedder(name, embedder(), queue=self.queue)
+                served: Served = ServedEmbedder(name, embedder(), queue=self.queue)
             except TreadleError:
                 raise writes_not from None
-        sizes = {each.name: getattr(self, each.name) for each in fields(self)}
-        return ServedWriter(name, writer, **sizes, embedder=embedder)
+        else:
+            sizes = {each.name: getattr(self, each.name) for each in fields(self)}
+            served = ServedWriter(name, writer, **sizes, embedder=embedder)
+        served.notes += notes
+        return served

@@ -8,13 +8,16 @@ from treadle.artifact_reading import Artifact, open_artifact
 from treadle.files.shown_names import printable
 from treadle.frontends.model_folder import MemoryFolder, ModelFolder
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions
 from treadle.program.forms.model_form import Kind, ModelForm
 
 
 class ArtifactForm(ModelForm):
-    """A compiled model in a file. It has a decoding step and a tokenizer if it was compiled from a language model."""
+    """A compiled model in a file. It has a tokenizer if it was compiled from a model with one that continues or embeds
+    text.
+    """
 
     kind: Kind = "artifact"
 
@@ -30,10 +33,10 @@ class ArtifactForm(ModelForm):
         """Do nothing: every section has a hash."""
 
     def tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
-        if not self.content.files:
+        if not any(map(self.folder.has, VOCABULARIES)):
             raise UsageError(
                 f"the artifact {printable(self.label)} has no tokenizer",
-                received="a model that was compiled without one, or that does not continue text",
+                received="a model that was compiled without one, or that neither continues nor embeds text",
                 hint=Hint(
                     'tokenizer="FOLDER", of a model with the same vocabulary',
                     "--tokenizer FOLDER, of a model with the same vocabulary",
