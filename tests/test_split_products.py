@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from random import Random
 
@@ -109,8 +110,7 @@ STAYS = {
         "the bias is not concatenated of one vector for each weight",
     ),
     "a-computed-bias": (
-        [JOINED[0], "e = reduce_sum(x, axes=[0, 1])", "f = slice(e, axis=0, stop=3)"]
-        + ["m = concat(f, $c, axis=0)", "y = linear(x, j, m)", *SLICES],
+        [JOINED[0], "e = reduce_sum(x, axes=[0, 1])", "f = slice(e, axis=0, stop=3)", "m = concat(f, $c, axis=0)", "y = linear(x, j, m)", *SLICES],
         GIVES,
         "a part of the bias is computed from inputs",
     ),
@@ -123,8 +123,7 @@ SKIPPED = {
         "s: f32[B, S, 3]",
     ),
     "computed-weights": (
-        ["e = reduce_sum(x, axes=[0], keep=false)", "f = slice(e, axis=0, stop=1)", "j = concat(f, $w, axis=0)"]
-        + ["y = linear(x, j)", "s = slice(y, axis=2, stop=1)", "return s = s"],
+        ["e = reduce_sum(x, axes=[0], keep=false)", "f = slice(e, axis=0, stop=1)", "j = concat(f, $w, axis=0)", "y = linear(x, j)", "s = slice(y, axis=2, stop=1)", "return s = s"],
         "s: f32[B, S, 1]",
     ),
 }
@@ -190,7 +189,7 @@ def drawn(seed: int) -> tuple[Graph, bool]:
         else:
             start = r.randrange(total)
             stop = r.randint(start + 1, total)
-        fits &= (start, stop) in zip(edges, edges[1:], strict=False)
+        fits &= (start, stop) in itertools.pairwise(edges)
         outputs[f"y{i}"] = b.tanh(b.slice(y, axis=2, start=start, stop=stop))
     b.outputs(**outputs)
     return graph, fits

@@ -10,7 +10,7 @@ from treadle.frontends.model_folder import MemoryFolder, ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions
-from treadle.program.forms.model_form import Kind, ModelForm
+from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, ModelForm
 
 
 class ArtifactForm(ModelForm):
@@ -34,10 +34,7 @@ class ArtifactForm(ModelForm):
             raise UsageError(
                 f"the artifact {printable(self.label)} has no tokenizer",
                 received="a model that was compiled without one, or that does not continue text",
-                hint=Hint(
-                    'tokenizer="FOLDER", of a model with the same vocabulary',
-                    "--tokenizer FOLDER, of a model with the same vocabulary",
-                ),
+                hint=OTHER_TOKENIZER,
             )
         return super().tokenizer(max_tokens, context, cut)
 

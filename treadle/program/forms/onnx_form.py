@@ -9,13 +9,14 @@ from typing import Any
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.widening import widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
-from treadle.program.forms.model_form import Kind, ModelForm
+from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, ModelForm
 
 
 class OnnxForm(ModelForm):
@@ -29,6 +30,9 @@ class OnnxForm(ModelForm):
 
     def check(self) -> None:
         """Do nothing: the file is read completely when it is opened."""
+
+    def tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        raise UsageError("an ONNX file has no tokenizer", received=printable(self.label), hint=OTHER_TOKENIZER)
 
     def inputs(self, narrow: frozenset[DType], config: Mapping[str, Any]) -> Graph:
         from treadle.frontends.onnx_import.importer import declared_inputs
