@@ -67,9 +67,12 @@ class Signature:
             self._fitting[key] = found
         return found
 
-    def check_names(self, given: Mapping[str, Any]) -> None:
-        """Raise BackendError if a name is unknown or missing."""
-        names = [port.name for port in self.ports]
+    def check_names(self, given: Mapping[str, Any], later: Sequence[str] = ()) -> None:
+        """Raise BackendError if a name is unknown or missing.
+
+        later  inputs that the caller computes from the others, and adds
+        """
+        names = [port.name for port in self.ports if port.name not in later]
         unknown = [name for name in given if name not in names]
         missing = [name for name in names if name not in given]
         if not unknown and not missing:

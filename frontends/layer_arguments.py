@@ -107,6 +107,8 @@ def _integer(name: str, value: Any) -> int:
             return operator.index(value)  # raises a clear error for a size that contains symbols
         except TypeError:
             pass
+    if isinstance(value, Dim):
+        raise _Wrong("an integer", value.label_hint)
     try:
         whole = int(value) if isinstance(value, str) or float(value).is_integer() else None
     except (TypeError, ValueError, OverflowError):

@@ -140,6 +140,16 @@ class Dim:
     def is_one(self) -> bool:
         return self.size.constant == 1
 
+    @property
+    def label_hint(self) -> str | None:
+        """The hint of an error for this dimension in place of a size: an example of a pattern with its label. None if
+        it has no label.
+        """
+        if len(self.factors) != 1 or self.factors[0].label is None:
+            return None
+        label = self.factors[0].label
+        return f't.rearrange(x, "b s ({label}={self.size} d) -> b {label} s d") labels a part of an axis'
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.size == other.size
 

@@ -23,7 +23,8 @@ from treadle.models.reading.recorded_config import RecordedConfig
 Config = Mapping[str, Any]
 
 OTHER_WAYS = """\
-or its PyTorch module: treadle.compile(treadle.from_torch(module, example)); for a module of transformers, first
+or in Python its PyTorch module: treadle.compile(treadle.from_torch(module, example)) compiles it to run on arrays, with
+.save, .log and .report as for every model; for a module of transformers, such as bloom or mixtral, first
 module.config.use_cache = False, and if it has experts, module.set_experts_implementation("batched_mm")
 or an ONNX file of that module: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
 treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it"""

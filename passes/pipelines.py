@@ -22,6 +22,7 @@ from treadle.passes.products.fuse_activated_linear import FuseActivatedLinear
 from treadle.passes.products.fuse_gated_linear import FuseGatedLinear
 from treadle.passes.products.fuse_linear import FuseLinear
 from treadle.passes.products.merge_projections import MergeProjections
+from treadle.passes.products.split_products import SplitProducts
 
 
 class Pipeline(tuple[Pass, ...]):
@@ -48,6 +49,7 @@ RECOGNITION = Pipeline(
         DropRoundings(),
         FuseAttention(),
         FuseGelu(),
+        SplitProducts(),
         FuseLinear(),
         FoldScale(),
         # compute only elements that are read

@@ -147,9 +147,10 @@ class SpeculationTally:
 
     calls     calls of the model after the prompts
     guessed   guessed tokens
-    accepted  guessed tokens that the model accepted, except in the last call of a text
+    accepted  guessed tokens that the model accepted
     made      tokens of all texts
     margin    smallest difference between the best and the second-best score over all greedy choices; infinite if none
+    unused    guessed tokens after the end of a text, which the model neither accepted nor rejected
     """
 
     calls: int = 0
@@ -157,6 +158,7 @@ class SpeculationTally:
     accepted: int = 0
     made: int = 0
     margin: float = float("inf")
+    unused: int = 0
 
     @property
     def accepted_length(self) -> float:
@@ -243,6 +245,9 @@ def _continued(
             token = choosing.token(logits, number, made, is_full)
             yield token
             if token.last:
+                judged = guessed[: right + 1]
+                tally.accepted += right + (judged[right:] == [chosen])
+                tally.unused += len(guessed) - len(judged)
                 return
             if pace is not None and unchecked:
                 pace.judged(right=int(chosen == unchecked[0]), guessed=1)

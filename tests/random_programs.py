@@ -229,6 +229,19 @@ def projected(b: Builder, r: Random, x: Expr) -> Expr:
     return b.sin(total + parts[2] if len(parts) > 2 else total)
 
 
+def joined_weights(b: Builder, r: Random, x: Expr) -> Expr:
+    """Add one product with two concatenated weights, whose columns are sliced, mostly at the edge between the
+    weights.
+    """
+    parts = [parameter(b, x.dtype, WIDTH, WIDTH) for _ in range(2)]
+    w = b.concat(*parts, axis=0)
+    y = one_of(r, lambda: b.linear(x, w), lambda: b.matmul(x, b.rearrange(w, pattern="o i -> i o")))
+    if r.random() < 0.5:
+        y = y + b.concat(*[parameter(b, x.dtype, WIDTH) for _ in range(2)], axis=0)
+    start = r.choice((WIDTH, WIDTH, WIDTH - 1))
+    return b.sin(b.slice(y, axis=-1, stop=WIDTH) * b.slice(y, axis=-1, start=start, stop=start + WIDTH))
+
+
 def scaled_product(b: Builder, r: Random, x: Expr) -> Expr:
     """Add a product that is wider or narrower than its operand, or a norm, and scale it by one number."""
     by, width = r.choice((0.125, -0.3, 2.0)), r.choice((2, 2 * WIDTH))
@@ -356,6 +369,6 @@ STEPS: tuple[Step, ...] = (
         counted_by_sums,
         unchanged,
     ),
-    *(feed_forward, residual, embedded, projected, scaled_product),
+    *(feed_forward, residual, embedded, projected, joined_weights, scaled_product),
     *(picked, one_of_two, powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
 )

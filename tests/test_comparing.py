@@ -23,6 +23,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.op_registry import OPS
+from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import PassManager
 
@@ -57,6 +58,18 @@ def test_a_build_without_the_regression_has_none(planted: Planted) -> None:
     assert not planted.found(same)
     assert not same.differs, str(same)
     assert len(str(same).splitlines()) == 1 and "no difference" in str(same)
+
+
+@pytest.mark.parametrize("renamed", ["x", "y"])
+def test_ports_with_other_names_are_a_difference(renamed: str) -> None:
+    text = "graph g {\n  symbols B\n  main(x: f32[B, 4]) -> (y: f32[B, 4]) {\n    h = tanh(x)\n    return y = h\n  }\n}"
+    other = text.replace(f"{renamed}:", "z:").replace("return y", f"return {'z' if renamed == 'y' else 'y'}")
+    other = other.replace("tanh(x)", "tanh(z)") if renamed == "x" else other
+    found = compare(*[open_build(parse_graph(each), backend="numpy") for each in (text, other)])
+    kind = "input" if renamed == "x" else "output"
+    assert found.differs
+    assert found.ports == ([f"{kind} {renamed}: f32[B, 4]"], [f"{kind} z: f32[B, 4]"])
+    assert f"inputs and outputs of b only\n  {kind} z: f32[B, 4]" in str(found)
 
 
 def test_reasons_name_what_prevents_a_fusion() -> None:

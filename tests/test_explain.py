@@ -275,6 +275,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
     ("arguments", "said"),
     [
         (["gpt2", "weather"], "unknown subject to explain"),
+        (["gpt2", "atention"], "one of fusion, layouts, storage, memory"),
         (["gpt2"], "one of fusion, layouts, storage, memory"),
         (["gpt2", "storage", "--sizes", "B=2"], "`sizes=` only applies together with `memory=`"),
         (["gpt2", "fusion", "--sizes", "B=2"], "explain fusion does not take sizes"),

@@ -171,6 +171,22 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.parametrize(
+    ("named", "command"),
+    [("CLIPModel", "match(IMAGE, [TEXT, TEXT])"), ("ViTForImageClassification", "label(IMAGE)")],
+)
+def test_a_model_that_reads_images_for_another_task_names_that_task(
+    named: str, command: str, images: list[str], tmp_path: Path
+) -> None:
+    config = transformers.CLIPConfig() if named == "CLIPModel" else transformers.ViTConfig()
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": [named]}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="answers no questions about images: it has no language model") as caught:
+        t.load(tmp_path).describe(images[0])
+    assert caught.value.received == named
+    assert caught.value.hint == f"t.load({str(tmp_path)!r}).{command}"
+
+
 def test_matches_as_hugging_face(clip: Path, backend: str, images: list[str]) -> None:
     labels = ["a photo of a cat", "Blue  sky", "two dogs play in the 3rd park!", "a"]
     theirs = transformers.pipeline("zero-shot-image-classification", model=str(clip), device="cpu")

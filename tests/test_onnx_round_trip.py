@@ -23,6 +23,8 @@ from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.ops.merged_products import Projections
+from treadle.ir.ops.products import Linear, MatMul
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
@@ -32,10 +34,12 @@ TOLERANCE = 1e-6
 """In float64: an attribute such as a norm's eps is a float32 in ONNX, with a relative error of 6e-8."""
 
 FUSED = ("attention", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "activated_linear", "gated_linear")
+WEIGHTS = "multiplied weights"
 
 
 def run_ops(graph: Graph) -> Counter[str]:
-    """Count the nodes of each fused op in one run, calls multiplied.
+    """Count the nodes of each fused op in one run, and the weights that are multiplied alone or merged with others,
+    calls multiplied.
 
     A norm counts the same with and without its residual: the first norm of a block includes the previous block's sum
     only after blocks are inlined.
@@ -46,8 +50,12 @@ def run_ops(graph: Graph) -> Counter[str]:
         for node in function.nodes:
             name = node.op.name.removeprefix("add_")
             found += known[node.op.callee] if node.op.callee is not None else Counter([name])
+            if isinstance(node.op, Projections):
+                found[WEIGHTS] += node.op.count
+            elif isinstance(node.op, Linear | MatMul) and (node.inputs[1].weight or node.inputs[1].literal):
+                found[WEIGHTS] += 1
         known[function.name] = found
-    return Counter({name: known["main"][name] for name in FUSED if known["main"][name]})
+    return Counter({name: known["main"][name] for name in (*FUSED, WEIGHTS) if known["main"][name]})
 
 
 @dataclass(frozen=True)

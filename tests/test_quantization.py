@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import treadle
+from tests.pass_programs import program
 from treadle.backends.registry import backend_names, find_backend
 from treadle.cli import app
 from treadle.explaining.quantization import explain_quantization
@@ -143,6 +144,13 @@ def test_explanations_of_each_weight(every: Graph) -> None:
     )
     encodings = {w.name: str(w.encoding) for w in plan_quantization(every, "int8-weights").weights if w.encoding}
     assert encodings == {"along": "int8_rows", "odd": "int8_rows", "tied": "int8_rows"}
+
+
+def test_a_weight_that_is_only_joined_with_another_says_so() -> None:
+    lines = ["j = concat($v, $w, axis=0)", "y = linear(x, j)", "return y = y"]
+    graph = parse_graph(program("x: f32[B, 8]", "y: f32[B, 6]", *lines, weights=["v: f32[2, 8]", "w: f32[4, 8]"]))
+    reasons = {each.reason for each in plan_quantization(graph, "int8").weights}
+    assert reasons == {"concat copies its elements, but no product reads it whole"}
 
 
 def test_a_line_that_is_no_whole_number_of_groups_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from treadle.compiled import Compiled
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import generate
 from treadle.runtime.sampling import Sampling
-from treadle.runtime.speculation import DraftModel, PromptLookup, SpeculationTally, speculate
+from treadle.runtime.speculation import DraftModel, Guess, PromptLookup, SpeculationTally, speculate
 from treadle.runtime.token_rules import TokenRules
 
 SMALL = {"vocab": 30, "dim": 32, "heads": 4, "layers": 2, "context": 48}
@@ -58,9 +59,35 @@ def test_a_model_that_drafts_for_itself_is_always_right(model: Compiled) -> None
     wanted = [k.id for k in generate(model.session(rows=1), prompts, most=20)]
     assert found == wanted
     if tally.margin > 1e-4:
-        assert tally.guessed - tally.accepted <= 4 * len(prompts), "only what a text's end cut off was in vain"
+        assert tally.accepted == tally.guessed
+        assert tally.unused == 0, "no text ended early"
     assert tally.accepted_length > 2
     assert session.free == 1
+
+
+class Known(Guess):
+    """Guesses that are right: the text is known."""
+
+    is_cheap = True
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = text
+
+    def follow(self, tokens: Sequence[int], most: int) -> list[int]:
+        return self.text[len(tokens) :][: min(most, 4)]
+
+
+@pytest.mark.parametrize("end", range(1, 9))  # at each position of a guess
+def test_guesses_after_the_end_of_a_text_are_neither_right_nor_wrong(model: Compiled, end: int) -> None:
+    prompt, sampling = [1, 2, 3], Sampling(temperature=3.0, seed=2)
+    made = [k.id for k in generate(model.session(rows=1), [prompt], most=20, sampling=sampling)]
+    last = made.index(made[end])
+    tally = SpeculationTally()
+    options: dict[str, Any] = {"most": 20, "sampling": sampling, "stop": [made[end]]}
+    guess = Known([*prompt, *made])
+    assert len([*speculate(model.session(rows=1), [prompt], guess=guess, tally=tally, **options)]) == last + 1
+    assert tally.accepted + tally.unused == tally.guessed
+    assert tally.unused == max(0, 3 - (last - 1) % 5), "a call yields 4 guesses and one more token"
 
 
 def test_another_model_drafts(model: Compiled) -> None:

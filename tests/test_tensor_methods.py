@@ -294,6 +294,15 @@ def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
     assert [name for name in names if name != "rearrange"] == ["projections", "attention", "rms_norm"]
 
 
+HEADS = t.Dim.of(2, "heads")
+LABELLED = 't.rearrange(x, "b s (heads=2 d) -> b heads s d")'
+
+
+def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
+    (y,) = traced(lambda x: eval(LABELLED, {"t": t, "x": x})).main.outputs.values()
+    assert str(y.type.dims[1]) == "heads=2"
+
+
 @pytest.mark.parametrize(
     ("body", "said", "tried"),
     [
@@ -330,6 +339,12 @@ def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
         (lambda x: x.view(-1, 16), "-1 cannot be inferred: 8*B*S elements are not a multiple of 16", None),
         (lambda x: x.view(-1, -1), "one size of a shape may be -1", None),
         (lambda x: x.view(2.5), "a shape consists of sizes, not (2.5,)", None),
+        (lambda x: x.view(*x.shape[:2], HEADS, 4), "a shape consists of sizes", LABELLED),
+        (lambda x: x.unflatten(-1, (HEADS, 4)), "a size is an integer or an expression", LABELLED),
+        (lambda x: x.split(HEADS, -1), "a size is an integer or an expression", LABELLED),
+        (lambda x: t.reshape(x, shape=(*x.shape[:2], HEADS, 4)), "a size is an integer or an expression", LABELLED),
+        (lambda x: t.split_heads(x, HEADS), "split_heads: heads must be an integer", LABELLED),
+        (lambda x: x.view(t.Dim.of("B"), -1), "a shape consists of sizes", "x.reshape(2, -1)"),
         (lambda x: x.view(3, 8), "the tensor has 8*B*S elements, but the shape has 24", None),
         (
             lambda x: x.view(x.size(0), 2, -1, 4),

@@ -174,6 +174,45 @@ def test_a_branch_on_data_is_called_one(rule: Any) -> None:
     assert "torch.where" in str(caught.value)
 
 
+class Masked(torch.nn.Module):
+    """A transformer of torch whose mask is computed in its call, with further arguments of the call."""
+
+    def __init__(self, part: torch.nn.Module, mask: str, **options: bool) -> None:
+        super().__init__()
+        self.part, self.mask, self.options = part, mask, options
+
+    def forward(self, *given: torch.Tensor) -> Any:
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(given[-1].shape[1])
+        return self.part(*given, **{self.mask: mask}, **self.options)
+
+
+def transformers() -> dict[str, tuple[torch.nn.Module, str, int]]:
+    """Return modules of torch that check a mask, with the argument of the mask and the number of inputs."""
+    sizes: dict[str, Any] = {"d_model": 8, "nhead": 2, "dim_feedforward": 8, "batch_first": True}
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(**sizes), 1)
+    decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(**sizes), 1)
+    both = torch.nn.Transformer(**sizes, num_encoder_layers=1, num_decoder_layers=1)
+    return {
+        "is_causal": (encoder, "mask", 1),
+        "tgt_is_causal": (decoder, "tgt_mask", 2),
+        "tgt_is_causal of both": (both, "tgt_mask", 2),
+        "src_is_causal": (both, "src_mask", 2),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["is_causal", "tgt_is_causal", "tgt_is_causal of both", "src_is_causal"])
+def test_the_hint_for_a_mask_that_torch_checks_works(name: str) -> None:
+    part, mask, count = transformers()[name]
+    part.eval()
+    inputs, argument = (torch.randn(2, 5, 8),) * count, name.split()[0]
+    with pytest.raises(treadle.TreadleError, match="branches on data") as caught:
+        treadle.from_torch(Masked(part, mask), inputs)
+    assert (caught.value.hint or "").startswith(f"{argument}=True in this call")
+    for value in (True, False):
+        assert_equal(treadle.from_torch(Masked(part, mask, **{argument: value}), inputs), Masked(part, mask), inputs)
+
+
 @pytest.mark.parametrize("rule", [lambda x: x * (x.shape[0] / 2), lambda x: x + 1.5 * x.shape[0]])
 def test_a_fraction_that_sizes_give_is_called_that_and_is_a_number_where_they_are_fixed(rule: Any) -> None:
     module, x = Applied(rule), torch.randn(3, 8)

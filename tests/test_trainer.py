@@ -347,6 +347,11 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
     student.step(**batch_of(student, 0, length=5))
     with pytest.raises(BackendError, match=r"the teacher does not accept this batch: .* must be at most 5, is 7"):
         student.step(**batch_of(student, 0, length=7))
+    tokens, targets = batch_of(student, 0, length=5).values()
+    with pytest.raises(BackendError, match="gpt2 has no input token") as named:
+        student.step(token=tokens, targets=targets)
+    assert named.value.received == "token, targets"
+    assert "tokens=" in str(named.value.hint)
     with pytest.raises(UsageError, match="a teacher cannot be combined with a custom loss"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
     with pytest.raises(UsageError, match="the model has several outputs: the output to train is not set"):

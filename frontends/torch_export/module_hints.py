@@ -3,12 +3,13 @@
 module.eval()                                       layers in training mode
 module.config.use_cache = False                     transformers returns no cache
 module.set_experts_implementation("batched_mm")     transformers computes experts without sizes that depend on data
+decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)     torch does not compare the mask with a causal one
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,40 @@ def output_hint(module: torch.nn.Module, arguments: Mapping[str, Any], text: str
         settings = "; ".join(f"{config}.use_cache = False" for config in configs.values())
         return f"{settings}: a graph returns tensors, and no cache"
     return "return tensors, or tuples, lists and dicts of them"
+
+
+_MASK_CHECK = "_detect_is_causal_mask"
+
+
+def mask_hint(error: BaseException) -> str | None:
+    """Return the hint for an error in torch's check that the mask of a transformer is causal; None for another error.
+
+    torch.nn.TransformerEncoder, TransformerDecoder and Transformer compare the elements of a mask with those of a
+    causal one, unless an argument of the call says if the mask is causal.
+    """
+    callers: list[str] = []
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name == _MASK_CHECK:
+            argument = _mask_argument(callers)
+            return f"{argument}=True in this call, for a causal mask, or {argument}=False: torch then skips its check"
+        if code.co_name == "forward":
+            classes = type(trace.tb_frame.f_locals.get("self")).__mro__
+            callers += [each.__name__ for each in classes if each.__module__ == "torch.nn.modules.transformer"]
+        trace = trace.tb_next
+    return None
+
+
+def _mask_argument(callers: Sequence[str]) -> str:
+    """Return the argument that says if a mask is causal.
+
+    callers  torch's classes of the modules whose calls led to the check, outermost first
+    """
+    of_encoder = callers[-1:] == ["TransformerEncoder"]
+    if "Transformer" in callers:
+        return "src_is_causal" if of_encoder else "tgt_is_causal"
+    return "is_causal" if of_encoder else "tgt_is_causal"
 
 
 def experts_hint(module: torch.nn.Module, scope: str) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from treadle.files.shown_names import printable
 from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
 from treadle.frontends.torch_export.model import expect_dense, named_tensors
-from treadle.frontends.torch_export.module_hints import experts_hint, output_hint, scope_within
+from treadle.frontends.torch_export.module_hints import experts_hint, mask_hint, output_hint, scope_within
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.sizing.sizes import Size
@@ -253,7 +253,7 @@ def _refused(error: Exception) -> FrontendError:
             "the module branches on data, which a graph cannot do",
             received=first[:200],
             source=where,
-            hint="torch.where, which selects element by element",
+            hint=mask_hint(error) or "torch.where, which selects element by element",
         )
     return FrontendError(
         "torch.export cannot trace the module", received=f"{type(error).__name__}: {first}"[:300], source=where

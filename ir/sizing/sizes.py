@@ -99,7 +99,8 @@ class Size(SizeNumbers):
         try:
             return _constant(operator.index(value))
         except TypeError:
-            raise SizeError(f"a size is an integer or an expression of symbols, not {value!r}") from None
+            hint = getattr(value, "label_hint", None)  # of a labelled dimension, whose class is defined above sizes
+            raise SizeError(f"a size is an integer or an expression of symbols, not {value!r}", hint=hint) from None
 
     @staticmethod
     def symbol(name: str) -> Size:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 from treadle.ir.sizing.sizes import ONE, Size, SizeLike, product
 from treadle.ir.tensors.casts import CastMethods
-from treadle.ir.types import DType, boolean, u8
+from treadle.ir.types import Dim, DType, boolean, u8
 
 if TYPE_CHECKING:
     from treadle.ir.expressions import Expr, ExprLike
@@ -76,7 +76,7 @@ class TensorMethods(CastMethods):
         """Return consecutive parts of an axis: of one size, the last may be smaller, or of the sizes in a sequence."""
         axis = self._axis(dim)
         size = self.shape[axis]
-        if isinstance(split_size, int | Size):
+        if not isinstance(split_size, Sequence):
             if size.constant is None or Size.of(split_size).constant is None:
                 raise self._refusal(
                     f"the number of parts of {split_size} elements of an axis of {size} differs from call to call",
@@ -489,7 +489,8 @@ class TensorMethods(CastMethods):
         try:
             sizes = [Size.of(s if isinstance(s, Size | str) else operator.index(s)) for s in shape]
         except TypeError:
-            raise self._refusal(f"a shape consists of sizes, not {tuple(shape)!r:.80}", "x.reshape(2, -1)") from None
+            hint = next((hint for s in shape if isinstance(s, Dim) and (hint := s.label_hint)), "x.reshape(2, -1)")
+            raise self._refusal(f"a shape consists of sizes, not {tuple(shape)!r:.80}", hint) from None
         free = [i for i, s in enumerate(sizes) if s.constant == -1]
         if any(s.constant is not None and s.constant < -1 for s in sizes) or len(free) > 1:
             raise self._refusal("one size of a shape may be -1", "x.reshape(2, -1)")

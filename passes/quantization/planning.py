@@ -51,16 +51,22 @@ class _Readers:
 
     axes      the axes along which products sum
     others    readers that neither multiply the parameter nor move its rows
-    moves     readers that move its rows, such as lookups
+    moves     readers that move its rows, such as lookups, each with what it does
     products  readers that multiply it
     output    True if one of its products is an output of the graph
     """
 
     axes: dict[int, None] = field(default_factory=dict)
     others: dict[str, None] = field(default_factory=dict)
-    moves: dict[str, None] = field(default_factory=dict)
+    moves: dict[str, str] = field(default_factory=dict)
     products: dict[str, None] = field(default_factory=dict)
     output: bool = False
+
+    @property
+    def moving(self) -> str:
+        """The readers that move its rows, as a clause of a reason; empty if there are none."""
+        actions = dict.fromkeys(self.moves.values())
+        return ", ".join(f"{', '.join(n for n, each in self.moves.items() if each == what)} {what}" for what in actions)
 
 
 def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
@@ -148,8 +154,10 @@ def _note(node: Node, position: int, readers: _Readers, is_output: bool) -> None
         readers.axes.update({axis: None for axis, dim in enumerate(dims) if dim == x[-1]})  # both have the factor k
         readers.products[op.name] = None
         readers.output |= is_output
-    elif op.moves_blocks or any(found.factors[n].role is Role.INDEXED for d in dims or () for n in d.factors):
-        readers.moves[op.name] = None
+    elif any(found.factors[n].role is Role.INDEXED for d in dims or () for n in d.factors):
+        readers.moves[op.name] = "looks up rows of it"
+    elif op.moves_blocks:
+        readers.moves[op.name] = "copies its elements"
     else:
         readers.others[op.name] = None
 
@@ -166,7 +174,7 @@ def _planned(name: str, type: Type, readers: _Readers, scheme: Callable[[int, bo
         return WeightPlan(name, type, None, error.what, misfit=True)
     why = f"multiplied by {', '.join(readers.products)}"
     why += ", an output" if readers.output else ""
-    why += f"; {', '.join(readers.moves)} looks up rows of it" if readers.moves else ""
+    why += f"; {readers.moving}" if readers.moves else ""
     return WeightPlan(name, type, encoded, why)
 
 
@@ -181,8 +189,7 @@ def _why_not(type: Type, readers: _Readers) -> str:
     if readers.others:
         return f"{', '.join(readers.others)} reads its elements"
     if not readers.products:
-        moves = ", ".join(readers.moves)
-        return f"{moves} looks up rows of it, but no product reads it whole" if moves else "nothing reads it"
+        return f"{readers.moving}, but no product reads it whole" if readers.moves else "nothing reads it"
     if len(readers.axes) != 1:
         return "products sum along both of its axes"
     if readers.moves and 0 in readers.axes:

@@ -122,7 +122,7 @@ def _known_subject(model: str, subject: str | None) -> str:
     if subject is None:
         raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(EXPLAINED))
     if subject not in EXPLAINED:
-        near = NearestNames(EXPLAINED).of(subject)
+        near = NearestNames(EXPLAINED).of(subject, 1, 0.65)  # "atention" is not "quantization"
         hint = f"{near[0]}?" if near else "one of " + ", ".join(EXPLAINED)
         if model in EXPLAINED:  # the arguments are in the other order
             hint = f"treadle explain {shlex.quote(subject)} {model}"

@@ -29,6 +29,7 @@ from treadle.ir.analysis.cost import graph_cost, parameter_bytes
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.types import Type
 from treadle.program.budgets import choose_sizes
 from treadle.reporting.counts import counted, human, sizes_text
 
@@ -123,6 +124,7 @@ class BuildComparison:
     lost        fusions of a that b lacks, with the reasons; `gained`: fusions of b that a lacks
     weights     weights that differ
     slow        ops that run element by element in b only
+    ports       the inputs and outputs of a that b lacks, and those of b that a lacks, with their types
     grown       storages that are alive at the peak of b, but not at the peak of a, the largest first
     """
 
@@ -141,6 +143,7 @@ class BuildComparison:
     gained: tuple[LostFusion, ...]
     weights: tuple[WeightChange, ...]
     slow: tuple[SlowKernel, ...]
+    ports: tuple[list[str], list[str]]
     grown: tuple[Alive, ...]
 
     @property
@@ -154,6 +157,7 @@ class BuildComparison:
         parts = (self.added, self.removed, self.changes, self.lost, self.gained, self.weights, self.slow)
         return (
             any(parts)
+            or self.ports != ([], [])
             or any(a != b for a, b in self.kernels.values())
             or not all(each.is_equal for each in self.quantities.values())
         )
@@ -179,6 +183,7 @@ class BuildComparison:
             "differs": self.differs,
             "quantities": {name: each.as_dict() for name, each in self.quantities.items()},
             "ops": {op: {"a": a, "b": b} for op, (a, b) in self.ops.items() if a != b},
+            "ports": dict(zip(("a", "b"), self.ports, strict=True)),
             "kernels": {name: {"a": a, "b": b} for name, (a, b) in self.kernels.items() if a != b},
             "added": [each.as_dict() for each in self.added],
             "removed": [each.as_dict() for each in self.removed],
@@ -234,6 +239,8 @@ class BuildComparison:
                 rest = sum(sum(each.ops.values()) for each in groups if not each.is_layer)
                 parts = [counted(len(layers), "layer")] * bool(layers) + [counted(rest, "op")] * bool(rest)
                 yield from ("", f"{' and '.join(parts)} {title}", *(f"  {each}" for each in groups))
+        for title, ports in zip(("a", "b"), self.ports, strict=True):
+            yield from _section(f"inputs and outputs of {title} only", ports)
         yield from _section("changed", [str(each) for each in self.changes])
         for title, fusions in (("lost in b", self.lost), ("lacking in a, with the reason there", self.gained)):
             if fusions:
@@ -263,6 +270,24 @@ def _section(title: str, lines: list[str]) -> Iterator[str]:
 def _places(nodes: Iterable[RunNode]) -> list[list[str | int]]:
     """Return the distinct nodes of a graph, each as its function and its position there."""
     return [list(place) for place in dict.fromkeys((each.function, each.index) for each in nodes)]
+
+
+def _other_ports(a: Graph, b: Graph) -> tuple[list[str], list[str]]:
+    """Return the inputs and outputs of each graph that the other one lacks, with their types. Equal ones in another
+    order are all listed.
+    """
+    mine, theirs = [
+        [_port("input", v.name, v.type) for v in graph.main.inputs]
+        + [_port("output", name, v.type) for name, v in graph.main.outputs.items()]
+        for graph in (a, b)
+    ]
+    if sorted(mine) == sorted(theirs):
+        return (mine, theirs) if mine != theirs else ([], [])
+    return [each for each in mine if each not in theirs], [each for each in theirs if each not in mine]
+
+
+def _port(kind: str, name: str, type: Type) -> str:
+    return f"{kind} {name}: {type.dtype}[{', '.join(map(str, type.shape))}]"
 
 
 def _side_facts(build: Build) -> dict[str, Any]:
@@ -328,6 +353,7 @@ def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Bu
         gained,
         weights,
         slow_kernels(a, b, declared.scopes),
+        _other_ports(a.graph, b.graph),
         _grown(*memory),
     )
 

@@ -10,6 +10,7 @@ the processors of Hugging Face transformers do. Images are read from files or fr
 from __future__ import annotations
 
 import math
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ class ImagePrompts(ABC):
         """Raise UsageError if the model reads no images, CheckpointError for a damaged file. Weights are not read."""
         model = source.image_model
         if model is None or model.family not in _FAMILIES:
+            if (other := _of_other_task(source)) is not None:
+                raise other
             kinds = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}
             kind = f"{kinds[source.kind]}, which has no settings for images" if source.kind in kinds else None
             raise without_images(printable(source.label), kind)
@@ -251,6 +254,28 @@ class _PatchPrompts(ImagePrompts):
             following += max(image.grid)
         positions[at:] = (following + np.arange(len(index) - at))[:, None]
         return {"places": places, "position_ids": positions}
+
+
+def _of_other_task(source: ModelSource) -> UsageError | None:
+    """Return the error for a folder of a model that reads images for another task; None for any other model."""
+    from treadle.tasks import labelling, matching  # an import cycle: tasks open models with this module
+
+    if source.kind != "safetensors" or not source.place.is_dir():
+        return None
+    named = source.config.get("architectures")
+    label, model = printable(source.label), printable(shlex.quote(source.label))
+    for head, python, command in (
+        (labelling.HEAD, "label(IMAGE)", f"treadle label {model} IMAGE"),
+        (matching.HEAD, "match(IMAGE, [TEXT, TEXT])", f"treadle match {model} IMAGE --text TEXT --text TEXT"),
+    ):
+        classes = [str(each) for each in named if str(each).endswith(head.ends)] if isinstance(named, list) else []
+        if classes:
+            return UsageError(
+                f"{label} answers no questions about images: it has no language model",
+                received=printable(classes[0]),
+                hint=Hint(f"t.load({source.label!r}).{python}", f"`{command}`"),
+            )
+    return None
 
 
 def without_images(name: str, received: str | None = None, why: str = "reads no images") -> UsageError:

@@ -167,6 +167,7 @@ class TextGeneration:
             lines.append(pace)
         if self.tally is not None:
             right = f"{self.tally.accepted} of {counted(self.tally.guessed, 'guessed token')} accepted"
+            right += f", {self.tally.unused} after the end of a text" if self.tally.unused else ""
             lines.append(f"{right}, {self.tally.accepted_length:.2f} per call of the model")
         return lines
 

@@ -350,6 +350,7 @@ class Trainer:
             raise UsageError(what, received=received, hint=f"trainer.{method}({call})")
         given = dict(arrays)
         if self.teacher is not None:
+            self._signature.check_names(arrays, later=[TEACHER])
             taken = {port.name: arrays[port.name] for port in self.teacher.inputs if port.name in arrays}
             try:
                 given[TEACHER] = self.teacher(**taken)[self._output]

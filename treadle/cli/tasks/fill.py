@@ -59,4 +59,6 @@ def fill_masks(
     for text, each in zip(given, found, strict=True):
         print(text)
         for fillings in each.masks:
-            print("  " + ", ".join(f"{filling.token.strip()} {filling.score:.4f}" for filling in fillings))
+            names = [each.token.strip() or repr(each.token) for each in fillings]
+            scored = [f"{name} {each.score:.4f}" for name, each in zip(names, fillings, strict=True)]
+            print("  " + ", ".join(scored))

@@ -11,7 +11,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions
-from treadle.program.forms.model_form import Kind, ModelForm
+from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, ModelForm
 
 
 class ArtifactForm(ModelForm):
@@ -37,10 +37,7 @@ class ArtifactForm(ModelForm):
             raise UsageError(
                 f"the artifact {printable(self.label)} has no tokenizer",
                 received="a model that was compiled without one, or that neither continues nor embeds text",
-                hint=Hint(
-                    'tokenizer="FOLDER", of a model with the same vocabulary',
-                    "--tokenizer FOLDER, of a model with the same vocabulary",
-                ),
+                hint=OTHER_TOKENIZER,
             )
         return super().tokenizer(max_tokens, context, cut)
 

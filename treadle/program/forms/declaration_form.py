@@ -13,7 +13,7 @@ from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
 from treadle.program.flag_values import config_texts
-from treadle.program.forms.model_form import Kind, Limits
+from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, Limits
 from treadle.program.forms.separate_weights import SeparateWeightsForm
 from treadle.program.trained_folders import DeclarationReference, family_of_declaration
 from treadle.progress import announce
@@ -59,10 +59,7 @@ class DeclarationForm(SeparateWeightsForm):
                 f"the weights of {printable(self.label)} are in a folder without a tokenizer",
                 received=", ".join(map(printable, place.entries()[:8])),
                 within=place.shown,
-                hint=Hint(
-                    'tokenizer="FOLDER", of a model with the same vocabulary',
-                    "--tokenizer FOLDER, of a model with the same vocabulary",
-                ),
+                hint=OTHER_TOKENIZER,
             )
         return super().tokenizer(max_tokens, context, cut)
 

@@ -13,7 +13,7 @@ from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import TextTokenizer, read_text_files
 from treadle.frontends.vocabularies.folder_vocabulary import folder_chat_template
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
@@ -23,6 +23,11 @@ from treadle.program.trained_folders import DeclarationReference
 Limits = Mapping[str, int] | None
 
 Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
+
+OTHER_TOKENIZER = Hint(
+    'tokenizer="FOLDER", of a model with the same vocabulary', "--tokenizer FOLDER, of a model with the same vocabulary"
+)
+"""The hint of an error for a model without a tokenizer."""
 
 
 class ModelForm(ABC):

@@ -19,10 +19,8 @@ from treadle.ir.transforms.widening import widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
 from treadle.program.forms.folder_form import config_positions
-from treadle.program.forms.model_form import Kind, ModelForm
+from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, ModelForm
 from treadle.program.trained_folders import CONFIG
-
-_SAME_VOCABULARY = "of a model with the same vocabulary, if it continues text"
 
 
 class OnnxForm(ModelForm):
@@ -46,13 +44,7 @@ class OnnxForm(ModelForm):
 
     def without_tokenizer(self) -> UsageError:
         """Return the error for a file without a tokenizer next to it, where a task needs one."""
-        return UsageError(
-            f"{printable(self.label)} is an ONNX file, without a tokenizer",
-            hint=Hint(
-                f'tokenizer="FOLDER", {_SAME_VOCABULARY}; t.compile({self.label!r}) takes arrays',
-                f"--tokenizer FOLDER, {_SAME_VOCABULARY}",
-            ),
-        )
+        return UsageError(f"{printable(self.label)} is an ONNX file, without a tokenizer", hint=OTHER_TOKENIZER)
 
     @property
     def has_tokenizer(self) -> bool:
