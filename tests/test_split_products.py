@@ -110,7 +110,14 @@ STAYS = {
         "the bias is not concatenated of one vector for each weight",
     ),
     "a-computed-bias": (
-        [JOINED[0], "e = reduce_sum(x, axes=[0, 1])", "f = slice(e, axis=0, stop=3)", "m = concat(f, $c, axis=0)", "y = linear(x, j, m)", *SLICES],
+        [
+            JOINED[0],
+            "e = reduce_sum(x, axes=[0, 1])",
+            "f = slice(e, axis=0, stop=3)",
+            "m = concat(f, $c, axis=0)",
+            "y = linear(x, j, m)",
+            *SLICES,
+        ],
         GIVES,
         "a part of the bias is computed from inputs",
     ),
@@ -123,7 +130,14 @@ SKIPPED = {
         "s: f32[B, S, 3]",
     ),
     "computed-weights": (
-        ["e = reduce_sum(x, axes=[0], keep=false)", "f = slice(e, axis=0, stop=1)", "j = concat(f, $w, axis=0)", "y = linear(x, j)", "s = slice(y, axis=2, stop=1)", "return s = s"],
+        [
+            "e = reduce_sum(x, axes=[0], keep=false)",
+            "f = slice(e, axis=0, stop=1)",
+            "j = concat(f, $w, axis=0)",
+            "y = linear(x, j)",
+            "s = slice(y, axis=2, stop=1)",
+            "return s = s",
+        ],
         "s: f32[B, S, 1]",
     ),
 }

@@ -81,11 +81,21 @@ def launch_command(
             hint=f"--mesh tp={count} --recipe megatron",
         )
     else:
+        _check_options(words)
         need_torch()  # else every rank would report it
         started = [sys.executable, "-m", "treadle", *words]
     code = launch_ranks(started, count)
     if code:
         raise typer.Exit(code)
+
+
+def _check_options(words: Sequence[str]) -> None:
+    """Parse the words of a command, so that an error in its options is printed once, and not by every rank."""
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, typer.core.TyperGroup)
+    commands.commands[words[0]].make_context(
+        f"treadle {words[0]}", list(words[1:]), **(app.info.context_settings or {})
+    )
 
 
 def _corrected(words: Sequence[str], count: int | None = None) -> str:
