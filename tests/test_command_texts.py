@@ -146,7 +146,7 @@ def test_generated_texts_as_json(said: Callable[..., Any]) -> None:
     facts = json.loads(said(TextWriter, Writer("count"), "generate m one --json --logprobs 1 --speculate").stdout)
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     likely = [{"token": 3, "text": "t3", "logprob": -0.25}, {"token": 4, "text": "t4", "logprob": -2.5}]
-    tally = {"calls": 2, "guessed": 4, "accepted": 3, "made": 5, "margin": None, "accepted_length": 1.5}
+    tally = {"calls": 2, "guessed": 4, "accepted": 3, "made": 5, "margin": None, "unused": 0, "accepted_length": 1.5}
     (text,) = facts.pop("texts")
     assert facts == {
         "model": "m",
