@@ -19,6 +19,7 @@ from treadle.ir.target import Target
 from treadle.runtime.speculation import SpeculationTally
 from treadle.sentence_embedding import Embedded, SentenceEmbedder
 from treadle.tasks.classifying import Classified, TextClassifier
+from treadle.tasks.filling import Filling, MaskFiller
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.scoring import Scored
 
@@ -146,7 +147,7 @@ def test_generated_texts_as_json(said: Callable[..., Any]) -> None:
     facts = json.loads(said(TextWriter, Writer("count"), "generate m one --json --logprobs 1 --speculate").stdout)
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     likely = [{"token": 3, "text": "t3", "logprob": -0.25}, {"token": 4, "text": "t4", "logprob": -2.5}]
-    tally = {"calls": 2, "guessed": 4, "accepted": 3, "made": 5, "margin": None, "accepted_length": 1.5}
+    tally = {"calls": 2, "guessed": 4, "accepted": 3, "made": 5, "margin": None, "unused": 0, "accepted_length": 1.5}
     (text,) = facts.pop("texts")
     assert facts == {
         "model": "m",
@@ -290,3 +291,9 @@ def test_a_table_keeps_to_a_pipe_s_width_and_a_path_is_whole(monkeypatch: pytest
     lines = CliRunner().invoke(app, ["models"]).stdout.splitlines()
     assert f"minilm  {path}" in lines
     assert max(len(line) for line in lines if path not in line) <= 120
+
+
+def test_a_token_of_white_space_is_quoted(said: Callable[..., Any]) -> None:
+    fillings = [Filling(token, at, 0.5, "") for at, token in enumerate([" a", " ", "\n"])]
+    filler = SimpleNamespace(fill=lambda texts, **_: [SimpleNamespace(masks=[fillings])])
+    assert said(MaskFiller, filler, "fill m [MASK]").stdout == "[MASK]\n  a 0.5000, ' ' 0.5000, '\\n' 0.5000\n"

@@ -49,6 +49,29 @@ def test_words_of_other_libraries_are_no_names_of_the_dsl(word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "own"),
+    [
+        (lambda x: t.softmax(x, dim=1), lambda x: t.softmax(x, axis=1)),
+        (lambda x: t.concat(x, x, dim=1), lambda x: t.concat(x, x, axis=1)),
+        (lambda x: t.reduce_mean(x, dim=-1), lambda x: t.reduce_mean(x, axes=(-1,))),
+        (lambda x: t.reduce_max(x, dim=(0, 1), keepdim=True), lambda x: t.reduce_max(x, axes=(0, 1), keep=True)),
+        (lambda x: t.argmax(x, dim=1, keepdim=True), lambda x: t.argmax(x, axis=1, keep=True)),
+    ],
+)
+def test_ops_take_the_names_of_options_of_tensor_methods(body: Body, own: Body) -> None:
+    assert traced(body) == traced(own)
+
+
+def test_an_option_under_both_names_is_refused() -> None:
+    assert refusal(lambda x: t.softmax(x, dim=1, axis=0)).what == "softmax got axis twice"
+
+
+def test_an_axis_that_means_something_else_in_pytorch_is_not_taken() -> None:
+    error = refusal(lambda x: t.gather(x, t.argmax(x, axis=-1), dim=1))
+    assert (error.hint or "").startswith("t.take_along_axis(x, positions, axis=1)")
+
+
+@pytest.mark.parametrize(
     ("body", "tried"),
     [
         (lambda x: x.astype("f2"), "x.cast(t.f32)"),
@@ -61,8 +84,6 @@ def test_words_of_other_libraries_are_no_names_of_the_dsl(word: str) -> None:
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
         (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
-        (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
-        (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),
         (lambda x: t.reduce_mean(x, axes=(-1,), keepdims=True), "did you mean keep=?"),
         (lambda x: t.max_pool(x, kernel_size=3), "did you mean kernel=?"),
     ],

@@ -880,6 +880,15 @@ def test_an_artifact_has_its_own_backend(trained: Treadle) -> None:
     assert trained("generate a.treadle the --tokens 2 --json").json["backend"] == "torch"
 
 
+@pytest.mark.parametrize("command", ["generate m.onnx the --tokens 2", "chat m.onnx", "perplexity m.onnx corpus.txt"])
+def test_an_onnx_file_without_a_tokenizer_says_so(command: str, trained: Treadle) -> None:
+    pytest.importorskip("onnx")
+    assert trained(f"export {OWN} --weights out -o m.onnx").code == 0
+    said = trained(command)
+    refused(said, "an ONNX file has no tokenizer")
+    assert hint_of(said).startswith("--tokenizer FOLDER")
+
+
 def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
     assert trained(f"compile {OWN} -o a.treadle").code == 0
     said = trained("generate a.treadle the --tokens 2")

@@ -332,6 +332,22 @@ def test_refusals_of_all_ranks_are_printed_once(forked: ForkedRanks, words: tupl
     refused(forked.launch(3, *words), what)
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--nonsense", "1"), "No such option: --nonsense"),
+        (("--seed", "much"), "Invalid value for '--seed'"),
+        (("gpt2",), "Got unexpected extra argument"),
+    ],
+)
+def test_options_of_a_command_are_checked_before_ranks_start(words: tuple[str, ...], what: str) -> None:
+    started = [sys.executable, "-m", "treadle", "launch", "-n", "3", "--", "run", "gpt2", "--mesh", "tp=3", *words]
+    done = subprocess.run(started, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count(what) == 1, done.stderr
+    assert done.stderr.count("Usage: treadle run") == 1
+
+
 @pytest.mark.parametrize("what", ["plan", "version", "weights", "inputs"])
 def test_ranks_that_differ_end_with_one_error(forked: ForkedRanks, what: str) -> None:
     job = forked.launch(3, str(JOB), "differ", what)

@@ -22,6 +22,8 @@ JOINED = ["j = concat($v, $w, axis=0)", "m = concat($a, $c, axis=0)"]
 SLICES = ["s = slice(y, axis=2, stop=3)", "u = slice(y, axis=2, start=3)", "return s = s, u = u"]
 TAKES, GIVES = "x: f32[B, S, 8]", "s: f32[B, S, 3], u: f32[B, S, 5]"
 
+AGAIN, TWICE = SLICES[1].replace("u", "o"), "u: f32[B, S, 5], o: f32[B, S, 5]"
+
 
 def text(*lines: str, gives: str = GIVES, weights: Sequence[str] = WEIGHTS, takes: str = TAKES) -> str:
     return program(takes, gives, *lines, weights=weights)
@@ -55,23 +57,25 @@ FORMS = {
     ),
     "a-number-added": (
         text(JOINED[0], "p = linear(x, j)", "y = add(p, 2.0)", *SLICES),
-        text(
-            "p = linear(x, $v)", "s = add(p, 2.0)", "q = linear(x, $w)", "u = add(q, 2.0)", "return s = s, u = u"
-        ),
+        text("p = linear(x, $v)", "s = add(p, 2.0)", "q = linear(x, $w)", "u = add(q, 2.0)", "return s = s, u = u"),
     ),
     "a-constant-added": (
         text(JOINED[0], "y = linear(x, j, f32[8]{1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0})", *SLICES),
-        text("s = linear(x, $v, f32[3]{1.0, 1.0, 1.0})", "u = linear(x, $w, f32[5]{2.0, 2.0, 2.0, 2.0, 2.0})", "return s = s, u = u"),
+        text(
+            "s = linear(x, $v, f32[3]{1.0, 1.0, 1.0})",
+            "u = linear(x, $w, f32[5]{2.0, 2.0, 2.0, 2.0, 2.0})",
+            "return s = s, u = u",
+        ),
     ),
     "a-part-that-is-not-read": (
         text(JOINED[0], "y = linear(x, j)", SLICES[1], "return u = u", gives="u: f32[B, S, 5]"),
         text("u = linear(x, $w)", "return u = u", gives="u: f32[B, S, 5]"),
     ),
     "a-part-that-is-read-twice": (
-        text(JOINED[0], "y = linear(x, j)", SLICES[1], SLICES[1].replace("u", "o"), "return u = u, o = o", gives="u: f32[B, S, 5], o: f32[B, S, 5]"),
-        text("u = linear(x, $w)", "return u = u, o = u", gives="u: f32[B, S, 5], o: f32[B, S, 5]"),
+        text(JOINED[0], "y = linear(x, j)", SLICES[1], AGAIN, "return u = u, o = o", gives=TWICE),
+        text("u = linear(x, $w)", "return u = u, o = u", gives=TWICE),
     ),
-}  # fmt: skip
+}
 
 STAYS = {
     "over-an-edge": (

@@ -29,7 +29,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 from treadle.program.places import ARTIFACT_SUFFIX
 from treadle.runtime.session import CHUNK, Full, Session
-from treadle.stepped import SESSION_ELSEWHERE, SteppedModel, step_of
+from treadle.stepped import SESSION_HINTS, SteppedModel, step_of
 
 if TYPE_CHECKING:
     from treadle.explaining.sharding import ShardingReport
@@ -212,7 +212,7 @@ class Compiled:
         """The compiled decoding steps, by the dtype of their caches and the way of sampling."""
         return {}
 
-    @with_checked_call(SESSION_ELSEWHERE)
+    @with_checked_call(SESSION_HINTS)
     def session(
         self,
         *,

@@ -24,6 +24,7 @@ from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.backend_choice import choose_backend
 from treadle.program.forms.artifact_form import ArtifactForm
+from treadle.program.other_names import hints_for
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.runtime.session import CHUNK, Full, Session
@@ -34,11 +35,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-SESSION_ELSEWHERE = {
-    **dict.fromkeys(("batch", "batch_size", "max_batch_size", "slots"), "rows=..."),
-    **dict.fromkeys(("max_length", "max_len", "max_tokens", "max_seq_len", "context"), "capacity=..."),
-}
-"""Options of a session by their names in other libraries."""
+SESSION_HINTS = hints_for("rows", "capacity")
+"""Hints for options of a session by their names in other libraries."""
 
 
 @with_checked_methods()
@@ -59,7 +57,7 @@ class SteppedModel:
     executable: StatefulExecutable
     backend: str
 
-    @with_checked_call(SESSION_ELSEWHERE)
+    @with_checked_call(SESSION_HINTS)
     def session(
         self,
         *,

@@ -45,7 +45,9 @@ def _op_call(op: type[Op], operands: int) -> str:
 
 def _as_method(tensor: Any, name: str, operands: Any, options: dict[str, Any]) -> str | None:
     """Return a call of PyTorch's function as a call of the method of that name, or None if it cannot be one."""
-    method = next((vars(base)[name] for base in type(tensor).__mro__ if name in vars(base)), None)
+    # A class with `__getattr__` adds methods on first use: with them, the hint would depend on earlier calls.
+    fixed = [vars(base) for base in type(tensor).__mro__ if "__getattr__" not in vars(base)]
+    method = next((methods[name] for methods in fixed if name in methods), None)
     set_options = {option: value for option, value in options.items() if value is not None}
     numbers = [*_each((operands[1:], set_options))]
     if not operands or operands[0] is not tensor or not all(isinstance(x, int | float) for x in numbers):

@@ -205,12 +205,12 @@ def need_torch() -> None:
         raise UsageError("ranks communicate through PyTorch, which is not installed", hint=pip_install("torch"))
 
 
-def join(timeout: float = 60.0, *, command: str = "run") -> Ranks:
+def join(timeout: float = 60.0, *, command: str = "run MODEL") -> Ranks:
     """Join the other ranks, as specified by environment variables.
 
     timeout  seconds that a rank waits for others in later calls; `join` itself waits at least a minute while processes
              start
-    command  the command that runs as a rank, for the hint of an error
+    command  the command that runs as a rank, with its arguments, for the hint of an error
 
     Raises UsageError if this process was not started as a rank, or without PyTorch; RankError if other ranks do not
     connect in time.
@@ -247,7 +247,7 @@ def _environment(command: str) -> tuple[int, int, str]:
     """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError if a variable is missing or
     invalid.
     """
-    words = f"{command} MODEL --mesh tp=2 --recipe megatron"
+    words = f"{command} --mesh tp=2 --recipe megatron"
     hint = Hint(
         "a script under torchrun, or under treadle launch -n 2 -- SCRIPT.py",
         f"treadle launch -n 2 -- {words}, or {_TORCHRUN} -m treadle {words}",

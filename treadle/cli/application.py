@@ -28,6 +28,9 @@ from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
 from treadle.program.other_names import OTHER_COMMANDS, meant_option
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""The class of errors in options: of typer or of click, depending on typer's version."""
+
 LEFT = 128 + 13
 """The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
 pipe too early. Shells report this code for a program that SIGPIPE ended.
@@ -167,7 +170,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except typer.Exit:
         sys.stdout.flush()  # a closed pipe must be noticed here, where its exit code is known
         raise
-    except (typer.Abort, typer.BadParameter, BrokenPipeError):
+    except (typer.Abort, _UsageError, BrokenPipeError):
         raise
     except TreadleError as error:
         if error.is_reported:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def launch_command(
         is_command = words[0] in COMMANDS
         what = f"{words[0]} cannot run as ranks" if is_command else f"unknown command {words[0]!r}"
         alone = f", or treadle {words[0]} without launch" if is_command else ""
-        names = ", ".join(f"{name} MODEL --mesh tp={count} --recipe megatron" for name in able)
+        names = ", ".join(f"{_spelled(name)} --mesh tp={count} --recipe megatron" for name in able)
         raise UsageError(what, received=received, hint=f"{names}, a Python file{alone}")
     elif not has_mesh:
         for word in words:
@@ -81,11 +81,28 @@ def launch_command(
             hint=f"--mesh tp={count} --recipe megatron",
         )
     else:
+        _check_options(words)
         need_torch()  # else every rank would report it
         started = [sys.executable, "-m", "treadle", *words]
     code = launch_ranks(started, count)
     if code:
         raise typer.Exit(code)
+
+
+def _check_options(words: Sequence[str]) -> None:
+    """Parse the words of a command, so that an error in its options is printed once, and not by every rank."""
+    _parser(words[0]).make_context(f"treadle {words[0]}", list(words[1:]), **(app.info.context_settings or {}))
+
+
+def _spelled(name: str) -> str:
+    """Return the name of a command with its required arguments."""
+    needed = [each for each in _parser(name).params if each.param_type_name == "argument" and each.required]
+    return " ".join([name, *[str(each.metavar) for each in needed]])
+
+
+def _parser(name: str) -> Any:
+    commands: Any = typer.main.get_command(app)
+    return commands.commands[name]
 
 
 def _corrected(words: Sequence[str], count: int | None = None) -> str:

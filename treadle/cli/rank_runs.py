@@ -56,7 +56,7 @@ def opened_on_ranks(
     from treadle.sharding.rank_models import open_rank_stepped
 
     options: dict[str, Any] = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
-    with join(timeout, command="generate") as ranks, ExitStack() as quiet:
+    with join(timeout, command="generate MODEL TEXTS") as ranks, ExitStack() as quiet:
         if ranks.rank:
             nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
             quiet.enter_context(redirect_stdout(nowhere))

@@ -43,7 +43,8 @@ _OTHERS = {
     "system": "system_prompt sys",
     "chat": "conversation cnv",
     "context": "ctx_size n_ctx num_ctx max_model_len context_length",
-    "rows": "max_num_seqs parallel n_parallel max_batch_size slots",
+    "rows": "batch max_num_seqs parallel n_parallel max_batch_size slots",
+    "capacity": "max_length max_len max_tokens max_seq_len max_seq_length context ctx_size n_ctx context_length",
     "step_tokens": "max_num_batched_tokens ubatch_size chunked_prefill_size",
     "key_file": "api_key api_key_file",
     "host": "hostname bind address",
@@ -92,6 +93,12 @@ def _by_name() -> dict[str, tuple[str, ...]]:
 
 OTHER_NAMES = _by_name()
 """For each name of an option in other tools, its names here. The first one that a command or function has is meant."""
+
+
+def hints_for(*options: str) -> dict[str, str]:
+    """Return hints for options of a Python function by their names in other tools: `rows=...`."""
+    meant = {name: next((each for each in ours if each in options), None) for name, ours in OTHER_NAMES.items()}
+    return {name: f"{ours}=..." for name, ours in meant.items() if ours is not None}
 
 
 OTHER_COMMANDS = {
