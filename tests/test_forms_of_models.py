@@ -51,9 +51,9 @@ def cells() -> Iterator[tuple[str, str, bool]]:
         line for line in PAGE.read_text().partition("The tasks of each form of MODEL")[2].split("\n") if line[:1] == "|"
     ]
     header, _, *listed = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[: 2 + len(FORMS)]]
-    for form, (name, *told) in zip(FORMS, listed, strict=True):
+    for form, (name, *answers) in zip(FORMS, listed, strict=True):
         assert name.startswith(form)
-        for task, cell in zip(header[1:], told, strict=True):
+        for task, cell in zip(header[1:], answers, strict=True):
             yield form, task.strip("`"), {"yes": True, "no": False}[cell]
 
 

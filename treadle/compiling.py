@@ -94,8 +94,14 @@ def compile_program(program: Program, inputs: Sequence[str] = (), outputs: Seque
     if isinstance(source.form, ArtifactForm):
         options.refuse_for_artifact(source.label, also=("tokenizer",))
         chosen = {name: getattr(options, name) for name in ("backend", "target") if name in options.explicit}
-        budget = {"memory": options.memory, "sizes": options.sizes}
-        return compile_artifact(source.form.content, source.label, outputs=outputs, **budget, **chosen)
+        return compile_artifact(
+            source.form.content,
+            source.label,
+            memory=options.memory,
+            sizes=options.sizes,
+            outputs=outputs,
+            **chosen,
+        )
     return compile_model(program.source, program.options.but(inputs=inputs, outputs=outputs, cache=None))
 
 

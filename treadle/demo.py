@@ -36,7 +36,8 @@ from treadle.reporting.compilations import compiled_lines, pass_table
 from treadle.reporting.counts import human
 from treadle.reporting.errors import error_text
 from treadle.reporting.tables import console
-from treadle.sentence_embedding import SentenceEmbedder, Vectors
+from treadle.sentence_embedding import SentenceEmbedder
+from treadle.tasks.pooling import Vectors
 from treadle.tasks.text_generation import Pace
 from treadle.wheels.pinned_models import PINNED
 

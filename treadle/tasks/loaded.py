@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.token_rules import TokenRules
-    from treadle.sentence_embedding import SentenceEmbedder, Vectors
+    from treadle.sentence_embedding import SentenceEmbedder
     from treadle.tasks.answering import Answer, QuestionAnswerer
     from treadle.tasks.classifying import Classified, Text, TextClassifier
     from treadle.tasks.filling import Filled, MaskFiller
     from treadle.tasks.labelling import ImageLabeller
     from treadle.tasks.matching import ImageMatcher, Matched
     from treadle.tasks.perplexity import Perplexity, PerplexityMeter
+    from treadle.tasks.pooling import Vectors
     from treadle.tasks.rewriting import Rewritten, TextRewriter
     from treadle.tasks.scoring import Scored
     from treadle.tasks.tagging import TaggedSpan, TokenTagger
