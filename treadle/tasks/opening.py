@@ -177,7 +177,7 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model | None, Ma
             f"the labels of {printable(source.label)} have no names",
             received=f"logits: {logits}",
             within=None if folder is None else folder.show(CONFIG),
-            hint=names if folder is not None else f'weights="FOLDER", whose config.json has {names}',
+            hint=names if folder is not None else Hint(f'weights="FOLDER", whose config.json has {names}', names),
         )
     numbers = {str(number): str(number) for number in range(logits.shape[-1].constant)}
     return resolved.model, {"id2label": numbers, **config}
