@@ -244,6 +244,11 @@ class TextTokenizer:
                 hint=f"a text without {name}",
             )
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the vocabulary, without added tokens."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+
     def for_model(self, count: int, model: str, *, hint: str) -> TextTokenizer:
         """Return the tokenizer for a model with this number of token ids. A model may have more ids than the tokenizer.
         It may lack tokens that were added to the vocabulary: `encode`, `batch` and `ids` then raise UsageError for a
@@ -254,7 +259,7 @@ class TextTokenizer:
 
         Raises UsageError if the model lacks other tokens.
         """
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        largest = self.largest_id
         if largest >= count:
             raise UsageError(
                 f"the tokenizer has tokens that {printable(model)} does not have",

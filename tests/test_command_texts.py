@@ -233,7 +233,7 @@ def test_responses_of_a_server(words: str, expected: str, monkeypatch: pytest.Mo
     Path("key").write_text("secret\n")
     asked: list[Any] = []
 
-    def opened(self: Opening, model: str, **options: Any) -> Any:
+    def opened(self: Opening, model: str, *, prefers_own: bool, **options: Any) -> Any:
         asked.append((self, model, options))
         made = object.__new__(ServedWriter) if model == "a" else SimpleNamespace()
         vars(made).update(name="one", description="writes", notes=[]) if model == "a" else vars(made).update(

@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
 import treadle as t
-from tests.task_models import save, without_specials
+from tests.task_models import byte_level, save, without_specials
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.training.weight_files import write_weights
 
@@ -108,12 +108,54 @@ def test_a_graph_takes_weights_from_a_folder(module: TorchModel, words: Path, tm
     assert graph.generate("the cat", most=4) == same.generate("the cat", most=4)
 
 
-@pytest.mark.parametrize("task", ["classify", "tag", "fill", "label", "translate", "transcribe", "embed"])
+@pytest.mark.parametrize("task", ["label", "translate", "transcribe"])
 def test_other_tasks_name_what_they_need_and_the_call_with_arrays(task: str, module: TorchModel, words: Path) -> None:
     error = refused(lambda: getattr(t.load(module, backend="numpy", tokenizer=words), task)("the cat"))
     assert "SmallGPT" in str(error)
     assert "t.compile(model)" in (error.hint or "")
     assert "without weights" not in error.what
+
+
+class Head(nn.Module):
+    """An embedding table and a head; the output is hidden states, labels of tokens, or labels of a text."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.words, self.labels = kind, nn.Embedding(500, 16), nn.Linear(16, 2)
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.words(tokens)
+        if self.kind == "hidden":
+            return {"hidden": x}
+        return {"logits": self.labels(x.mean(1) if self.kind == "text" else x)}
+
+
+def test_the_outputs_of_a_module_decide_its_tasks(words: Path, module: TorchModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models = {
+        kind: t.load(
+            t.from_torch(Head(kind).eval(), EXAMPLE, dynamic={"tokens": "B S"}), backend="numpy", tokenizer=words
+        )
+        for kind in ("hidden", "token", "text")
+    }
+    assert {each.label for each in models["text"].classify("the cat").scores} == {"0", "1"}
+    assert models["token"].answer("the cat", "the old cat sits") is not None
+    byte_level().save_pretrained(tmp_path)  # with <mask> as a special token
+    assert len(t.load(module, backend="numpy", tokenizer=tmp_path).fill("the <mask>", top=3).masks[0]) == 3
+    ids = models["hidden"].embedder.tokenizer.ids(["the cat"])[0]
+    mean = np.asarray(models["hidden"].embedder.model(tokens=[ids])["hidden"])[0].mean(0)
+    np.testing.assert_allclose(models["hidden"].embed("the cat"), mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-6)
+    for kind, task, what in (
+        ("token", "classify", "has no head to classify texts"),
+        ("token", "tag", "have no names"),
+        ("text", "embed", "does not embed sentences"),
+        ("text", "generate", "does not continue text: it is not a causal"),
+        ("token", "generate", "does not continue text: its output is not the logits of all tokens"),
+        ("hidden", "generate", "does not continue text: its output is not the logits of all tokens"),
+        ("token", "perplexity", "has no perplexity: its output is not the logits of all tokens"),
+        ("hidden", "perplexity", "has no perplexity: its output is not the logits of all tokens"),
+    ):
+        assert what in refused(lambda kind=kind, task=task: getattr(models[kind], task)("the cat")).what, (kind, task)
 
 
 def test_training_on_texts_needs_another_tokenizer(module: TorchModel, words: Path) -> None:

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from treadle.artifact_texts import stored_texts
+from treadle.artifacts import compile_artifact
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+from treadle.ir.graph import Graph
 from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import debug_level
 from treadle.passes.stages import Lower, check_order
 from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of, parse_bytes
+from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
@@ -83,7 +86,27 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
 
 
 def compile_program(program: Program, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
-    """Compile a program's model as declared, with these optional inputs, and all outputs or these. Raises as
-    `treadle.compile` does.
+    """Compile a program's model as declared, with these optional inputs, and all outputs or these. An artifact has the
+    inputs with which it was compiled. Raises as `treadle.compile` and `treadle.load_artifact` do, and UsageError for
+    options that cannot change an artifact.
     """
+    source, options = program.source, program.options
+    if isinstance(source.form, ArtifactForm):
+        options.refuse_for_artifact(source.label, also=("tokenizer",))
+        chosen = {name: getattr(options, name) for name in ("backend", "target") if name in options.explicit}
+        return compile_artifact(
+            source.form.content,
+            source.label,
+            memory=options.memory,
+            sizes=options.sizes,
+            outputs=outputs,
+            **chosen,
+        )
     return compile_model(program.source, program.options.but(inputs=inputs, outputs=outputs, cache=None))
+
+
+def optimized_graph(program: Program) -> Graph:
+    """Return the optimized graph of a program's model, which is not compiled. Raises as `Program.optimize` does."""
+    form = program.source.form
+    held = form.content.optimized if isinstance(form, ArtifactForm) else program.optimize(deferred=True)
+    return held.graph

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.chatting.prompts import ChatPrompt
+from treadle.compiling import optimized_graph
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -24,13 +25,14 @@ from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
 from treadle.runtime.guess_pace import GuessPace
+from treadle.runtime.language_models import token_ports
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, speculate
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
-from treadle.tasks.fitted_tokenizers import fit_tokenizer
+from treadle.tasks.fitted_tokenizers import are_logits, fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.image_prompts import ImagePrompts, ReadImage, without_images
 
@@ -38,8 +40,15 @@ if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate, Message
     from treadle.tasks.images import Image
 
+_CAUSAL = "a causal language model, such as smollm2"
+_OTHER_KINDS = f"{_CAUSAL}; treadle embed, classify, fill, ... run other kinds"
+
 MOST_ROWS = 8
 """Maximum number of texts that are generated at the same time; further prompts wait."""
+
+
+class NotGeneratingError(UsageError):
+    """The error for a model that does not continue text, whatever its files are."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,8 @@ class TextWriter:
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
-        Raises UsageError if MODEL has no weights or is not a causal language model, or the tokenizer does not fit, and
+        Raises NotGeneratingError if MODEL is not a causal language model, UsageError if it has no weights or the
+        tokenizer does not fit, and
         the errors of reading it. If the model is unsupported and the tokenizer has an error, too, the error is about
         the model.
         """
@@ -193,17 +203,24 @@ class TextWriter:
             tokenizer = source.tokenizer(cut=False)
             asked, template = FolderRules.read(source), source.chat_template
         except TreadleError:  # of a file; first the errors of a model that no file mends
-            if source.kind != "artifact":
-                program = Program(source, chosen).optimize(deferred=True)
-                with _refusing_other_kinds(source):
-                    _check_inputs(program.resolved.name, derive_step(program.graph))
+            graph = optimized_graph(Program(source, chosen))
+            with _refusing_other_kinds(source):
+                _check_inputs(graph.name, derive_step(graph))
             raise
         with _refusing_other_kinds(source):
             made = stepped(source, **chosen.keywords())
         derived = made.derived
         _check_inputs(made.name, derived)
         (name,) = set(derived.tokens) - set(derived.generated)
-        tokenizer = fit_tokenizer(tokenizer, source, derived.graph.functions["verify"], name)
+        verify = derived.graph.functions["verify"]
+        tokenizer = fit_tokenizer(tokenizer, source, verify, name)
+        logits = token_ports(derived).logits
+        if not are_logits(logits, verify.outputs[logits].type, tokenizer):
+            raise NotGeneratingError(
+                f"{printable(source.label)} does not continue text: its output is not the logits of all tokens",
+                received=f"{logits}: {verify.outputs[logits].type}, and {tokenizer.largest_id + 1:,} tokens",
+                hint=_OTHER_KINDS,
+            )
         images = ImagePrompts.open(source, tokenizer) if derived.prologue else None
         return cls(made, tokenizer, asked, template, source.positions, images)
 
@@ -365,20 +382,19 @@ class TextWriter:
 
 @contextmanager
 def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
-    """Raise UsageError if no step can be derived from the model."""
+    """Raise NotGeneratingError if no step can be derived from the model."""
     try:
         yield
     except NoStep as error:
-        model = "a causal language model, such as smollm2"
         why = "it is not a causal language model"
         received: str | None = error.what
-        hint: str | None = f"{model}; treadle embed, classify, fill, ... run other kinds"
+        hint: str | None = _OTHER_KINDS
         if error.is_fixed:
             why, received, hint = "the length of its inputs is fixed", error.received, error.hint
         elif error.is_causal:
             why = "it has no decoding step"
-            hint = f"{model}; treadle run and perplexity compute all positions of a text at once"
-        raise UsageError(
+            hint = f"{_CAUSAL}; treadle run and perplexity compute all positions of a text at once"
+        raise NotGeneratingError(
             f"{printable(source.label)} does not continue text: {why}", received=received, hint=hint
         ) from error
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from treadle.artifact_texts import embeds_text
-from treadle.artifacts import compile_artifact
 from treadle.compiled import Compiled
-from treadle.compiling import compile_model
+from treadle.compiling import compile_program
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import UnknownInputError
 from treadle.frontends.text import TextTokenizer, TokenBatch
@@ -33,11 +32,15 @@ from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.language_models import count_token_ids
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
-from treadle.tasks.opening import token_positions
+from treadle.tasks.opening import token_positions, trained_in_python
 from treadle.tasks.pooling import Pooling, Vectors, read_pooling
 
 _READ = 4096
 """Number of sentences that are tokenized at a time, to bound the memory."""
+
+
+class NotEmbeddingError(UsageError):
+    """The error for a model that embeds no sentences, whatever its files are."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,19 @@ class SentenceEmbedder:
         chosen = CompileOptions.of("embed", options)
         source = chosen.open(model)
         if source.kind in ("gguf", "onnx"):
-            raise UsageError(
+            raise NotEmbeddingError(
                 f"embed reads no {source.place.suffix} files",
                 received=printable(source.place.name),
                 hint="a folder with config.json, such as the fetched model minilm; or a declaration with weights",
             )
+        program = Program(source, chosen)
+        inputs, graph = _with_lengths(program)
         if not source.has_weights:
-            raise source.without_weights()
+            error = source.without_weights()
+            is_trained = source.kind != "declaration" or "logits" in graph.main.outputs
+            raise error if is_trained else trained_in_python(error)
         pooling = Pooling() if source.path is None else read_pooling(source.folder)
-        made = _compiled(source, chosen, ["hidden[:, 0]" if pooling.mode == "first" else "hidden"])
+        made = compile_program(program, inputs, ["hidden[:, 0]" if pooling.mode == "first" else "hidden"])
         context = token_positions(made)
         tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=context)
         return cls(made, fit_tokenizer(tokenizer, source, made.graph.main), pooling)
@@ -152,34 +159,33 @@ class SentenceEmbedder:
         return TokenBatch(padded, lengths, np.array([len(ids) for ids in all_ids]) > lengths)
 
 
-def _compiled(source: ModelSource, options: CompileOptions, outputs: Sequence[str]) -> Compiled:
-    """Compile a model that embeds, with its input `lengths` if it has one, for these outputs."""
-    if isinstance(source.form, ArtifactForm):
-        options.refuse_for_artifact(source.label, also=("tokenizer",))
-        held = source.form.content
-        _check_embeds(held.optimized.graph, source)
-        chosen = {name: getattr(options, name) for name in ("backend", "target") if name in options.explicit}
-        return compile_artifact(
-            held, source.label, memory=options.memory, sizes=options.sizes, outputs=outputs, **chosen
-        )
-    optional = None if source.kind == "graph" else ("lengths",)
-    try:
-        declared = Program(source, options.but(inputs=optional)).declared(deferred=True)
-    except UnknownInputError:
-        optional = None
-        declared = Program(source, options).declared(deferred=True)
-    _check_embeds(declared.graph, source)
-    return compile_model(source, options.but(inputs=optional, outputs=outputs))
+def _with_lengths(program: Program) -> tuple[tuple[str, ...], Graph]:
+    """Return the optional input `lengths`, if the model has it, and the graph with it. Raises NotEmbeddingError for a
+    model that does not embed.
+    """
+    inputs: tuple[str, ...] = ()
+    if isinstance(program.source.form, ArtifactForm):
+        graph = program.source.form.content.optimized.graph
+    else:
+        if program.source.kind != "graph":
+            inputs = ("lengths",)
+        try:
+            graph = program.but(inputs=inputs).declared(deferred=True).graph
+        except UnknownInputError:
+            inputs = ()
+            graph = program.declared(deferred=True).graph
+    _check_embeds(graph, program.source)
+    return inputs, graph
 
 
 def _check_embeds(graph: Graph, source: ModelSource) -> None:
-    """Raise UsageError if a model has other inputs and outputs than a model that embeds."""
+    """Raise NotEmbeddingError if a model has other inputs and outputs than a model that embeds."""
     if embeds_text(graph):
         return
     main = graph.main
     takes = ", ".join(f"{value.name}: {value.type}" for value in main.inputs)
     gives = ", ".join(f"{name}: {value.type}" for name, value in main.outputs.items())
-    raise UsageError(
+    raise NotEmbeddingError(
         f"{printable(source.label)} does not embed sentences",
         received=f"({takes}) -> ({gives})",
         hint="a model with inputs tokens [B, S] and, optionally, lengths [B], and output hidden [B, S, dim], such as "

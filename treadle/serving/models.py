@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from treadle.chatting.templates import ChatTemplate
-from treadle.continuation import TextWriter
+from treadle.continuation import NotGeneratingError, TextWriter
 from treadle.files.available_memory import free_memory
 from treadle.files.errors import TreadleError
 from treadle.files.shown_names import printable
@@ -19,7 +19,7 @@ from treadle.program.source import ModelSource
 from treadle.reporting.counts import human
 from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.scheduler import BUDGET, Scheduler
-from treadle.sentence_embedding import Embedded, SentenceEmbedder
+from treadle.sentence_embedding import Embedded, NotEmbeddingError, SentenceEmbedder
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt, WantedTexts
 
@@ -311,7 +311,8 @@ class Opening:
         prefers_own  True if the option `tokenizer` is for other models, too: a model that has a tokenizer uses its own
         options  the options of `treadle.compile`, and `cache`
 
-        If the model supports neither, raises the error of text generation.
+        Raises the error of text generation if the model supports neither, and the error of embedding if it embeds but
+        cannot be opened.
         """
         name, is_named, place = model.partition("=")
         if not is_named:
@@ -330,8 +331,10 @@ class Opening:
         except TreadleError as writes_not:
             try:
                 served: Served = ServedEmbedder(name, embedder(), queue=self.queue)
-            except TreadleError:
+            except NotEmbeddingError:
                 raise writes_not from None
+            except TreadleError as embeds_not:
+                raise (embeds_not if isinstance(writes_not, NotGeneratingError) else writes_not) from None
         else:
             sizes = {each.name: getattr(self, each.name) for each in fields(self)}
             served = ServedWriter(name, writer, **sizes, embedder=embedder)

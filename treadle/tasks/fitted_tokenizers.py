@@ -8,6 +8,7 @@ from __future__ import annotations
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Function
+from treadle.ir.types import Type
 from treadle.program.source import ModelSource
 from treadle.runtime.language_models import count_token_ids
 
@@ -28,6 +29,14 @@ def fit_tokenizer(
     same = "of a model with the same vocabulary"
     hint = Hint(f'tokenizer="FOLDER", {same}', f"--tokenizer FOLDER, {same}")
     return tokenizer.for_model(count, source.label, hint=hint)
+
+
+def are_logits(name: str, type: Type, tokenizer: TextTokenizer) -> bool:
+    """Return True if an output [..., vocab] has a logit for each token of a tokenizer, apart from added ones. Hidden
+    states and labels of tokens have none.
+    """
+    width = type.shape[-1].constant
+    return name != "hidden" and (width is None or width > tokenizer.largest_id)
 
 
 def no_tokens(number: int, count: int) -> UsageError:

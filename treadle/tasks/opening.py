@@ -84,13 +84,13 @@ class OpenedModel:
         Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and the errors
         of `compile`.
         """
-        if program.source.kind == "declaration":
+        if program.source.kind in DECLARED:
             declared, config = _checked_declaration(program, head)
         else:
             _, config = checked_folder(program, head)
             declared = family_of(config).read(config).model
-        optional = {given.name for given in declared.declared_inputs if given.optional}
-        inputs = ["lengths"] if program.source.kind != "declaration" or "lengths" in optional else []
+        optional = {given.name for given in declared.declared_inputs if given.optional} if declared else set()
+        inputs = ["lengths"] if program.source.kind not in DECLARED or "lengths" in optional else []
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
         made = compile_program(program, inputs, outputs)
@@ -131,9 +131,18 @@ class OpenedModel:
                 yield number, out[row, : counts[row]] if out.ndim == 3 else out[row]
 
 
-def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[str, Any]]:
-    """Return a declaration with its configuration, and the config.json of its weights. Raises UsageError if it has no
-    weights, or if its inputs and outputs are not those of the head.
+def trained_in_python(error: UsageError) -> UsageError:
+    """Return the error for a declaration without weights, with a hint for a model that `treadle train` cannot train: it
+    trains logits over the vocabulary.
+    """
+    how = "whose weights `t.Trainer` has trained: docs/own-models.md"
+    error.hint = Hint(f'weights="FOLDER", {how}', f"--weights FOLDER, {how}")
+    return error
+
+
+def _checked_declaration(program: Program, head: Head) -> tuple[Model | None, Mapping[str, Any]]:
+    """Return a declaration with its configuration, and the config.json of its weights; None for a graph. Raises
+    UsageError if it has no weights, or if its inputs and outputs are not those of the head.
     """
     source = program.source
     resolved = program.declared(deferred=True).resolved
@@ -157,20 +166,19 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[s
             received=" -> ".join(ports),
             hint=f"a declaration with input tokens [B, S] and output {shown}, or {head.folders}",
         )
-    assert resolved.model is not None
-    if source.path is None:
+    if not source.has_weights:
         error = source.without_weights()
-        if head.logits[-1] != "vocab":  # `treadle train` trains logits over the vocabulary
-            how = "whose weights `t.Trainer` has trained: docs/own-models.md"
-            error.hint = Hint(f'weights="FOLDER", {how}', f"--weights FOLDER, {how}")
-        raise error
-    config = source.folder.config if source.folder.has(CONFIG) else {}
+        is_declared = source.kind == "declaration"
+        raise trained_in_python(error) if is_declared and head.logits[-1] != "vocab" else error
+    folder = None if source.path is None else source.folder
+    config = folder.config if folder is not None and folder.has(CONFIG) else {}
     if head.needs_names and "id2label" not in config:
+        names = '"id2label": {"0": "O", "1": "B-name", "2": "I-name"}, with the name of each label'
         raise UsageError(
             f"the labels of {printable(source.label)} have no names",
             received=f"logits: {logits}",
-            within=source.folder.show(CONFIG),
-            hint='"id2label": {"0": "O", "1": "B-name", "2": "I-name"}, with the name of each label',
+            within=None if folder is None else folder.show(CONFIG),
+            hint=names if folder is not None else Hint(f'weights="FOLDER", whose config.json has {names}', names),
         )
     numbers = {str(number): str(number) for number in range(logits.shape[-1].constant)}
     return resolved.model, {"id2label": numbers, **config}
@@ -214,6 +222,8 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
     return source.folder, config
 
 
+DECLARED = ("declaration", "graph")
+"""The kinds of models whose outputs decide the tasks that they support."""
 _NO_FOLDERS = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}
 """The kinds of models that have no configuration of a head."""
 

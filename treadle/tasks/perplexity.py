@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.compiling import compile_program
+from treadle.compiling import compile_program, optimized_graph
 from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -37,13 +37,14 @@ from treadle.passes.stepping.last_position import with_all_positions
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
 from treadle.tasks.classifying import Progress
-from treadle.tasks.fitted_tokenizers import fit_tokenizer
+from treadle.tasks.fitted_tokenizers import are_logits, fit_tokenizer
 from treadle.tasks.opening import token_positions
 
 Array = np.ndarray[Any, Any]
 
 WINDOW = 512
 _MOST_LOSS = 700.0  # its exponential is still a finite float64
+_CAUSAL = "a causal language model, such as smollm2"
 _ROWS = 64  # number of positions whose probabilities are in memory as float64 at a time
 
 
@@ -107,11 +108,17 @@ class PerplexityMeter:
         try:
             tokenizer = source.tokenizer(cut=False)
         except TreadleError:  # of a file; first the errors of a model that no file mends
-            _check_causal(program.optimize(deferred=True).graph, source)
+            _check_causal(optimized_graph(program), source)
             raise
         made = compile_program(program)
-        _check_causal(made.graph, source)
+        logits = _check_causal(made.graph, source)
         tokenizer = fit_tokenizer(tokenizer, source, made.graph.main, made.inputs[0].name)
+        if not are_logits(logits, made.graph.main.outputs[logits].type, tokenizer):
+            raise UsageError(
+                f"{printable(source.label)} has no perplexity: its output is not the logits of all tokens",
+                received=f"{logits}: {made.graph.main.outputs[logits].type}, and {tokenizer.largest_id + 1:,} tokens",
+                hint=_CAUSAL,
+            )
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
         return cls(made, tokenizer, other, source.positions)
@@ -212,9 +219,9 @@ def _logits(model: Compiled, tokens: Array) -> Array:
     return found
 
 
-def _check_causal(graph: Graph, source: ModelSource) -> None:
-    """Raise UsageError unless the model is causal, and maps tokens [B, S], its only input, to logits: the output of
-    this name, or the only output.
+def _check_causal(graph: Graph, source: ModelSource) -> str:
+    """Return the name of the logits of a causal model that maps tokens [B, S], its only input, to logits: the output
+    of this name, or the only output. Raises UsageError for another model.
     """
     inputs, outputs = graph.main.inputs, graph.main.outputs
     axis = logits = None
@@ -224,7 +231,7 @@ def _check_causal(graph: Graph, source: ModelSource) -> None:
         logits = "logits" if "logits" in outputs else next(iter(outputs))
     if axis is not None and logits is not None:
         if axis in outputs[logits].type.symbols and is_causal(graph, axis, logits):
-            return
+            return logits
         if with_all_positions(graph, axis) is not None:
             raise UsageError(
                 f"{printable(source.label)} has no perplexity: it returns the logits of its last token alone",
@@ -236,5 +243,5 @@ def _check_causal(graph: Graph, source: ModelSource) -> None:
     raise UsageError(
         f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
         received=f"({takes}) -> ({gives})",
-        hint=LANGUAGE_ONLY if source.kind == "gguf" else "a causal language model, such as smollm2",
+        hint=LANGUAGE_ONLY if source.kind == "gguf" else _CAUSAL,
     )

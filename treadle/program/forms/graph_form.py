@@ -31,7 +31,7 @@ class GraphForm(SeparateWeightsForm):
         if isinstance(self.model, TorchModel):
             return UsageError(
                 f"{printable(self.label)} is an imported module, without a tokenizer",
-                hint=f"{text}, if it continues text; t.compile(model) takes arrays",
+                hint=f"{text}, if it continues or embeds text; t.compile(model) takes arrays",
             )
         return UsageError(
             f"{printable(self.label)} is a graph, without weights",
