@@ -98,7 +98,11 @@ class Writer(ServedWriter):
         self.name = "tiny"
         tokenizer = SimpleNamespace(text=lambda ids, **_: "".join(WORDS[id] for id in ids))
         self.writer = SimpleNamespace(  # type: ignore[assignment]
-            tokenizer=tokenizer, end=(), asked=FolderRules(), tokens=lambda texts: [[0, 1, 2, 3] for _ in texts]
+            tokenizer=tokenizer,
+            images=None,
+            end=(),
+            asked=FolderRules(),
+            tokens=lambda texts: [[0, 1, 2, 3] for _ in texts],
         )
         self.clips = False
         session = SimpleNamespace(capacity=9, vocabulary=4)

@@ -145,9 +145,9 @@ def test_a_list_of_prompts_gives_a_list_of_texts(folder: Path) -> None:
     assert model.search("a dog", most=4, beams=2) == model.search("a dog", most=4, beams=Beams(2))
     assert model.search("a dog", most=4) == model.search("a dog", most=4, beams=Beams())
     wrong: Any = [["the cat", "a dog"]]
-    with pytest.raises(UsageError, match="a prompt must be a string"):
+    with pytest.raises(UsageError, match="prompts must be a string or a list of strings"):
         model.generate(wrong)
-    with pytest.raises(UsageError, match="a prompt must be a string"):
+    with pytest.raises(UsageError, match="prompt must be a string"):
         model.stream(wrong[0])
 
 

@@ -141,7 +141,7 @@ def test_unavailable_addresses_are_reported() -> None:
 
 def writer(context: int | None = None, **more: Any) -> Any:
     """A language model that records the arguments of its session."""
-    made = SimpleNamespace(sessions=[], **more)
+    made = SimpleNamespace(sessions=[], images=None, **more)
 
     def session(**how: Any) -> Any:
         made.sessions.append(how)
@@ -367,19 +367,20 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     assert isinstance(served, ServedWriter)
     assert (served.name, served.scheduler.queue) == (name, 4)
     assert held.sessions == [{"rows": 2, "capacity": 30, "resumes": True}]
-    assert given == [((place,), {"cache": "bf16", **options})]
+    chosen = {"backend": "numpy", "target": Target("cpu"), "config": {"layers": 1}}
+    assert given == [((place,), {"cache": "bf16", **chosen})]
 
     def writes_not(*words: Any, **how: Any) -> None:
-        raise UsageError("it writes nothing")
+        raise models.NotGeneratingError("it writes nothing")
 
     monkeypatch.setattr(models.TextWriter, "open", writes_not)
     embeds = Opening(queue=5).open(model, cache="bf16", **options)
     assert isinstance(embeds, ServedEmbedder)
     assert (embeds.name, embeds.queue, embeds.embedder) == (name, 5, "e")
-    assert given[1:] == [((place,), {"backend": "numpy", "target": Target("cpu"), "config": {"layers": 1}})]
+    assert given[1:] == [((place,), chosen)]
 
     def embeds_not(*words: Any, **how: Any) -> None:
-        raise UsageError("it embeds nothing")
+        raise models.NotEmbeddingError("it embeds nothing")
 
     monkeypatch.setattr(models.SentenceEmbedder, "open", embeds_not)
     with pytest.raises(UsageError, match="it writes nothing"):

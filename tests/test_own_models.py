@@ -893,7 +893,7 @@ def test_an_onnx_file_without_a_tokenizer_says_so(command: str, trained: Treadle
     pytest.importorskip("onnx")
     assert trained(f"export {OWN} --weights out -o m.onnx").code == 0
     said = trained(command)
-    refused(said, "an ONNX file has no tokenizer")
+    refused(said, "is an ONNX file, without a tokenizer")
     assert hint_of(said).startswith("--tokenizer FOLDER")
 
 

@@ -308,7 +308,7 @@ def test_how_many_tokens_a_model_takes(tokens: str, bounds: dict[str, Bounds], p
         SimpleNamespace(name="lengths", type=parse_type("i64[B]")),
         SimpleNamespace(name="tokens", type=parse_type(tokens)),
     ]
-    model: Any = SimpleNamespace(inputs=ports, graph=SimpleNamespace(symbols=bounds))
+    model: Any = SimpleNamespace(inputs=ports, graph=SimpleNamespace(symbols=bounds, functions={}))
     assert token_positions(model) == positions
 
 
