@@ -14,6 +14,7 @@ import treadle as t
 from tests.error_texts import raises_freely
 from treadle.cli import COMMANDS, app
 from treadle.cli.command_options import options_by_name
+from treadle.compiled import Compiled
 from treadle.program.option_table import declared_options
 from treadle.program.options import CompileOptions
 from treadle.program.other_names import OTHER_COMMANDS, OTHER_NAMES
@@ -72,7 +73,11 @@ def test_an_option_with_no_similar_name_is_unknown_without_a_guess() -> None:
 
 def test_every_name_of_ours_is_an_option_of_a_command_or_of_a_function() -> None:
     ours = {name for each in GROUP.commands.values() for name in options_by_name(each.params)}
-    ours |= {*declared_options(), *inspect.signature(t.Trainer).parameters}
+    ours |= {
+        *declared_options(),
+        *inspect.signature(t.Trainer).parameters,
+        *inspect.signature(Compiled.session).parameters,
+    }
     assert {each for names in OTHER_NAMES.values() for each in names} <= ours
 
 

@@ -132,12 +132,18 @@ class LoadedModel:
         return found if _many(sentences) else found[0]
 
     @overload
-    def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
+    def translate(
+        self, texts: str, *, source: str | None = None, target: str | None = None, most: int | None = None
+    ) -> str: ...
     @overload
-    def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
-    def translate(self, texts: str | list[str], *, source: str | None = None, target: str | None = None) -> Any:
-        """Translate a text. A model for several languages needs source and target."""
-        found = self.rewriter.translate(_listed(texts), source=source, target=target)
+    def translate(
+        self, texts: list[str], *, source: str | None = None, target: str | None = None, most: int | None = None
+    ) -> list[str]: ...
+    def translate(
+        self, texts: str | list[str], *, source: str | None = None, target: str | None = None, most: int | None = None
+    ) -> Any:
+        """Translate a text into up to `most` tokens. A model for several languages needs source and target."""
+        found = self.rewriter.translate(_listed(texts), source=source, target=target, most=most)
         return _texts(found, texts)
 
     @overload
