@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -31,8 +30,8 @@ class _SourceOnly(SourceFileLoader):
         return code
 
 
-class Neighbors(MetaPathFinder):
-    """The importable modules and packages of one folder.
+class Neighbors:
+    """The importable modules and packages of one folder: an entry of `sys.meta_path`.
 
     files    the files that were imported, in order
     """
