@@ -90,6 +90,16 @@ def test_defaults_apply_to_small_models(folder: Path) -> None:
         ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
         ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 4096),
         ({"max_position_embeddings": 2048, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, 2048),
+        ({"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "su", "factor": 32.0}}, 4096),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+        (
+            {
+                "max_position_embeddings": 256,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            },
+            256,
+        ),
         ({"max_position_embeddings": 2048, "rope_scaling": {"factor": float("inf")}}, 2048),
         ({"max_position_embeddings": 2048, "rope_scaling": "dynamic"}, 2048),
         ({"max_position_embeddings": "many"}, None),

@@ -17,11 +17,12 @@ from treadle.frontends.binding import Source, bind
 from treadle.frontends.deferred_arrays import DeferredArray, stored_bytes
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.balances import balances_of
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.resolving import Resolved, resolve
-from treadle.sharding import plan_graph
+from treadle.sharding import plan_graph, shard_model
 from treadle.sharding.rank_models import _weights_text, load_part
 
 DIM, HIDDEN, VOCAB, HEADS = 256, 512, 1024, 8
@@ -109,6 +110,20 @@ def test_ranks_read_their_parts_and_count_them(tmp_path: Path, dtype: str, recip
     norms = sum(shape[0] for shape in shapes().values() if len(shape) == 1)
     copies = 3 * norms if recipe == "megatron" else 0
     assert counted == width * (sum(np.prod(shape) for shape in shapes().values()) + copies)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4"])
+def test_ranks_quantize_their_parts(tmp_path: Path, scheme: str) -> None:
+    """Smoothing adds vectors to the graph that are not in the file."""
+    written(tmp_path, "f32")
+    weights = resolve(tmp_path, deferred=True).weights
+    plan = shard_model(tmp_path, "tp=2", recipe="megatron", quantize=scheme)
+    vectors = {b.vector for b in balances_of(plan.graph)}
+    assert bool(vectors) == (scheme == "int8")
+    for rank in range(2):
+        own, loaded = load_part(plan, rank, weights)
+        assert vectors <= own.keys()
+        assert loaded > sum(part.nbytes for part in own.values())
 
 
 def test_a_rank_touches_its_part_of_the_file(tmp_path: Path) -> None:

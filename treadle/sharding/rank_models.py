@@ -273,11 +273,9 @@ def load_part(
     own = rank_weights(plan, rank, _Weights(plan.graph, held, seed))
     if held is None:
         return own, 0
-    encoded = {
-        name for name, part in own.items() if isinstance(held[name], np.ndarray) and part.dtype != held[name].dtype
-    }
-    whole = {name: held[name] for name in encoded}
-    return own, sum(stored_bytes(held[name], whole.get(name, part)) for name, part in own.items())
+    read = {name: held[name] for name in own if name in held}  # a vector that balances quantized weights is derived
+    encoded = {name for name, array in read.items() if isinstance(array, np.ndarray) and own[name].dtype != array.dtype}
+    return own, sum(stored_bytes(array, array if name in encoded else own[name]) for name, array in read.items())
 
 
 class _Weights(Mapping[str, Any]):

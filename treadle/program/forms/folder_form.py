@@ -84,9 +84,22 @@ class FolderForm(ModelForm):
 
 
 def config_positions(config: Mapping[str, Any]) -> int | None:
-    """Return the number of positions that a config.json declares, extended by the factor of its rotary scaling."""
+    """Return the number of positions that a config.json declares.
+
+    Linear and dynamic rotary scaling extend the declared number by their factor. With Llama 3's and LongRoPE scaling,
+    the declared number is the extended one; YaRN extends the original number, if the file has it, as in vLLM.
+    """
     most, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+    if not _is_count(most):
         return None
-    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
-    return int(most * factor) if isinstance(factor, int | float) and 1 < factor < most else most
+    if not isinstance(scaling, Mapping):
+        return most
+    factor, kind = scaling.get("factor"), scaling.get("rope_type", scaling.get("type"))
+    if kind in ("llama3", "longrope", "su") or not isinstance(factor, int | float) or not 1 < factor < most:
+        return most
+    original = scaling.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    return int((original if kind == "yarn" and _is_count(original) else most) * factor)
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
