@@ -91,7 +91,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         ),
         (["run", SMALL, "--input", "tokens=none.npy"], ["the file does not exist", "none.npy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
-        (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
+        (["embed", "gpt2", "A sentence."], ["gpt2 does not embed sentences"]),
         (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),
     ],
 )

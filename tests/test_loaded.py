@@ -60,7 +60,7 @@ def test_one_gives_one_and_a_list_a_list(method: str, holder: str, one: Any, giv
 
 
 @pytest.mark.parametrize(
-    ("method", "given"), [("translate", {"source": "en", "target": "de"}), ("summarize", {"most": 4})]
+    ("method", "given"), [("translate", {"source": "en", "target": "de", "most": 9}), ("summarize", {"most": 4})]
 )
 def test_texts_that_become_texts(method: str, given: dict[str, Any]) -> None:
     model, said = LoadedModel(Program.of("m")), list[Any]()

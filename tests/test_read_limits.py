@@ -30,7 +30,7 @@ class Read(BaseException):
 
 READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = [
     (
-        "sentence_embedding",
+        "tasks.pooling",
         "modules.json",
         lambda m, p: m.read_pooling(ModelFolder.find(p)),
         {"bytes": MIB, "nesting": 16, "values": 10_000},
