@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.huggingface import open_checkpoint
@@ -101,5 +101,5 @@ def config_positions(config: Mapping[str, Any]) -> int | None:
     return int((original if kind == "yarn" and _is_count(original) else most) * factor)
 
 
-def _is_count(number: Any) -> bool:
+def _is_count(number: Any) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
