@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -148,6 +149,7 @@ def _outcome(tree: Path, mutation: Mutation, names: list[str], most: float, limi
 
 
 def _run_tests(tree: Path, mutation: Mutation, chosen: Chosen, result: Path) -> int:
+    gc.freeze()  # pytest collects garbage at its end, and would copy every page that the fork shares
     os.setsid()
     os.chdir(tree)
     log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
