@@ -4,6 +4,8 @@ implementation.
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.test_part_loading import written
 from treadle.cli.application import app
 from treadle.ir.errors import UsageError
 from treadle.loading import load
@@ -154,3 +157,10 @@ def test_summaries_and_answers_are_told_in_words(monkeypatch: pytest.MonkeyPatch
     words = ["answer", "m", "who?", "Ada and Bob", "nobody", "--top", "2", "--longest", "6"]
     report = "Ada  (0.7500, characters 0 to 3)\nBob  (0.1250, characters 8 to 11)\nno answer\n"
     assert CliRunner().invoke(app, words).stdout == report
+
+
+def test_a_pickled_model_is_opened_again(tmp_path: Path) -> None:
+    written(tmp_path, "f32")
+    model = load(tmp_path)
+    graph = str(model.program.declared().graph)  # files are open now
+    assert str(pickle.loads(pickle.dumps(model)).program.declared().graph) == graph

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
+from treadle.program.pickling import state_without_caches
 
 if TYPE_CHECKING:
     from treadle.ir.graph import Graph
@@ -38,6 +39,9 @@ class Program:
     def of(cls, model: AnyModel, entry: str = "load", /, **options: Any) -> Program:
         """Return a model with options of an entry function. Raises UsageError as `CompileOptions.of` does."""
         return cls(model, CompileOptions.of(entry, options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_caches(self)
 
     @cached_property
     def source(self) -> ModelSource:

@@ -78,6 +78,10 @@ class LoadedModel:
 
     program: Program
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a pickle: another process opens the model again."""
+        return {"program": self.program}
+
     # -- texts -------------------------------------------------------------------------------------------------
 
     @overload

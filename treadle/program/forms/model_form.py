@@ -18,6 +18,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions
 from treadle.program.image_inputs import ImageModel
+from treadle.program.pickling import state_without_caches
 from treadle.program.trained_folders import DeclarationReference
 
 Limits = Mapping[str, int] | None
@@ -43,6 +44,9 @@ class ModelForm(ABC):
 
     def __init__(self, label: str, path: Path | None, limits: Limits = None) -> None:
         self.label, self.path, self.limits = label, path, limits
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_caches(self)
 
     @property
     @abstractmethod
