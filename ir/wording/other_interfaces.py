@@ -50,7 +50,7 @@ ENTRY_WORDS = _by_word(
         "optim Adam adam adamw Optimizer RMSprop": "t.Trainer(model, optimizer=t.AdamW())  # or t.SGD()",
         "sgd": "t.Trainer(model, optimizer=t.SGD())",
         "lr_scheduler": "t.Trainer(model, learning_rate=t.Schedule(3e-4, warmup=100))",
-        "functional": "t.relu  # functions are names of treadle itself",
+        "functional F": "t.relu  # functions are names of treadle itself",
         "Sequential ModuleList ModuleDict Module": _NO_MODULES,
         "device cuda device_put": _CUDA,
         "synchronize empty_cache": "leave it out: a call returns when its outputs are computed",
