@@ -64,6 +64,7 @@ def shortened(text: str) -> str:
     text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
     text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
     text = re.sub(r"#\+(?:cpu|cu\d+)\b", "#", text)  # the build in a version of PyTorch
+    text = re.sub(r"for CUDA #: Found no NVIDIA driver.*", "without CUDA", text)  # a build with CUDA, without a GPU
     lines = [line.rstrip() for line in text.strip().split("\n")]
     return "\n".join([*lines[:_LINES], *["            ..."] * (len(lines) > _LINES)])
 
