@@ -18,15 +18,6 @@ from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.source_lines import raising_line
 
 
-def _import_hint(path: Path, error: Exception) -> str | None:
-    """Return a hint for a module that is not found beside a file."""
-    if isinstance(error, ImportError) and "relative import" in str(error):
-        return f"the import without the dot, of a module beside {path.name}"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"a file {error.name.partition('.')[0]}.py beside {path.name}, or its folder in PYTHONPATH"
-    return None
-
-
 def python_file(model: Model) -> Path | None:
     """Return the file in which a model is declared; None for a declaration in a notebook or an interactive session."""
     try:
@@ -81,3 +72,12 @@ def load_declaration(path: Path, function: str) -> Model:
             hint = argument_hint(f"{path}:{function}", f"{path}:{near[0]}")
         raise UsageError(f"{path.name} declares no model {function!r}", hint=hint)
     return models[function]
+
+
+def _import_hint(path: Path, error: Exception) -> str | None:
+    """Return a hint for a module that is not found beside a file."""
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return f"the import without the dot, of a module beside {path.name}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"a file {error.name.partition('.')[0]}.py beside {path.name}, or its folder in PYTHONPATH"
+    return None

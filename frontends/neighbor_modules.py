@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -78,9 +78,12 @@ class Neighbors:
                     self._modules[name] = sys.modules.pop(name)
 
     def _is_neighbor(self, module: Any) -> bool:
+        """Return True for a module, or a folder without `__init__.py`, that this object found."""
         spec = getattr(module, "__spec__", None)
-        if spec is None or isinstance(spec.loader, _SourceOnly):
-            return spec is not None and Path(spec.origin) in self.files
+        if spec is None:
+            return False
+        if isinstance(spec.loader, _SourceOnly):
+            return Path(spec.origin) in self.files
         places = spec.submodule_search_locations or ()
         return spec.origin is None and any(Path(each).is_relative_to(self.folder) for each in places)
 
@@ -96,7 +99,7 @@ def neighbors_of(function: Any) -> Neighbors | None:
     return found if isinstance(found, Neighbors) else None
 
 
-def importing_neighbors(function: Any) -> Any:
+def importing_neighbors(function: Any) -> AbstractContextManager[None]:
     """Return a context in which a function may import the neighbors of its file."""
     found = neighbors_of(function)
     return nullcontext() if found is None else found.importable()

@@ -71,18 +71,22 @@ def of_complex(site: TorchSite, name: str) -> Made | None:
         return Complex(*parts)
     if kind not in _TERMS or site.given("alpha", 1) != 1:
         site.refuse("the operator takes no complex tensors", "its real and imaginary parts, by torch.view_as_real")
-    x, y = (_as_complex(site, site.given(each)) for each in ("self", "other"))
-    assert x is not None
+    x, y = (site.given(each) for each in ("self", "other"))
     if y is None:
         return Complex(-x.real if kind == "neg" else x.real, -x.imag)
+    if kind == "mul" and not (isinstance(x, Complex) and isinstance(y, Complex)):
+        z, factor = (x, y) if isinstance(x, Complex) else (y, x)
+        by = site.as_operand(factor, z.dtype)  # a product with zero parts would turn infinity into NaN
+        return Complex(z.real * by, z.imag * by)
+    x, y = _as_complex(site, x), _as_complex(site, y)
     if kind == "mul":
         return Complex(x.real * y.real - x.imag * y.imag, x.real * y.imag + x.imag * y.real)
     return Complex(x.real + y.real, x.imag + y.imag) if kind == "add" else Complex(x.real - y.real, x.imag - y.imag)
 
 
-def _as_complex(site: TorchSite, x: Any) -> Complex | None:
-    """Return a complex tensor, or a real tensor or number as one. Return None for an absent argument."""
-    if x is None or isinstance(x, Complex):
+def _as_complex(site: TorchSite, x: Any) -> Complex:
+    """Return a complex tensor, or a real tensor or number as one."""
+    if isinstance(x, Complex):
         return x
     dtype = dtype_of_parts(site.vals[0].dtype)
     assert dtype is not None

@@ -30,6 +30,7 @@ from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.transforms.clone import clone_node, clone_value, copied_value
 
 _AXES = re.compile(r"\([^()]*\)|\S+")
+"""An axis in the pattern of a rearrange: a name, a number, or several of them in parentheses."""
 
 
 def with_all_positions(graph: Graph, axis: str) -> Graph | None:
@@ -96,10 +97,10 @@ class _Widening:
         arguments   by the place of an argument: the operand of a call that has all positions, and its dimension
         """
         copy, body = Function(whole.name), _Body(self, whole)
-        for place_, value in enumerate(whole.arguments):
+        for at, value in enumerate(whole.arguments):
             made = clone_value(value)
-            if place_ in arguments:
-                operand, axis = arguments[place_]
+            if at in arguments:
+                operand, axis = arguments[at]
                 made = Value(value.kind, operand.type, value.name)
                 body.axes[value] = axis
             body.values[value] = made
@@ -210,7 +211,7 @@ def _candidates(node: Node, wide: Mapping[int, int], size: Size) -> Iterator[Op]
     if isinstance(op, Rearrange):
         yield from (Rearrange(pattern=pattern) for pattern in _patterns(op.pattern, wide[0]))
     start = op.attributes.get("start")
-    if isinstance(start, Size) and start != Size.of(0):
+    if op.positional and isinstance(start, Size):
         from_zero: Any = op
         yield dataclasses.replace(from_zero, start=start - (size - ONE))
     yield op
