@@ -10,7 +10,8 @@ import pytest
 
 import treadle
 from tests.torch_modules import Applied, Rule, assert_equal, drawn
-from treadle.frontends.torch_export.sizes import Symbols, _always
+from treadle.frontends.torch_export.guards import _always
+from treadle.frontends.torch_export.sizes import Symbols
 from treadle.ir.sizing.size_bounds import Bounds
 
 torch = pytest.importorskip("torch")

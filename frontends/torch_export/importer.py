@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
 from treadle.frontends.recipes.stored_triangles import triangle_of
 from treadle.frontends.torch_export.complex_numbers import Complex, dtype_of_parts, of_complex
+from treadle.frontends.torch_export.guards import bounds_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
 from treadle.frontends.torch_export.module_hints import experts_hint, mutation_hint
 from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported
-from treadle.frontends.torch_export.sizes import Symbols, Traced, UnknownSize, bounds_of
+from treadle.frontends.torch_export.sizes import Symbols, Traced, UnknownSize
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
     decomposed,
