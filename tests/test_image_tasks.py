@@ -242,6 +242,35 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
     assert "a cat" in run.invoke(app, words).stdout
 
 
+@pytest.mark.parametrize(("kind", "reading"), [READINGS[1], READINGS[-1]])
+def test_an_artifact_labels_as_its_folder_does(
+    kind: str, reading: dict[str, Any], images: list[str], tmp_path: Path
+) -> None:
+    place, file = tmp_path / "folder", tmp_path / "model.treadle"
+    labelled(place, kind, **reading)
+    sides = reading.get("crop_size", reading["size"])
+    wanted = t.load(place, backend="numpy").label(images[:5])
+    flags = [word for name, size in sides.items() for word in ("--set", f"{name}={size}")] if kind == "Dinov2" else []
+    said = CliRunner().invoke(app, ["compile", str(place), "-o", str(file), "--backend", "numpy", *flags])
+    assert "its settings are in the file: `label` takes it as MODEL" in said.stdout
+    place.rename(tmp_path / "away")  # the file needs no other
+    for ours, theirs in zip(t.load(file).label(images[:5]), wanted, strict=True):
+        assert [each.label for each in ours] == [each.label for each in theirs]
+        np.testing.assert_allclose([each.score for each in ours], [each.score for each in theirs], atol=1e-6)
+
+
+def test_an_artifact_matches_as_its_folder_does(clip: Path, images: list[str], tmp_path: Path) -> None:
+    file, labels = tmp_path / "model.treadle", ["a photo of a cat", "Blue  sky"]
+    wanted = t.load(clip, backend="numpy").match(images[:3], labels)
+    t.compile(clip, backend="numpy", inputs=["lengths"]).save(file)
+    for ours, theirs in zip(t.load(file).match(images[:3], labels), wanted, strict=True):
+        np.testing.assert_allclose([s.score for s in ours.scores], [s.score for s in theirs.scores], atol=1e-6)
+    t.compile(clip, backend="numpy").save(file)
+    with pytest.raises(UsageError, match="has no input lengths") as caught:
+        t.load(file).match(images[:3], labels)
+    assert str(caught.value.hint) == 'compile it again, with inputs=["lengths"]'
+
+
 # -- files that are not images -----------------------------------------------------------------------------------------
 
 

@@ -910,11 +910,32 @@ def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
     refused(said, "an artifact is compiled already")
     assert hint_of(said).startswith("the model that it was compiled from")
     refused(trained("perplexity a.treadle corpus.txt"), "the artifact a.treadle has no tokenizer")
-    refused(trained("classify a.treadle the"), "to classify texts needs the model itself, not an artifact")
+    refused(trained("classify a.treadle the"), "a.treadle has no head to classify texts")
 
 
-def test_a_model_that_neither_continues_nor_embeds_text_stores_no_tokenizer(trained: Treadle) -> None:
-    assert not t.compile(OWN, weights="out", inputs=("lengths",), outputs=("logits",)).text_files
+@pytest.mark.parametrize(
+    ("name", "folder", "task", "tasks"),
+    [
+        ("classifier", "cls", "classify", "`embed`, `classify` and `serve` take"),
+        ("tagger", "tags", "tag", "`tag` takes"),
+        ("encoder", "enc", "embed", "`embed`, `fill` and `serve` take"),
+    ],
+)
+def test_an_artifact_of_a_head_has_the_task_of_its_declaration(
+    name: str, folder: str, task: str, tasks: str, trained: Treadle
+) -> None:
+    run, model = of_other_tasks(trained), f"models.py:my_{name} --weights {folder} --backend numpy"
+    said = run(f"compile {model} -o a.treadle")
+    assert f"its tokenizer is in the file: {tasks} it as MODEL" in said.out
+    texts = "'the cat' 'the dog sees' --json"
+    wanted = run(f"{task} {model} {texts}").json
+    Path(folder).rename("away")
+    found = run(f"{task} a.treadle {texts}").json
+    key = "sentences" if task == "embed" else "texts"
+    assert found[key] == wanted[key] and len(wanted[key]) == 2
+
+
+def test_a_model_without_a_task_for_texts_stores_no_tokenizer(trained: Treadle) -> None:
     assert not t.compile(OWN, weights="out", outputs=("hidden[:, 0]",)).text_files
     assert t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",)).text_files
     assert t.compile(OWN, weights="out").text_files
@@ -926,7 +947,7 @@ def test_a_model_that_neither_continues_nor_embeds_text_stores_no_tokenizer(trai
 def test_a_damaged_tokenizer_in_an_artifact(damage: dict[str, bytes], trained: Treadle) -> None:
     exe = t.compile(OWN, weights="out")
     texts = {**exe.text_files, **damage, "../outside": b"x"}
-    replace(exe, texts=lambda: texts).save("a.treadle")
+    replace(exe, texts=lambda graph: texts).save("a.treadle")
     refused(trained("generate a.treadle the"), "a.treadle")
     assert trained("run a.treadle --input tokens=1,2").code == 0
     assert not Path("..", "outside").exists()

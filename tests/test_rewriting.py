@@ -125,6 +125,17 @@ def test_token_for_token_as_hugging_face(name: str, backend: str, kept: Callable
         assert len(ours.tokens) <= 9
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_artifact_rewrites_as_its_folder_does(name: str, kept: Callable[[str], Kept], tmp_path: Path) -> None:
+    given, file = texts(6), tmp_path / "model.treadle"
+    wanted = t.load(kept(name).place, backend="numpy").rewriter.rewrite(given)
+    said = CliRunner().invoke(app, ["compile", str(kept(name).place), "-o", str(file), "--backend", "numpy"])
+    assert "its tokenizer is in the file: `translate` and `summarize` take it as MODEL" in said.stdout
+    assert t.load(file).rewriter.rewrite(given) == wanted
+    found = CliRunner().invoke(app, ["translate", str(file), given[0]])
+    assert found.stdout == wanted[0].text + "\n"
+
+
 TASKS = {
     "summarization": {**SUMMARY, "prefix": "the short "},
     "translation_en_to_de": {"prefix": "the new ", "max_length": 10, "num_beams": 2},

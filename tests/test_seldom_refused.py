@@ -642,7 +642,7 @@ def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(max_tokens)
         return SimpleNamespace(id_of=lambda name: None, special_names={})
 
-    place, source = SimpleNamespace(path=fake), SimpleNamespace(tokenizer=tokenizer)
+    place, source = SimpleNamespace(path=fake), SimpleNamespace(kind="safetensors", tokenizer=tokenizer)
     made = SimpleNamespace(source=source)
     monkeypatch.setattr(matching, "compile_program", lambda program, inputs: fake)
     monkeypatch.setattr(matching, "checked_folder", lambda options, head: (place, {"model_type": "siglip"}))

@@ -261,3 +261,13 @@ def test_the_words_of_the_recording(backend: str) -> None:
     (report,) = json.loads(done.stdout)["recordings"]
     assert report["text"] == TRANSCRIPT.strip()
     assert report["passages"][0]["text"] == TRANSCRIPT
+
+
+def test_an_artifact_transcribes_as_its_folder_does(folder: tuple[Path, Any, bool], tmp_path: Path) -> None:
+    place, _, several = folder
+    write_wav(tmp_path / "a.wav", np.random.default_rng(2).normal(0, 0.2, 60 * 160))
+    wanted = t.load(place, backend="numpy").transcriber.transcribe(tmp_path / "a.wav", most=12)
+    t.compile(place, backend="numpy").save(tmp_path / "model.treadle")
+    found = t.load(tmp_path / "model.treadle").transcriber
+    assert found.transcribe(tmp_path / "a.wav", most=12) == wanted
+    assert list(found.languages) == (["en", "de", "haw"] if several else [])

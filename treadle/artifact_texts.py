@@ -1,46 +1,107 @@
-"""The tokenizer of a model for text, and the pooling of an embedding model, as files that their artifacts store."""
+"""The files of a model that its artifact stores: the tokenizer of a model for text, the pooling of an embedding model,
+and the labels and settings of a model with a head.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from treadle.frontends.model_folder import CONFIG, MemoryFolder, ModelFolder
+from treadle.frontends.vocabularies.folder_vocabulary import FILE, FILE_BYTES, SETTINGS
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import TreadleError
+from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stepping.derivation import for_step, may_be_empty
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
+from treadle.tasks.heads import HEADS, classes_of
 from treadle.tasks.pooling import read_pooling_files
 
-_SETTINGS = "tokenizer_config.json"
-_PATHS = ("name_or_path",)
-"""Keys whose value may be a path of the machine on which a tokenizer was saved."""
+_GENERATION = "generation_config.json"
+_HEAD_FILES = (CONFIG, _GENERATION, "preprocessor_config.json", "processor_config.json")
+"""The files with the settings of a head, without those of the tokenizer."""
+_WITHOUT_TOKENIZER = ("label",)
+_PATHS = ("name_or_path", "_name_or_path")
+"""Keys whose value may be a path of the machine on which a tokenizer or a checkpoint was saved."""
 
 
-def stored_texts(source: ModelSource) -> dict[str, bytes]:
+def stored_files(source: ModelSource, graph: Graph) -> dict[str, bytes]:
     """Return the files of a model's tokenizer, chat template and pooling by name, and a generation_config.json with its
-    end tokens and token rules. Return only the pooling if it has no tokenizer that can be read.
+    end tokens and token rules; for a model with a head, config.json and the settings for images or for generation.
+    Return no tokenizer if it cannot be read, and no files for a model that has no task.
+
+    graph  the model's optimized graph
     """
-    pooling: dict[str, bytes] = {}
-    if source.path is not None and source.kind not in ("gguf", "onnx"):
-        pooling = read_pooling_files(source.folder)
+    folder = source.folder if source.path is not None and source.kind not in ("gguf", "onnx") else None
+    tasks = _tasks(graph, {} if folder is None else _config_of(folder))
+    if not tasks:
+        return {}
+    has_head = any(task in HEADS for task in tasks)
+    files: dict[str, bytes] = {}
+    if folder is not None:
+        files |= read_pooling_files(folder)
+        names = filter(folder.has, _HEAD_FILES if has_head else ())
+        files |= {name: _without_paths(folder.read(name, FILE_BYTES)) for name in names}
     try:
         if not source.has_tokenizer:
-            return pooling
-        files, rules = source.text_files(), FolderRules.read(source)
+            return files
+        texts, rules = source.text_files(), FolderRules.read(source)
     except TreadleError:
-        return pooling
+        return files
     settings: dict[str, Any] = {**rules.options, **({"eos_token_id": list(rules.end)} if rules.end else {})}
-    if settings:
-        files["generation_config.json"] = json.dumps(settings, indent=2).encode()
-    if _SETTINGS in files:
-        found = json.loads(files[_SETTINGS])
-        if isinstance(found, dict) and any(key in found for key in _PATHS):
-            kept = {key: value for key, value in found.items() if key not in _PATHS}
-            files[_SETTINGS] = json.dumps(kept, indent=2, ensure_ascii=False).encode()
-    return {**files, **pooling}
+    if settings and not has_head:
+        texts[_GENERATION] = json.dumps(settings, indent=2).encode()
+    if SETTINGS in texts:
+        texts[SETTINGS] = _without_paths(texts[SETTINGS])
+    return {**texts, **files}
+
+
+def _config_of(folder: ModelFolder) -> Mapping[str, Any]:
+    """Return config.json, which names a head's class or its labels; empty if it is missing or damaged."""
+    try:
+        return folder.config if folder.has(CONFIG) else {}
+    except CheckpointError:
+        return {}
+
+
+def _without_paths(data: bytes) -> bytes:
+    """Return a JSON object without the keys that may hold a path; data that is no object is returned as it is."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(found, dict) or not any(key in found for key in _PATHS):
+        return data
+    return json.dumps({key: value for key, value in found.items() if key not in _PATHS}, indent=2).encode()
+
+
+def tasks_of(graph: Graph, files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return the commands that take an artifact as MODEL, by its graph and the files that it stores."""
+    tasks = _tasks(graph, _config_of(MemoryFolder.of(files, "the artifact")))
+    return tasks if FILE in files else tuple(task for task in tasks if task in _WITHOUT_TOKENIZER)
+
+
+def takes_text(graph: Graph) -> bool:
+    """Return True if a model continues or embeds text, or has a head for texts."""
+    return continues_text(graph) or embeds_text(graph) or any(head.is_on(graph) for head in HEADS.values())
+
+
+def _tasks(graph: Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the commands of a model's tasks. The class in config.json determines the head, or else the outputs. A
+    causal model that labels tokens has the same outputs as one that continues text, unless labels have names.
+    """
+    if is_named := bool(classes_of(config)):
+        heads = [task for task, head in HEADS.items() if head.is_of(config)][:1]
+        heads = [task for task in heads if not HEADS[task].logits or HEADS[task].is_on(graph)]
+    else:
+        is_named = "id2label" in config
+        heads = [task for task, head in HEADS.items() if head.is_on(graph) and (is_named or not head.needs_names)][:1]
+    continues = continues_text(graph) and not (is_named and any(HEADS[task].logits for task in heads))
+    heads += ["summarize"] * (heads == ["translate"])
+    return (*["generate", "chat"] * continues, *["embed"] * embeds_text(graph), *(() if continues else heads))
 
 
 def continues_text(graph: Graph) -> bool:

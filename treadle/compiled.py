@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 
-from treadle.artifact_texts import continues_text, embeds_text
 from treadle.artifact_writing import write_artifact
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.exporting.file_formats import refuse_other_format
@@ -56,7 +55,7 @@ class Compiled:
     unread      the keys of config.json that the model's family does not know
     options     the options that were set when the model was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
-    texts       returns the files of the model's tokenizer and of its pooling by name
+    texts       returns the files of the model's tokenizer and settings by name, for its graph
 
     If the values of some inputs determine shapes, `treadle.compile` returns the subclass
     `treadle.specializing.Specializing`, which has a graph for each combination of these values.
@@ -72,7 +71,7 @@ class Compiled:
     seed: int | None = None
     unread: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    texts: Callable[[], Mapping[str, bytes]] = field(default=dict, compare=False)
+    texts: Callable[[Graph], Mapping[str, bytes]] = field(default=lambda graph: {}, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))
@@ -84,10 +83,10 @@ class Compiled:
 
     @cached_property
     def text_files(self) -> Mapping[str, bytes]:
-        """The files of the tokenizer and of the pooling that an artifact stores, by name; an empty mapping if the model
-        neither continues nor embeds text, or has none of these files.
+        """The files that an artifact stores for tasks, by name: the tokenizer, the pooling, and the settings of a head;
+        an empty mapping if the model has no task, or none of these files.
         """
-        return self.texts() if continues_text(self.graph) or embeds_text(self.graph) else {}
+        return self.texts(self.graph)
 
     @property
     def log(self) -> PassLog:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_texts import stored_texts
+from treadle.artifact_texts import stored_files
 from treadle.artifacts import compile_artifact
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
@@ -75,7 +75,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             drawn,
             resolved.unread,
             options.record(),
-            partial(stored_texts, source),
+            partial(stored_files, source),
         )
 
     try:

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from treadle.artifact_reading import is_artifact, open_artifact
-from treadle.artifact_texts import continues_text, embeds_text
+from treadle.artifact_texts import takes_text, tasks_of
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_call
@@ -42,14 +42,15 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     if program.options.doubtful:  # a misspelled option is reported here, not by the first task
         program = program.declared(deferred=True)
     if is_artifact(name) and os.path.exists(name) and not program.source.has_tokenizer:
-        graph = open_artifact(name, limits=program.options.limits, check=False).optimized.graph
-        if continues_text(graph) or embeds_text(graph):
-            program.source.tokenizer()  # raises
-        raise UsageError(
-            "an artifact is one compiled function, not a model for tasks",
-            received=name,
-            hint=f"treadle.load_artifact({name!r})",
-        )
+        held = open_artifact(name, limits=program.options.limits, check=False)
+        if not tasks_of(held.optimized.graph, held.files):
+            if takes_text(held.optimized.graph):
+                program.source.tokenizer()  # raises
+            raise UsageError(
+                "an artifact is one compiled function, not a model for tasks",
+                received=name,
+                hint=f"treadle.load_artifact({name!r})",
+            )
     if "check" in options:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")

@@ -30,7 +30,7 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifact_reading import SUFFIX
-    from treadle.artifact_texts import continues_text, embeds_text
+    from treadle.artifact_texts import tasks_of
     from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
@@ -69,6 +69,9 @@ def compile_model(
         print("", fitted(str(made.memory), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
-        if FILE in made.text_files:
-            tasks = ["`generate`", "`chat`"] * continues_text(made.graph) + ["`embed`"] * embeds_text(made.graph)
-            print(f"its tokenizer is in the file: {', '.join(tasks)} and `serve` take it as MODEL")
+        if tasks := tasks_of(made.graph, made.text_files):
+            stored = "its tokenizer is" if FILE in made.text_files else "its settings are"
+            served = ["serve"] if {"generate", "embed"} & {*tasks} else []
+            *others, last = [f"`{task}`" for task in [*tasks, *served]]
+            named = f"{', '.join(others)} and {last} take" if others else f"{last} takes"
+            print(f"{stored} in the file: {named} it as MODEL")

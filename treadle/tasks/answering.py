@@ -22,12 +22,13 @@ from treadle.frontends.text import EncodedText
 from treadle.ir.errors import UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
-from treadle.tasks.opening import Head, OpenedModel
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import OpenedModel
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("answer questions", ("ForQuestionAnswering",), ("B", "S", "2"))
+HEAD = HEADS["answer"]
 WINDOW, OVERLAP = 384, 128
 """Number of tokens of a window, including the question, and number of tokens that two consecutive windows share."""
 

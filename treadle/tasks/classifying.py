@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from treadle.ir.errors import UsageError
 from treadle.program.program import Program
-from treadle.tasks.opening import Head, OpenedModel, read_labels
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import OpenedModel, read_labels
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
 Text = str | tuple[str, str]
@@ -19,7 +20,7 @@ Texts = Text | list[Text] | list[str] | list[tuple[str, str]]
 Progress = Callable[[int], None]
 """A function that is called with the number of finished inputs."""
 
-HEAD = Head("classify texts", ("ForSequenceClassification",), ("B", "labels"))
+HEAD = HEADS["classify"]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from treadle.frontends.text import EncodedText
 from treadle.ir.errors import UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
-from treadle.tasks.opening import DECLARED, Head, OpenedModel
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import OpenedModel, decide_by_outputs
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"), ("B", "S", "vocab"))
+HEAD = HEADS["fill"]
 
 
 _TRAINED = "a model that `treadle train --objective masked-token --vocab 8000` has trained"
@@ -71,7 +72,7 @@ class MaskFiller:
         UsageError if a declaration's logits are not of all tokens.
         """
         opened = OpenedModel.open(program, HEAD, ["logits[:, asked]"])
-        is_declared = program.source.kind in DECLARED
+        is_declared = decide_by_outputs(program.source)
         mask = opened.tokenizer.need_mask(lambda: _TRAINED if is_declared else "a folder with a mask token")
         classes, tokens = opened.model.outputs[0].type.shape[-1].constant, opened.tokenizer.size
         if is_declared and classes is not None and classes < tokens:

@@ -26,6 +26,7 @@ from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.image_inputs import ImageModel
 from treadle.program.source import ModelSource
 from treadle.reporting.counts import counted
+from treadle.tasks.heads import HEADS, classes_of
 from treadle.tasks.image_patches import PatchReader
 from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import Image, ImagePlace, ImageReader, ImageSettings, open_image
@@ -258,21 +259,17 @@ class _PatchPrompts(ImagePrompts):
 
 def _of_other_task(source: ModelSource) -> UsageError | None:
     """Return the error for a folder of a model that reads images for another task; None for any other model."""
-    from treadle.tasks import labelling, matching  # an import cycle: tasks open models with this module
-
     if source.kind != "safetensors" or not source.place.is_dir():
         return None
-    named = source.config.get("architectures")
     label, model = printable(source.label), printable(shlex.quote(source.label))
     for head, python, command in (
-        (labelling.HEAD, "label(IMAGE)", f"treadle label {model} IMAGE"),
-        (matching.HEAD, "match(IMAGE, [TEXT, TEXT])", f"treadle match {model} IMAGE --text TEXT --text TEXT"),
+        (HEADS["label"], "label(IMAGE)", f"treadle label {model} IMAGE"),
+        (HEADS["match"], "match(IMAGE, [TEXT, TEXT])", f"treadle match {model} IMAGE --text TEXT --text TEXT"),
     ):
-        classes = [str(each) for each in named if str(each).endswith(head.ends)] if isinstance(named, list) else []
-        if classes:
+        if head.is_of(source.config):
             return UsageError(
                 f"{label} answers no questions about images: it has no language model",
-                received=printable(classes[0]),
+                received=printable(classes_of(source.config)[0]),
                 hint=Hint(f"t.load({source.label!r}).{python}", f"`{command}`"),
             )
     return None

@@ -15,11 +15,12 @@ from treadle.files.contained_files import PathLike
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
+from treadle.tasks.heads import HEADS
 from treadle.tasks.images import DEFAULTS, ImageReader
-from treadle.tasks.opening import Head, checked_folder, read_labels
+from treadle.tasks.opening import checked_folder, read_labels
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
-HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
+HEAD = HEADS["label"]
 _BATCH = 8
 _RESIZED = ("dinov2",)
 """Kinds of models that accept images of any size. Their input size follows from the folder's preprocessing, and not
@@ -43,7 +44,11 @@ class ImageLabeller:
         """
         place, config = checked_folder(program, HEAD)
         kind = image_kind(config)
-        if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
+        if (
+            program.source.kind != "artifact"
+            and kind in _RESIZED
+            and (sides := ImageReader.open(place, kind).sides) is not None
+        ):
             program = program.but(config={"height": sides[0], "width": sides[1], **program.options.config})
         made = compile_program(program)
         reader = ImageReader.open(place, kind, sides=image_sides(made))

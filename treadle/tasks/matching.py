@@ -17,18 +17,19 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile_program
 from treadle.files.contained_files import PathLike
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
+from treadle.tasks.heads import HEADS
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
-from treadle.tasks.opening import Head, checked_folder, token_positions
+from treadle.tasks.opening import checked_folder, token_positions
 from treadle.tasks.scoring import Scored, best_first, softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("match images and texts", ("CLIPModel", "SiglipModel"))
+HEAD = HEADS["match"]
 _BATCH = 8
 _SIGLIP_TOKENS = 64
 """The number of tokens to which SigLIP's texts are padded, as in its training."""
@@ -76,6 +77,14 @@ class ImageMatcher:
         place, config = checked_folder(program, HEAD)
         kind = str(config.get("model_type"))
         made = compile_program(program, ["lengths"])
+        if program.source.kind == "artifact" and all(port.name != "lengths" for port in made.inputs):
+            raise UsageError(
+                f"the artifact of {made.name} has no input lengths, by which texts of several lengths are matched",
+                hint=Hint(
+                    'compile it again, with inputs=["lengths"]',
+                    "treadle compile MODEL --inputs lengths -o FILE.treadle",
+                ),
+            )
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         context, source = token_positions(made), program.source
         if kind != "siglip":

@@ -20,42 +20,21 @@ from treadle.frontends.declarations import Model
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
+from treadle.ir.graph import Graph
 from treadle.models.registry import family_of
 from treadle.passes.stepping.table_rows import context_of
+from treadle.program.forms.artifact_form import ArtifactForm
 from treadle.program.program import Program
+from treadle.program.source import ModelSource
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
+from treadle.tasks.heads import Head, classes_of
 
 Floats = npt.NDArray[np.float32]
 
 BATCH = 32
 """Maximum number of rows per batch."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The head that a task needs.
-
-    does   the task as a phrase for error messages: "classify texts"
-    ends   suffixes of the names of the Hugging Face classes that have this head
-    logits the output `logits` of a declaration that has this head, as its axes: ("B", "S", "vocab"), where a number
-           is a size; empty: tasks of this head need a checkpoint of these classes
-    needs_names  True if config.json must have the names of a declaration's labels; otherwise they are numbers
-    fetched  a model with this head that can be fetched; "": none
-    """
-
-    does: str
-    ends: tuple[str, ...]
-    logits: tuple[str, ...] = ()
-    needs_names: bool = False
-    fetched: str = ""
-
-    @property
-    def folders(self) -> str:
-        """The folders that have this head, for the hint of an error."""
-        first = f"{self.fetched}, after `treadle fetch {self.fetched}`; or " if self.fetched else ""
-        return f"{first}a folder of a class whose name ends in {' or '.join(self.ends)}"
 
 
 @dataclass(frozen=True)
@@ -65,18 +44,20 @@ class OpenedModel:
     name       the model's name
     config     the contents of config.json; for a declaration, id2label is added if there is none
     model      the compiled model, with inputs tokens, lengths, and token_types if the model distinguishes segments. A
-               declaration may lack lengths
+               declaration and an artifact may lack them
     tokenizer  the tokenizer, which truncates texts to the model's maximum length
+    lacks_types  True for an artifact of a model that distinguishes segments, without the input token_types
     """
 
     name: str
     config: Mapping[str, Any]
     model: Compiled
     tokenizer: TextTokenizer
+    lacks_types: bool = False
 
     @classmethod
     def open(cls, program: Program, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
-        """Compile a folder's model, a fetched model, or a declaration with weights.
+        """Compile a folder's model, a fetched model, or a declaration with weights; or load an artifact.
 
         outputs   the outputs to compute; `logits[:, asked]` are the logits at the positions that `run` gets. None: all
                   outputs
@@ -84,18 +65,21 @@ class OpenedModel:
         Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and the errors
         of `compile`.
         """
-        if program.source.kind in DECLARED:
-            declared, config = _checked_declaration(program, head)
+        source = program.source
+        by_outputs = decide_by_outputs(source)
+        if by_outputs:
+            declared, config = _checked_outputs(program, head)
         else:
             _, config = checked_folder(program, head)
             declared = family_of(config).read(config).model
+            _check_artifact(source, head)
         optional = {given.name for given in declared.declared_inputs if given.optional} if declared else set()
-        inputs = ["lengths"] if program.source.kind not in DECLARED or "lengths" in optional else []
-        if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
-            inputs.append("token_types")
-        made = compile_program(program, inputs, outputs)
-        tokenizer = program.source.tokenizer(context=token_positions(made))
-        return cls(made.name, config, made, fit_tokenizer(tokenizer, program.source, made.graph.main))
+        has_types = "token_types" in optional and config.get("type_vocab_size", 2) != 1
+        inputs = ["lengths"] if not by_outputs or "lengths" in optional else []
+        made = compile_program(program, inputs + ["token_types"] * has_types, outputs)
+        tokenizer = fit_tokenizer(source.tokenizer(context=token_positions(made)), source, made.graph.main)
+        lacks_types = has_types and all(port.name != "token_types" for port in made.inputs)
+        return cls(made.name, config, made, tokenizer, lacks_types)
 
     def run(
         self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None
@@ -111,6 +95,14 @@ class OpenedModel:
         for number, text in enumerate(texts):
             if not len(text):
                 raise no_tokens(number, len(texts))
+            if self.lacks_types and any(text.types):
+                raise UsageError(
+                    f"the artifact of {self.name} has no input token_types, by which the model distinguishes two texts",
+                    hint=Hint(
+                        'compile it again, with inputs=["lengths", "token_types"]',
+                        "treadle compile MODEL --inputs lengths,token_types -o FILE.treadle",
+                    ),
+                )
         for chosen in batches_by_length([len(text) for text in texts], BATCH if "lengths" in takes else 1):
             lengths = np.array([len(texts[i]) for i in chosen], np.int64)
             tokens = np.zeros((len(chosen), int(lengths.max())), np.int64)
@@ -140,38 +132,52 @@ def trained_in_python(error: UsageError) -> UsageError:
     return error
 
 
-def _checked_declaration(program: Program, head: Head) -> tuple[Model | None, Mapping[str, Any]]:
-    """Return a declaration with its configuration, and the config.json of its weights; None for a graph. Raises
-    UsageError if it has no weights, or if its inputs and outputs are not those of the head.
-    """
-    source = program.source
-    resolved = program.declared(deferred=True).resolved
-    takes = {value.name: value.type for value in resolved.graph.main.inputs}
-    gives = {name: value.type for name, value in resolved.graph.main.outputs.items()}
-    logits, tokens = gives.get("logits"), takes.get("tokens")
+def decide_by_outputs(source: ModelSource) -> bool:
+    """Return True for a model whose inputs and outputs decide the tasks for texts that it supports."""
+    return source.kind in ("declaration", "graph") or (source.kind == "artifact" and not _has_classes(source))
+
+
+def _has_classes(source: ModelSource) -> bool:
+    return source.kind == "artifact" and source.folder.has(CONFIG) and bool(classes_of(source.config))
+
+
+def _check_artifact(source: ModelSource, head: Head) -> None:
+    """Raise UsageError for an artifact whose inputs and outputs are not those of the head."""
+    if isinstance(source.form, ArtifactForm) and not head.is_on(source.form.content.optimized.graph):
+        raise _without_head(source, head, source.form.content.optimized.graph)
+
+
+def _without_head(source: ModelSource, head: Head, graph: Graph) -> UsageError:
+    takes = {value.name: value.type for value in graph.main.inputs}
+    gives = {name: value.type for name, value in graph.main.outputs.items()}
+    ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
     shown = f"logits [{', '.join(head.logits)}]"
-    if (
-        logits is None
-        or tokens is None
-        or tokens.rank != 2
-        or {*takes} - {"tokens", "lengths"}
-        or logits.rank != len(head.logits)
-        or logits.shape[:-1] != tokens.shape[: logits.rank - 1]
-        or logits.shape[-1].constant is None
-        or (head.logits[-1].isdigit() and logits.shape[-1].constant != int(head.logits[-1]))
-    ):
-        ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
-        raise UsageError(
-            f"{printable(source.label)} has no head to {head.does}",
-            received=" -> ".join(ports),
-            hint=f"a declaration with input tokens [B, S] and output {shown}, or {head.folders}",
-        )
+    return UsageError(
+        f"{printable(source.label)} has no head to {head.does}",
+        received=" -> ".join(ports),
+        hint=f"a declaration with input tokens [B, S] and output {shown}, or {head.folders}",
+    )
+
+
+def _checked_outputs(program: Program, head: Head) -> tuple[Model | None, Mapping[str, Any]]:
+    """Return a declaration with its configuration, and the config.json of its weights; None for a graph and for an
+    artifact. Raises UsageError if it has no weights, or if its inputs and outputs are not those of the head.
+    """
+    source, model = program.source, None
+    if isinstance(source.form, ArtifactForm):
+        graph = source.form.content.optimized.graph
+    else:
+        resolved = program.declared(deferred=True).resolved
+        graph, model = resolved.graph, resolved.model
+    if not head.is_on(graph):
+        raise _without_head(source, head, graph)
     if not source.has_weights:
         error = source.without_weights()
         is_declared = source.kind == "declaration"
         raise trained_in_python(error) if is_declared and head.logits[-1] != "vocab" else error
     folder = None if source.path is None else source.folder
     config = folder.config if folder is not None and folder.has(CONFIG) else {}
+    logits = graph.main.outputs["logits"].type
     if head.needs_names and "id2label" not in config:
         names = '"id2label": {"0": "O", "1": "B-name", "2": "I-name"}, with the name of each label'
         raise UsageError(
@@ -180,8 +186,8 @@ def _checked_declaration(program: Program, head: Head) -> tuple[Model | None, Ma
             within=None if folder is None else folder.show(CONFIG),
             hint=names if folder is not None else Hint(f'weights="FOLDER", whose config.json has {names}', names),
         )
-    numbers = {str(number): str(number) for number in range(logits.shape[-1].constant)}
-    return resolved.model, {"id2label": numbers, **config}
+    numbers = {str(number): str(number) for number in range(logits.shape[-1].constant or 0)}
+    return model, {"id2label": numbers, **config}
 
 
 def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[str, Any]]:
@@ -189,13 +195,7 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
     MODEL is not a folder.
     """
     source = program.source
-    if head.logits and source.kind == "artifact":
-        hint = Hint(
-            "the model that it was compiled from, such as t.load('FILE.py:FUNCTION', weights='FOLDER')",
-            "the model that it was compiled from, such as FILE.py:FUNCTION --weights FOLDER",
-        )
-        raise UsageError(f"to {head.does} needs the model itself, not an artifact", received=source.label, hint=hint)
-    if source.kind in _NO_FOLDERS:
+    if source.kind in _NO_FOLDERS and not _has_classes(source):
         label, hint = printable(source.label), Hint(head.folders, head.folders)
         if source.kind == "graph":
             hint = Hint(f"{hint}; t.compile(model) takes arrays", str(hint))
@@ -206,24 +206,20 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
             )
         what = f"to {head.does} needs a checkpoint folder, not {_NO_FOLDERS[source.kind]}"
         raise UsageError(what, received=label, hint=hint)
-    if not source.place.is_dir():
+    if source.kind != "artifact" and not source.place.is_dir():
         raise UsageError(
             f"to {head.does} needs a folder with config.json", received=source.place.name, hint=head.folders
         )
     config = source.config
-    named = config.get("architectures")
-    classes = [str(name) for name in named] if isinstance(named, list) else []
-    if not any(name.endswith(head.ends) for name in classes):
+    if not head.is_of(config):
         raise UsageError(
             f"{printable(source.label)} has no head to {head.does}",
-            received=", ".join(map(printable, classes)) or "config.json names no class",
+            received=", ".join(map(printable, classes_of(config))) or "config.json names no class",
             hint=head.folders,
         )
     return source.folder, config
 
 
-DECLARED = ("declaration", "graph")
-"""The kinds of models whose outputs decide the tasks that they support."""
 _NO_FOLDERS = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}
 """The kinds of models that have no configuration of a head."""
 

@@ -24,9 +24,10 @@ from treadle.tasks.batching import batches_by_length
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import GenerationSettings
-from treadle.tasks.opening import Head, checked_folder
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import checked_folder
 
-HEAD = Head("rewrite texts", ("ForConditionalGeneration", "WithLMHeadModel", "MTModel"))
+HEAD = HEADS["translate"]
 _ROWS = 8
 _MOST = 128
 """Default maximum number of generated tokens per text."""

@@ -21,12 +21,13 @@ from treadle.frontends.text import EncodedText
 from treadle.ir.errors import UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
-from treadle.tasks.opening import Head, OpenedModel, read_labels
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import OpenedModel, read_labels
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("tag tokens", ("ForTokenClassification",), ("B", "S", "labels"), needs_names=True)
+HEAD = HEADS["tag"]
 GROUPINGS = ("none", "simple", "first", "average", "max")
 OUTSIDE = "O"
 """The label of tokens outside any span."""

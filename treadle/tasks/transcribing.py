@@ -27,11 +27,12 @@ from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, stepped_program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.generation_settings import GenerationSettings
-from treadle.tasks.opening import Head, checked_folder
+from treadle.tasks.heads import HEADS
+from treadle.tasks.opening import checked_folder
 from treadle.tasks.sound import read_sound
 from treadle.tasks.spectrogram import HOP, RATE, log_mel
 
-HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",), fetched="whisper-tiny")
+HEAD = HEADS["transcribe"]
 _QUIET_SECONDS = 5
 _MULTILINGUAL = 51_865
 """The smallest vocabulary size of OpenAI's multilingual models."""

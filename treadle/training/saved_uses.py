@@ -11,7 +11,7 @@ from treadle.ir.analysis.following import follow
 from treadle.ir.errors import TreadleError
 from treadle.passes.stages import Recognize, run
 from treadle.program.source import Resolved
-from treadle.tasks import classifying, filling, tagging
+from treadle.tasks.heads import HEADS
 from treadle.training.text_data import TextFiles
 
 
@@ -66,10 +66,8 @@ def use_of_folder(resolved: Resolved) -> SavedUse:
     has_tokenizer = any(map(source.folder.has, VOCABULARIES))
     if continues_text(resolved.graph):
         return SavedUse("generate", None, has_tokenizer)
-    named = source.config.get("architectures")
-    classes = tuple(map(str, named)) if isinstance(named, list) else ()
-    for task, head in {"fill": filling.HEAD, "tag": tagging.HEAD, "classify": classifying.HEAD}.items():
-        if any(name.endswith(head.ends) for name in classes):
+    for task in ("fill", "tag", "classify"):
+        if HEADS[task].is_of(source.config):
             mask = _mask(resolved) if task == "fill" and has_tokenizer else None
             return SavedUse(task, mask, has_tokenizer)
     return SavedUse()

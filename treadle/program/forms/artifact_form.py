@@ -15,8 +15,8 @@ from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, ModelForm
 
 
 class ArtifactForm(ModelForm):
-    """A compiled model in a file. It has a tokenizer if it was compiled from a model with one that continues or embeds
-    text.
+    """A compiled model in a file. It has a tokenizer if it was compiled from a model with one that has a task for
+    texts.
     """
 
     kind: Kind = "artifact"
@@ -36,7 +36,7 @@ class ArtifactForm(ModelForm):
         if not any(map(self.folder.has, VOCABULARIES)):
             raise UsageError(
                 f"the artifact {printable(self.label)} has no tokenizer",
-                received="a model that was compiled without one, or that neither continues nor embeds text",
+                received="a model that was compiled without one, or that has no task for texts",
                 hint=OTHER_TOKENIZER,
             )
         return super().tokenizer(max_tokens, context, cut)
