@@ -1,4 +1,4 @@
-"""Progress messages on standard error during long work. If standard error is not a terminal, nothing is printed.
+"""Progress messages on standard error during long work, only on a terminal; and notes, which are always printed.
 
     with working("compiling gpt2"):
         made = treadle.compile("gpt2")
@@ -131,8 +131,14 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
 
 
 def announce(line: str) -> None:
+    """Show a line as `note` does, but only on a terminal."""
+    if is_watched():
+        note(line)
+
+
+def note(line: str) -> None:
     """Show a line on standard error, above the progress message. Each line is shown once in a process."""
-    if line in _announced or not is_watched():
+    if line in _announced:
         return
     _announced.add(line)
     from treadle.reporting.tables import console
