@@ -692,6 +692,14 @@ def test_a_misspelt_name_comes_with_its_neighbour(use: Callable[[], Any], tried:
         assert tried in hint
 
 
+def test_an_unrelated_name_of_a_weight_lists_the_names_of_the_model() -> None:
+    """The most similar ones are first."""
+    listed = "one of the model's parameters: h.1.mlp.up.weight, h.0.mlp.up.weight, h.1.mlp.down.weight, "
+    with pytest.raises(TreadleError) as caught:
+        compile(named, weights={"h.2.mlp.gate.weight": np.ones(1)})
+    assert (caught.value.hint or "").startswith(listed)
+
+
 @pytest.mark.parametrize("tied", ["wet", "wte.weight", "encoder.wte"])
 def test_a_misspelt_table_is_told_as_tied_names_it(tied: str) -> None:
     for use in (lambda x: t.unembed(x, tied=tied), lambda x: t.embed(t.positions(x), tied=tied)):
