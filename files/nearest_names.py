@@ -39,11 +39,11 @@ class NearestNames:
             return []
         return difflib.get_close_matches(wanted, self._pool(wanted), count, similarity)
 
-    def of_parts(self, wanted: str) -> list[str]:
+    def of_parts(self, name: str) -> list[str]:
         """Return the most similar dotted name, if its differing parts are similar, too; else an empty list. `x.weight`
         and `wte.weight` are similar only because their ends are equal.
         """
-        return [name for name in self.of(wanted, 5) if _differing_parts_are_similar(name, wanted)][:1]
+        return [near for near in self.of(name, 5) if _differing_parts_are_similar(near, name)][:1]
 
     def _pool(self, wanted: str) -> list[str]:
         if not self._holders:

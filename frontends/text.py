@@ -146,8 +146,8 @@ class TextTokenizer:
             place = ModelFolder.find(folder)
         except CheckpointError as error:
             if not isinstance(folder, ModelFolder) and not os.path.isdir(folder):
-                named = f"treadle.ModelSource.open({os.fspath(folder)!r}).tokenizer()"
-                error.hint = f"{named}, if this names a model that is not a folder; else {error.hint}"
+                call = f"treadle.ModelSource.open({os.fspath(folder)!r}).tokenizer()"
+                error.hint = f"{call}, if this names a model that is not a folder; else {error.hint}"
             raise
         shown = place.show(FILE)
         made, truncation = place.once((FILE, limit_bytes), lambda: FolderVocabulary.read(place, limit_bytes)).take()
