@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from treadle.runtime.distributed.rank_reports import is_launched_after_first
+
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
@@ -137,8 +139,10 @@ def announce(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Show a line on standard error, above the progress message. Each line is shown once in a process."""
-    if line in _announced:
+    """Show a line on standard error, above the progress message. Each line is shown once in a process, and by rank 0
+    alone if `treadle launch` started several.
+    """
+    if line in _announced or is_launched_after_first():
         return
     _announced.add(line)
     from treadle.reporting.tables import console
@@ -152,8 +156,11 @@ _shown: list[Progress] = []
 
 
 def is_watched() -> bool:
-    """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
-    return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
+    """Return True if standard error is a terminal, and neither TREADLE_DEBUG nor rank 0 of `treadle launch` writes to
+    it.
+    """
+    is_debugged = os.environ.get("TREADLE_DEBUG", "") not in ("", "0")
+    return sys.stderr.isatty() and not is_debugged and not is_launched_after_first()
 
 
 def _description() -> ProgressColumn:
