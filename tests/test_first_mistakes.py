@@ -454,6 +454,15 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (lambda x: t.group_norm(x.mT, 3, name="f"), "8 channels do not make 3 equal groups", "a multiple of groups"),
         (lambda x: t.group_norm(x.mT, 0, name="f"), "groups must be 1 or more", None),
         (lambda x: t.max_pool(x, kernel=3), "max_pool: kernel must be a tuple of integers, is 3", "kernel=(3,)"),
+        (lambda x: t.max_pool(x, kernel=3), "is 3", "kernel=(3,) for one axis, kernel=(3, 3) for two"),
+        (lambda x: t.max_pool(x, kernel=(3, 3), padding=1), "max_pool: padding must be a tuple", "padding=(1, 1)"),
+        (lambda x: t.max_pool(x, kernel=(3,), strides=2), "max_pool: strides must be a tuple", "strides=(2,)"),
+        (lambda x: t.average_pool(x, kernel=(3, 3), strides=(2,)), "strides has 1 number for 2", "strides=(2, 2)"),
+        (
+            lambda x: t.convolution(x[:, None, :4], 4, (3, 3), padding=(1,), name="f"),
+            "padding has 1 number for 2 spatial axes",
+            "padding=(1, 1)",
+        ),
         (lambda x: t.reduce_mean(x, axes=-1), "reduce_mean: axes must be a tuple of integers, is -1", "axes=(-1,)"),
     ],
 )
