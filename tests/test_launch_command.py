@@ -17,6 +17,7 @@ from treadle.ir.errors import UsageError
 from treadle.runtime.distributed.launching import launch_ranks
 from treadle.runtime.distributed.rank_reports import REPORTS
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ["run", "gpt2", "--mesh", "tp=2", "--recipe", "megatron", "--input", "tokens=1,2"]
 
 
@@ -121,7 +122,7 @@ def test_an_uncaught_error_of_all_ranks_of_a_script_is_printed_once(
     script.write_text(
         'import os, treadle\nif os.environ["RANK"] == "2":\n    raise ValueError("of rank 2")\n{}["all"]\n'
     )
-    assert launch_ranks([sys.executable, str(script)], 3) == 1
+    assert launch_ranks([sys.executable, str(script)], 3, {"PYTHONPATH": str(ROOT)}) == 1
     said = capfd.readouterr().err
     assert said.count("KeyError: 'all'") == 1, said
     assert said.count("ValueError: of rank 2") == 1, said
