@@ -39,6 +39,12 @@ class NearestNames:
             return []
         return difflib.get_close_matches(wanted, self._pool(wanted), count, similarity)
 
+    def of_parts(self, name: str) -> list[str]:
+        """Return the most similar dotted name, if its differing parts are similar, too; else an empty list. `x.weight`
+        and `wte.weight` are similar only because their ends are equal.
+        """
+        return [near for near in self.of(name, 5) if _differing_parts_are_similar(near, name)][:1]
+
     def _pool(self, wanted: str) -> list[str]:
         if not self._holders:
             return self._names
@@ -94,6 +100,24 @@ def nearest_path(path: str | os.PathLike[str], fits: Callable[[str], bool] | Non
             there = os.path.join(place, near[0])
         place = there
     return place if PurePath(place) != PurePath(path) else None
+
+
+def _differing_parts_are_similar(name: str, other: str) -> bool:
+    """Return True if two dotted names are similar without their equal parts at both ends, and their numbers are equal;
+    or if one of them has all parts of the other, at least two.
+    """
+    left, right = name.split("."), other.split(".")
+    shared = 0
+    for _ in range(2):  # from the end, then from the start
+        left, right = left[::-1], right[::-1]
+        while left and right and left[0] == right[0]:
+            left, right, shared = left[1:], right[1:], shared + 1
+    if not left or not right:
+        return shared >= 2
+    rest, other_rest = ".".join(left), ".".join(right)
+    return re.findall("[0-9]+", rest) == re.findall("[0-9]+", other_rest) and bool(
+        difflib.get_close_matches(rest, [other_rest], 1)
+    )
 
 
 def _stems_are_similar(name: str, other: str) -> bool:

@@ -36,6 +36,7 @@ from treadle.frontends.layers import Activation as Activation
 from treadle.frontends.layers import convolution as convolution
 from treadle.frontends.layers import embed as embed
 from treadle.frontends.layers import gated_mlp as gated_mlp
+from treadle.frontends.layers import group_norm as group_norm
 from treadle.frontends.layers import layer_norm as layer_norm
 from treadle.frontends.layers import linear as linear
 from treadle.frontends.layers import mlp as mlp

@@ -16,7 +16,7 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Value
 from treadle.ir.sizing.size_bounds import Bounds
-from treadle.ir.sizing.sizes import Size, SizeLike
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import Dim, DType, f32, f64
 
@@ -149,6 +149,32 @@ def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
 
 
 @layer
+def group_norm(x: Tensor, groups: int, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over a group of channels and all later axes   (Wu & He 2018)
+
+    x [B, C, ...] -> [B, C, ...], in `groups` groups of C / groups channels. Declares weight [C] and, if `bias`, bias
+    [C] in the scope `name`.
+
+    Raises FrontendError if C is not known while tracing, or is not a multiple of `groups`.
+    """
+    b = trace()
+    positive(groups=groups)
+    channels = _channels("group_norm", x)
+    if channels % groups != 0:
+        raise FrontendError(
+            f"group_norm: {channels} channels do not make {groups} equal groups",
+            received=f"x: {x.type}, groups={groups}",
+            source=b.place(),
+            hint="the channels are axis 1 of x, and their number is a multiple of groups",
+        )
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        y = b.layer_norm(x.reshape(x.shape[0], groups, -1), None, None, eps=eps, name=name).reshape(x.shape)
+        along = f"c -> c{' 1' * (x.rank - 2)}"
+        y = y * b.rearrange(_weight(b, x, "weight", channels, init="ones"), pattern=along)
+        return y + b.rearrange(_weight(b, x, "bias", channels, init="zeros"), pattern=along) if bias else y
+
+
+@layer
 def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
     """down(act(up(x))): the position-wise feed-forward network; the default `act` is gelu.
 
@@ -202,7 +228,8 @@ def convolution(
     positive(groups=groups)
     if isinstance(padding, str):
         padding = _same_padding(kernel, strides, dilations) if padding == "same" else ()
-    channels_in = _channels(x, len(kernel)) // groups
+    _refuse_kernel(x, len(kernel))
+    channels_in = _channels("convolution", x) // groups
     with b.scoped(name, b.source or user_line(beyond=1)):
         weight = _weight(b, x, "weight", channels, channels_in, *kernel)
         offset = _weight(b, x, "bias", channels, init="zeros") if bias else None
@@ -251,8 +278,8 @@ def positive(**counts: int) -> None:
             raise FrontendError(f"{name} must be 1 or more", received=f"{name}={count}", source=trace().place())
 
 
-def _channels(x: Tensor, axes: int) -> Size:
-    """Return the number of channels of x [B, C, *spatial], for a kernel over `axes` spatial axes."""
+def _refuse_kernel(x: Tensor, axes: int) -> None:
+    """Raise FrontendError if x is not [B, C, *spatial] with `axes` spatial axes, as many as the kernel has."""
     spatial = x.rank - 2
     if spatial < 1 or axes != spatial:
         fitting = f"kernel=({', '.join(['3'] * spatial)}{',' * (spatial == 1)})" if spatial > 0 else ""
@@ -262,14 +289,23 @@ def _channels(x: Tensor, axes: int) -> Size:
             source=trace().place(),
             hint=f"one number for each of them, such as {fitting}" if fitting else "x of shape [B, C, ...]",
         )
-    if x.shape[1].constant is None:
+
+
+def _channels(layer: str, x: Tensor) -> int:
+    """Return the number of channels of x [B, C, ...]. Raises FrontendError if it is unknown while tracing."""
+    channels = x.shape[1].constant if x.rank > 1 else None
+    if channels is None:
+        problem, hint = "x has no axis 1", "x of shape [B, C, ...]"
+        if x.rank > 1:
+            problem = f"its size must be a number, not {x.shape[1]}"
+            hint = 't.rearrange(x, pattern="b s c -> b c s"), which moves the channels to axis 1'
         raise FrontendError(
-            f"convolution: axis 1 of x holds the channels, and its size must be a number, not {x.shape[1]}",
+            f"{layer}: axis 1 of x holds the channels, and {problem}",
             received=f"x: {x.type}",
             source=trace().place(),
-            hint='t.rearrange(x, pattern="b s c -> b c s"), which moves the channels to axis 1',
+            hint=hint,
         )
-    return x.shape[1]
+    return channels
 
 
 def _gelu(x: Tensor) -> Tensor:

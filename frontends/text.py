@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -141,7 +142,13 @@ class TextTokenizer:
                 received=str(error),
                 hint=pip_install("text"),
             ) from error
-        place = ModelFolder.find(folder)
+        try:
+            place = ModelFolder.find(folder)
+        except CheckpointError as error:
+            if not isinstance(folder, ModelFolder) and not os.path.isdir(folder):
+                call = f"treadle.ModelSource.open({os.fspath(folder)!r}).tokenizer()"
+                error.hint = f"{call}, if this names a model that is not a folder; else {error.hint}"
+            raise
         shown = place.show(FILE)
         made, truncation = place.once((FILE, limit_bytes), lambda: FolderVocabulary.read(place, limit_bytes)).take()
         made.no_padding()

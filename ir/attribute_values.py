@@ -125,12 +125,19 @@ def in_words(annotation: str) -> str:
     return _WORDS.get(base, base)
 
 
-def as_tuple(name: str, annotation: str, value: Any) -> str | None:
-    """Return a hint if a single item was passed for a tuple of items, else None."""
+def as_tuple(name: str, annotation: str, value: Any, count: int = 0) -> str | None:
+    """Return a hint if a single item was passed for a tuple of items, else None.
+
+    count  the number of items that the tuple needs; 0: it is not known
+    """
     read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
     if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
         return None
     try:
-        return f"{name}=({read(value)},)"
+        item = read(value)
     except (TypeError, ValueError):
         return None
+    if count > 1:
+        return f"{name}=({', '.join([str(item)] * count)})"
+    one = f"{name}=({item},)"
+    return one if count or name == "axes" else f"{one} for one axis, {name}=({item}, {item}) for two"

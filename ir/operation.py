@@ -122,14 +122,17 @@ class Op:
         return None if self.callee is None else functions.get(self.callee)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        for field in fields:
             value = getattr(self, field.name)
             try:
                 made = coerced(str(field.type), value)
             except (TypeError, ValueError):
+                first = getattr(self, next(each.name for each in fields if each.type == field.type))
+                count = len(first) if isinstance(first, tuple) else 0  # as many as the kernel of a pooling has
                 raise GraphError(
                     f"{self.name}: {field.name} must be {in_words(str(field.type))}, is {value!r}",
-                    hint=as_tuple(field.name, str(field.type), value),
+                    hint=as_tuple(field.name, str(field.type), value, count),
                 ) from None
             if made is not value:
                 object.__setattr__(self, field.name, made)  # the dataclass is frozen

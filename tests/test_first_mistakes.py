@@ -92,6 +92,7 @@ LAYERS: dict[str, Body] = {
     "linear": lambda x: t.linear(x, 4, name="f"),
     "layer_norm": lambda x: t.layer_norm(x, name="f"),
     "rms_norm": lambda x: t.rms_norm(x, name="f"),
+    "group_norm": lambda x: t.group_norm(x, 2, name="f"),
     "mlp": lambda x: t.mlp(x, 16),
     "gated_mlp": lambda x: t.gated_mlp(x, 16),
     "self_attention": lambda x: t.self_attention(x, 2, causal=True),
@@ -448,7 +449,20 @@ def test_lines_of_numpy_are_not_the_users() -> None:
             "padding=(1,)",
         ),
         (lambda x: t.convolution(x, 4, (3,), groups=0, name="f"), "groups must be 1 or more", None),
+        (lambda x: t.group_norm(x, 2, name="f"), "group_norm: axis 1 of x holds the channels", "b s c -> b c s"),
+        (lambda x: t.group_norm(x[0, 0], 2, name="f"), "the channels, and x has no axis 1", "x of shape [B, C, ...]"),
+        (lambda x: t.group_norm(x.mT, 3, name="f"), "8 channels do not make 3 equal groups", "a multiple of groups"),
+        (lambda x: t.group_norm(x.mT, 0, name="f"), "groups must be 1 or more", None),
         (lambda x: t.max_pool(x, kernel=3), "max_pool: kernel must be a tuple of integers, is 3", "kernel=(3,)"),
+        (lambda x: t.max_pool(x, kernel=3), "is 3", "kernel=(3,) for one axis, kernel=(3, 3) for two"),
+        (lambda x: t.max_pool(x, kernel=(3, 3), padding=1), "max_pool: padding must be a tuple", "padding=(1, 1)"),
+        (lambda x: t.max_pool(x, kernel=(3,), strides=2), "max_pool: strides must be a tuple", "strides=(2,)"),
+        (lambda x: t.average_pool(x, kernel=(3, 3), strides=(2,)), "strides has 1 number for 2", "strides=(2, 2)"),
+        (
+            lambda x: t.convolution(x[:, None, :4], 4, (3, 3), padding=(1,), name="f"),
+            "padding has 1 number for 2 spatial axes",
+            "padding=(1, 1)",
+        ),
         (lambda x: t.reduce_mean(x, axes=-1), "reduce_mean: axes must be a tuple of integers, is -1", "axes=(-1,)"),
     ],
 )
@@ -690,6 +704,14 @@ def test_a_misspelt_name_comes_with_its_neighbour(use: Callable[[], Any], tried:
         assert hint == "h.0.ln.bias for h.0.ln.biass, wte.weight for wte.weigth?"
     else:
         assert tried in hint
+
+
+def test_an_unrelated_name_of_a_weight_lists_the_names_of_the_model() -> None:
+    """The most similar ones are first."""
+    listed = "one of the model's parameters: h.1.mlp.up.weight, h.0.mlp.up.weight, h.1.mlp.down.weight, "
+    with pytest.raises(TreadleError) as caught:
+        compile(named, weights={"h.2.mlp.gate.weight": np.ones(1)})
+    assert (caught.value.hint or "").startswith(listed)
 
 
 @pytest.mark.parametrize("tied", ["wet", "wte.weight", "encoder.wte"])

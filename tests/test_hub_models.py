@@ -20,6 +20,7 @@ import pytest
 import treadle as t
 from tests.hf_models import save
 from tests.test_huggingface_folder import REVISION, links, write_cache, write_model
+from treadle.frontends.text import TextTokenizer
 from treadle.hub_models import IGNORED, cached_hub_model, fetch_hub_model, is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 from treadle.program.places import find_place
@@ -78,6 +79,23 @@ def test_a_name_is_the_cached_snapshot(cache: Path) -> None:
     for name in (NAME, f"hf:{NAME}"):
         assert find_place(name) == (root / "snapshots" / REVISION).resolve()
     assert t.ModelSource.open(NAME).config["model_type"] == "gpt2"
+
+
+@links
+def test_a_name_whose_tokenizer_is_opened(cache: Path) -> None:
+    """`TextTokenizer` reads folders. Its hint opens the tokenizer of a model that has a name or is a file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    source = write_model(cache.parent / "source")
+    sizes = {"vocab_size": 4, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1, "activation_function": "relu"}
+    (source / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 3}, "a")).save(str(source / "tokenizer.json"))
+    write_cache(cache / "models--some-lab--Tiny_1.0", source)
+    Path("source.gguf").touch()
+    for name in (NAME, "smollm2", "source.gguf"):
+        with pytest.raises(CheckpointError) as caught:
+            TextTokenizer.open(name)
+        assert str(caught.value.hint).startswith(f"treadle.ModelSource.open('{name}').tokenizer(), if ")
+    assert eval(f"treadle.ModelSource.open('{NAME}').tokenizer()", {"treadle": t}).ids(["a"]) == [[3]]
 
 
 def test_a_model_that_is_not_in_the_cache_names_the_command_that_fetches_it(cache: Path) -> None:

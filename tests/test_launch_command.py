@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 import treadle
+from treadle import progress
 from treadle.cli import app
+from treadle.ir.errors import UsageError
+from treadle.runtime.distributed.launching import launch_ranks
+from treadle.runtime.distributed.rank_reports import REPORTS
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ["run", "gpt2", "--mesh", "tp=2", "--recipe", "megatron", "--input", "tokens=1,2"]
 
 
@@ -88,6 +94,49 @@ def test_hints_of_a_rank_start_ranks_again(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "argv", ["treadle", "inspect", "smal.py:small"])
     said = CliRunner().invoke(app, ["inspect", "smal.py:small"]).output
     assert "try       treadle launch -n 3 -- inspect small.py:small" in said
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_error_of_all_ranks_is_printed_once(as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Treadle's own failures and errors before the ranks are connected, too. Other errors are printed beside them."""
+    monkeypatch.setenv(REPORTS, str(tmp_path))
+
+    def printed(problem: Exception) -> str:
+        def fail(*_: object) -> None:
+            raise problem
+
+        monkeypatch.setattr("treadle.reporting.zoo.zoo_facts", fail)
+        return CliRunner().invoke(app, ["models", *["--json"] * as_json]).output
+
+    for problem in (KeyError("a"), KeyError("b"), UsageError("a"), UsageError("a", received="b")):
+        assert "a" in (first := printed(problem)) or "b" in first
+        assert printed(problem) == ""
+        if as_json:
+            assert json.loads(first).keys() == {"error"}
+
+
+def test_an_uncaught_error_of_all_ranks_of_a_script_is_printed_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        'import os, treadle\nif os.environ["RANK"] == "2":\n    raise ValueError("of rank 2")\n{}["all"]\n'
+    )
+    assert launch_ranks([sys.executable, str(script)], 3, {"PYTHONPATH": str(ROOT)}) == 1
+    said = capfd.readouterr().err
+    assert said.count("KeyError: 'all'") == 1, said
+    assert said.count("ValueError: of rank 2") == 1, said
+
+
+def test_notes_are_printed_by_the_first_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(REPORTS, str(tmp_path))
+    monkeypatch.setattr(progress, "_announced", set())
+    for rank, printed in (("1", ""), ("0", "a note\n")):
+        monkeypatch.setenv("RANK", rank)
+        progress.note("a note")
+        assert capsys.readouterr().err == printed
 
 
 def test_another_format_keeps_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

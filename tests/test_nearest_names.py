@@ -30,6 +30,26 @@ def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, ot
     assert NearestNames(names).of(wanted) == get_close_matches(wanted, names, 1, 0.6)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("h.0.mlp.up.weigth", ["h.0.mlp.up.weight"]),
+        ("wte.wieght", ["wte.weight"]),
+        ("module.wte.weight", ["wte.weight"]),
+        ("h.0.mlp.up", ["h.0.mlp.up.weight"]),
+        ("h.0.mpl.up.weight", ["h.0.mlp.up.weight"]),
+        ("x.weight", []),
+        ("lm_head.weight", []),
+        ("h.10.mlp.up.weight", []),
+        ("h.0.mlp.gate.weight", []),
+        ("weight", []),
+        ("", []),
+    ],
+)
+def test_a_dotted_name_is_near_only_if_its_differing_parts_are(wanted: str, near: list[str]) -> None:
+    assert NearestNames(["wte.weight", "h.0.mlp.up.weight", "ln_f.weight"]).of_parts(wanted) == near
+
+
 def test_compared_values_are_bounded() -> None:
     assert NearestNames(["x" * 201]).of("x" * 200) == NearestNames(["x" * 200]).of("x" * 201) == []
     assert NearestNames(["x" * 200]).of("x" * 200) == ["x" * 200]

@@ -127,6 +127,7 @@ def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: 
         (lambda x: t.embed(t.positions(x), num_embeddings=8, dim=8, name="f"), "did you mean count=? t.embed("),
         (lambda x: t.layer_norm(x, (8,), name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
         (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
+        (lambda x: t.group_norm(x, num_groups=2, name="f"), "did you mean groups=? t.group_norm("),
         (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
         (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
         (lambda x: t.stack([x, x], 0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
@@ -343,6 +344,19 @@ def test_padding_by_name_is_pytorchs(padding: str, kernel: int, dilation: int) -
     (y,) = compile(traced(body, shape="B 3 16"), backend="numpy", weights={"f.weight": w})(x=a).values()
     ours, theirs = map(torch.from_numpy, (a, w))
     expected = torch.nn.functional.conv1d(ours, theirs, padding=padding, dilation=dilation)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "size"), [("B 4", (2, 4)), ("B 4 S", (2, 4, 5)), ("B 4 H W", (2, 4, 3, 5))])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_group_norm_is_pytorchs(shape: str, size: tuple[int, ...], groups: int) -> None:
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0)
+    a, weight, bias = (draw.standard_normal(each).astype(np.float32) for each in (size, (4,), (4,)))
+    graph = traced(lambda x: t.group_norm(x, groups, eps=1e-3, name="f"), shape=shape)
+    (y,) = compile(graph, backend="numpy", weights={"f.weight": weight, "f.bias": bias})(x=a).values()
+    x, w, b = map(torch.from_numpy, (a, weight, bias))
+    expected = torch.nn.functional.group_norm(x, groups, w, b, eps=1e-3)
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -563,13 +563,15 @@ def test_a_folder_that_is_a_model_is_named(treadle_command: Treadle) -> None:
 def test_a_configuration_that_fits_but_differs_from_training_is_noted(
     trained: Treadle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr("treadle.program.forms.declaration_form.announce", lines.append)
-    assert trained(f"run {OWN} --weights out --input tokens=1,2 --backend numpy --set context=64").code == 0
-    assert lines == []
+    """The note is printed in a pipe, too; and beside the output of --json, not in it."""
+    monkeypatch.setattr("treadle.progress._announced", set())
+    said = trained(f"run {OWN} --weights out --input tokens=1,2 --backend numpy --set context=64")
+    assert (said.code, said.err) == (0, "")
     said = trained(f"compile {OWN} --weights out --backend numpy --set heads=4 --set layers=1 --explain")
-    assert lines == ["the weights of out were trained with heads=2, layers=2, not with heads=4, layers=1"]
-    assert said.code == 0 and lines[0] in " ".join(said.out.split())
+    note = "the weights of out were trained with heads=2, layers=2, not with heads=4, layers=1"
+    assert (said.code, said.err) == (0, f"{note}\n") and note in " ".join(said.out.split())
+    said = trained(f"run {OWN} --weights out --input tokens=1,2 --backend numpy --set layers=1 --json")
+    assert said.err == f"{note.partition(' with')[0]} with layers=2, not with layers=1\n" and said.json
 
 
 @pytest.mark.parametrize("model", [OWN, f"{OWN} --weights out", "out", "whisper", "out.treadle"])

@@ -46,6 +46,9 @@ from treadle.ir.errors import SizeError as SizeError  # noqa: E402
 from treadle.ir.errors import TreadleError as TreadleError  # noqa: E402
 from treadle.ir.errors import UsageError as UsageError  # noqa: E402
 from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
+from treadle.runtime.distributed.rank_reports import report_uncaught_once as _report_uncaught_once  # noqa: E402
+
+_report_uncaught_once()
 
 if TYPE_CHECKING:
     from treadle.artifacts import load_artifact as load_artifact

@@ -1,4 +1,4 @@
-"""Progress messages on standard error during long work. If standard error is not a terminal, nothing is printed.
+"""Progress messages on standard error during long work, only on a terminal; and notes, which are always printed.
 
     with working("compiling gpt2"):
         made = treadle.compile("gpt2")
@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from treadle.runtime.distributed.rank_reports import is_launched_after_first
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -131,8 +133,16 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
 
 
 def announce(line: str) -> None:
-    """Show a line on standard error, above the progress message. Each line is shown once in a process."""
-    if line in _announced or not is_watched():
+    """Show a line as `note` does, but only on a terminal."""
+    if is_watched():
+        note(line)
+
+
+def note(line: str) -> None:
+    """Show a line on standard error, above the progress message. Each line is shown once in a process, and by rank 0
+    alone if `treadle launch` started several.
+    """
+    if line in _announced or is_launched_after_first():
         return
     _announced.add(line)
     from treadle.reporting.tables import console
@@ -146,8 +156,11 @@ _shown: list[Progress] = []
 
 
 def is_watched() -> bool:
-    """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
-    return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
+    """Return True if standard error is a terminal, and neither TREADLE_DEBUG nor rank 0 of `treadle launch` writes to
+    it.
+    """
+    is_debugged = os.environ.get("TREADLE_DEBUG", "") not in ("", "0")
+    return sys.stderr.isatty() and not is_debugged and not is_launched_after_first()
 
 
 def _description() -> ProgressColumn:

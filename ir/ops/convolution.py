@@ -180,7 +180,11 @@ def sliding(
         ("padding", padding, 2 * count),
     ):
         if len(numbers) != wanted:
-            raise RuleError(f"{name} has {len(numbers)} numbers for {count} spatial axes")
+            same, axes = f"{name}=({', '.join(map(str, numbers * count))})", "axis" if count == 1 else "axes"
+            raise RuleError(
+                f"{name} has {len(numbers)} number{'s' * (len(numbers) != 1)} for {count} spatial {axes}",
+                hint=same if len(numbers) == 1 else "one number for each axis",
+            )
     return list(zip(padding[:count], padding[count:], strides, dilations, strict=True))
 
 
@@ -315,7 +319,7 @@ class Conv(Composite):
         (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "(g c) has size 2"),
         (S("f32[1,3,2]", "f32[4,3,3]", None), "the kernel spans 3 elements, the padded axis has 2"),
         (S("f32[1,3,8]", "f32[4,3,3]", "f32[3]"), "sizes disagree: 4 in weight, 3 in bias"),
-        (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
+        (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axis"),
         (S("f32[3,8]", "f32[3,3]", None), "with at least one spatial axis"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(0,)), "stride must be 1 or more"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, dilations=(0,)), "dilation must be 1 or more"),

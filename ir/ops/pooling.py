@@ -116,7 +116,7 @@ class _Pool(Composite):
         (S("f32[1,2,8]", kernel=(0,)), "kernel must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), strides=(0,)), "strides must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), dilations=(0,)), "dilations must be 1 or more"),
-        (S("f32[1,2,8]", kernel=(2,), strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
+        (S("f32[1,2,8]", kernel=(2,), strides=(1, 1)), "strides has 2 numbers for 1 spatial axis"),
         (S("f32[8]", kernel=(2, 2)), "kernel has 2 dimensions, more than the 1 of x"),
         (S("f32[8]", kernel=()), "kernel must have one number per spatial axis"),
         (S("bool[8]", kernel=(2,)), "x must be a"),

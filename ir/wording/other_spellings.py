@@ -125,6 +125,8 @@ _WORDS = {
     "Embedding": 't.embed(tokens, 100, 16, name="wte")',
     "LayerNorm layernorm": 't.layer_norm(x, name="ln")',
     "RMSNorm rmsnorm": 't.rms_norm(x, name="ln")',
+    "GroupNorm groupnorm": 't.group_norm(images, 3, name="norm")  # 3 groups of channels',
+    "instance_norm InstanceNorm1d InstanceNorm2d": 't.group_norm(images, images.shape[1], name="norm")',
     "conv1d Conv1d Conv": 't.convolution(signal, 8, (3,), name="conv")  # (3, 3) over two axes',
     "conv2d conv3d Conv2d": 't.convolution(images, 8, (3, 3), name="conv")',
     "MultiheadAttention mha multihead_attention": 't.self_attention(x, 4, name="attn")',
@@ -207,6 +209,7 @@ _DTYPES = frozenset({"t.f64", "t.f32", "t.f16", "t.bf16", "t.i64", "t.i32", "t.i
 OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items() if word[0].isupper()} | {
     "layer_norm": OTHER_WORDS["LayerNorm"],
     "rms_norm": OTHER_WORDS["RMSNorm"],
+    "group_norm": OTHER_WORDS["GroupNorm"],
     "reshape": _SPLIT,
     "softmax": "t.softmax(x, axis=-1)",
     "log_softmax": "t.log_softmax(x, axis=-1)",
@@ -245,6 +248,7 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "causal": ("mask=t.causal",),
     "attn_mask": ("mask",),
     "num_heads": ("heads",),
+    "num_groups": ("groups",),
     "activation": ("act",),
     "out_features": ("out",),
     "dtype": ("to",),
@@ -276,7 +280,7 @@ _LEFT_OUT_OPTIONS = {
     "memory_format": "values have no layout in memory",
     "enable_gqa": "fewer heads of k and v are repeated for the heads of q",
     "in_features normalized_shape embed_dim": "the size is that of the last axis of x",
-    "in_channels": "their number is the size of axis 1 of x",
+    "in_channels num_channels": "their number is the size of axis 1 of x",
     "need_weights": "the probabilities are not returned",
 }
 

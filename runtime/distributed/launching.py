@@ -12,12 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from treadle.ir.errors import RankError, UsageError
+from treadle.runtime.distributed.rank_reports import REPORTS
 from treadle.runtime.distributed.ranks import LAUNCHER
 
 PATIENCE = 2.5
@@ -48,9 +50,9 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
         LAUNCHER: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[Any]] = []
-    with _ended_with_us(ranks):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as reports, _ended_with_us(ranks):
         for rank in range(count):
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {**shared, REPORTS: reports, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(list(command), env=own))
             _bind(ranks[-1].pid, rank, count)
         while all(code in (None, 0) for code in (rank.poll() for rank in ranks)):

@@ -27,6 +27,7 @@ from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_
 from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
 from treadle.program.other_names import OTHER_COMMANDS, meant_option
+from treadle.runtime.distributed.rank_reports import is_first_report
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """The class of errors in options: of typer or of click, depending on typer's version."""
@@ -179,20 +180,22 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
             error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
-        with saying():
-            print_error(error, as_json=as_json)
+        if is_first_report(str(error)):
+            with saying():
+                print_error(error, as_json=as_json)
         raise typer.Exit(2) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise  # `treadle.cli.main` reports it
         what = f"Treadle has failed, which is a fault of Treadle: {type(error).__name__}: {error}"
         how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
-        with saying():
-            _trace_if_asked()
-            if as_json:
-                print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
-            else:
-                print(f"{what}\n  try       {how}", file=sys.stderr)
+        if is_first_report(what):
+            with saying():
+                _trace_if_asked()
+                if as_json:
+                    print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
+                else:
+                    print(f"{what}\n  try       {how}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

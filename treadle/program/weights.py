@@ -20,6 +20,7 @@ from treadle.program.source import Resolved
 from treadle.reporting.counts import human
 
 Array = np.ndarray[Any, Any]
+_SHOWN = 8  # maximum number of names in an error
 
 
 def weights_of(
@@ -135,12 +136,13 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted({*map(str, weights)}.difference(names))
     if unknown:
         nearest = NearestNames(names)
-        pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1, 0.75)]
+        pairs = [(name, near) for name in unknown[:3] for near in nearest.of_parts(name)]
         meant = ", ".join(f"{near} for {name}" for name, near in pairs)
+        some = list(dict.fromkeys([*nearest.of(unknown[0], _SHOWN, 0.5), *names]))
         raise UsageError(
             f"the model lacks {len(unknown)} of the parameters in weights=",
             received=_few(unknown),
-            hint=f"{meant}?" if meant else f"one of the model's parameters: {_few(names)}",
+            hint=f"{meant}?" if meant else f"one of the model's parameters: {_few(some)}",
         )
 
 
@@ -156,4 +158,4 @@ def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

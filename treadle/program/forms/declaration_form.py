@@ -16,7 +16,7 @@ from treadle.program.flag_values import config_texts
 from treadle.program.forms.model_form import OTHER_TOKENIZER, Kind, Limits
 from treadle.program.forms.separate_weights import SeparateWeightsForm
 from treadle.program.trained_folders import DeclarationReference, family_of_declaration
-from treadle.progress import announce
+from treadle.progress import note
 
 
 class DeclarationForm(SeparateWeightsForm):
@@ -79,6 +79,6 @@ class DeclarationForm(SeparateWeightsForm):
         if not differing:
             return found
         was, now = (", ".join(config_texts({name: of[name] for name in differing})) for of in (trained, differing))
-        note = printable(f"the weights of {self.place} were trained with {was}, not with {now}")
-        announce(note)
-        return replace(found, notes=(*found.notes, note))
+        difference = printable(f"the weights of {self.place} were trained with {was}, not with {now}")
+        note(difference)
+        return replace(found, notes=(*found.notes, difference))
