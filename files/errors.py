@@ -108,7 +108,12 @@ class FrontendError(TreadleError):
 
 
 class CheckpointError(FrontendError):
-    """The error for a checkpoint whose files are damaged or hostile, or lack something that the model needs."""
+    """The error for a checkpoint whose files are damaged or hostile, or lack something that the model needs.
+
+    missing  names of the model's weights that the checkpoint lacks
+    """
+
+    missing: tuple[str, ...] = ()
 
 
 class UsageError(TreadleError):

@@ -77,12 +77,14 @@ def mismatch(
         rest = len(folded) - _UNUSED_LINES
         lines += [f"unused by the model ({len(unused)}):", *folded[:_UNUSED_LINES]]
         lines += [f"  and {rest} more lines"] if rest > 0 else []
-    return CheckpointError(
+    error = CheckpointError(
         "the checkpoint " + " and ".join(counts),
         received=f"{len(checkpoint.names())} tensors",
         within="\n".join(lines),
         hint=OTHER_MODEL,
     )
+    error.missing = tuple([filled(each.pattern, each.numbers) for each in missing])
+    return error
 
 
 def _missing_lines(

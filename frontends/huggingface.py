@@ -290,7 +290,7 @@ def _no_weights(place: ModelFolder, *, is_plain: bool = False) -> CheckpointErro
             "the weights are pickles, which can run any code when they are loaded, so none is ever loaded",
             received=_list(pickles),
             within=place.shown,
-            hint=conversion(),
+            hint=conversion(place.show(next((name for name in pickles if "model" in name), pickles[0]))),
         )
     return adapter_error(place) or CheckpointError(
         f"the folder has {'none of ' if is_plain else 'neither '}{names}",

@@ -69,15 +69,18 @@ _FOREIGN: tuple[tuple[bytes, str, str | None], ...] = (
 )
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 _CONVERSION = """import safetensors.torch, torch
-tensors = torch.load(file, weights_only=True, map_location='cpu')
-safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, 'model.safetensors')"""
+tensors = torch.load({file!r}, weights_only=True, map_location='cpu')
+safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in tensors.items()}}, {made!r})"""
 
 
-def conversion() -> str:
-    """Return the hint for a pickle: the code that converts it, and the command that installs what the code needs."""
+def conversion(file: str) -> str:
+    """Return the hint for a pickle: the code that converts it to a file beside it, and the command that installs what
+    the code needs.
+    """
     missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
     install = f"pip install {' '.join(missing)}, and " if missing else ""
-    return f"if you trust the file, {install}convert it:\n{_CONVERSION}"
+    made = str(PurePath(file).with_name("model.safetensors"))
+    return f"if you trust the file, {install}convert it:\n{_CONVERSION.format(file=file, made=made)}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def refuse_pickle(name: str, shown: str) -> None:
             "a pickle can run any code when it is loaded, so none is ever loaded",
             received=printable(name),
             within=shown,
-            hint=conversion(),
+            hint=conversion(shown),
         )
 
 
@@ -217,7 +220,7 @@ def _open(file: RegularFile, shown: str, limits: CheckpointLimits) -> Safetensor
         if any(start[4:8]):  # these bytes would make a length of more than 4 GiB, so they are not a length
             for magic, nature, remedy in _FOREIGN:
                 if start.startswith(magic):
-                    received, hint = f"{received}; the first bytes match {nature}", remedy or conversion()
+                    received, hint = f"{received}; the first bytes match {nature}", remedy or conversion(shown)
         raise CheckpointError(what, received=received, within=f"{shown}: {place}", hint=hint)
 
     if len(start) < _LENGTH_BYTES:

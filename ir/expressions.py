@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.sizing.sizes import Size
@@ -24,7 +25,10 @@ class Expr(TensorMethods):
 
     __slots__ = ("builder", "value")
 
-    def __init__(self, builder: Builder, value: Value) -> None:
+    def __init__(self, builder: Builder, value: Value | None = None) -> None:
+        if not isinstance(value, Value):  # called as a user's word, as `torch.Tensor` is
+            what = "treadle.Tensor is the type of values in a model, and makes none"
+            raise FrontendError(what, hint=f"treadle.constant({builder!r:.60}), inside a model")
         self.builder = builder
         self.value = value
 

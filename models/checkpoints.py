@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, bind
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.frontends.declarations import Model
@@ -41,6 +44,7 @@ class ReadOptions:
     keep_blocks  True if weights that a GGUF file stores in blocks stay in blocks
     deferred     True if weights are converted only when a part of them is read
     as_stored    True if inputs of products are rounded as a quantized folder asks for it
+    new_weights  patterns of names of weights that are drawn, and not read
     """
 
     inputs: Sequence[str] | None
@@ -48,6 +52,25 @@ class ReadOptions:
     keep_blocks: bool
     deferred: bool
     as_stored: bool = False
+    new_weights: Sequence[str] = ()
+
+    def read_from_files(self, graph: Graph) -> dict[str, tuple[tuple[int, ...], DType]]:
+        """Return the shapes and dtypes of the parameters that are read, by name."""
+        drawn = {*names_of_new_weights(graph, self.new_weights)}
+        return {name: wanted for name, wanted in _parameters(graph).items() if name not in drawn}
+
+
+def names_of_new_weights(graph: Graph, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the parameters that match one of the patterns. Raises UsageError for a pattern that matches
+    none.
+    """
+    names = list(graph.parameters)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = NearestNames(names).of(pattern.replace("*", ""), 3, 0) or names[:3]
+            what = f"no weight matches {printable(pattern)!r} of new_weights"
+            raise UsageError(what, hint=f"a pattern of names such as {', '.join(near)}")
+    return tuple([name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)])
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ class ReadModel:
     padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
     learned  the weights that training changes by default; None: all
     rounded  the roundings of inputs that a quantized folder asks for, by the names of weights
+    drawn    the weights that are drawn, although `weights` has the others
     """
 
     name: str
@@ -75,6 +99,7 @@ class ReadModel:
     padding: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] | None = None
     rounded: Mapping[str, InputRounding] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
 
     def giving(self, outputs: Sequence[str] | None) -> ReadModel:
         """Return the model with these outputs only; None: all."""
@@ -118,7 +143,7 @@ def read_graph(model: ReadModel, weights: Checkpoint, options: ReadOptions) -> R
 
     Raises CheckpointError for a tensor that is missing or does not fit.
     """
-    found = bind(_parameters(model.graph), {}, weights, deferred=options.deferred)
+    found = bind(options.read_from_files(model.graph), {}, weights, deferred=options.deferred)
     return replace(model, weights=found.arrays, unused=found.unused)
 
 
@@ -263,7 +288,8 @@ def _bound(
 ) -> tuple[Graph, Binding]:
     """Return a declaration's graph, and the tensors of its parameters."""
     graph = declared.graph()
-    found = bind(_parameters(graph), table, store, prefixes=prefixes, blocks=blocks, deferred=options.deferred)
+    wanted = options.read_from_files(graph)
+    found = bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=options.deferred)
     return graph, found
 
 

@@ -121,7 +121,13 @@ class RowInputs:
             return np.zeros(empty, port.type.dtype.numpy)
         array = np.asarray(value)
         if array.ndim != len(shape):
-            return array  # the executable reports the expected type
+            sizes = ", ".join(map(str, shape))
+            batched = f"; [0] of an array [{', '.join(map(str, port.type.shape))}]" * (array.ndim == len(shape) + 1)
+            raise UsageError(
+                f"{port.name} of a row has no axis for the batch",
+                received=_shown(array),
+                hint=f"{port.type.dtype}[{sizes}]{batched}" if shape else f"a number {port.type.dtype}{batched}",
+            )
         for size, have in zip(shape, array.shape, strict=True):
             linear = size.as_linear
             limit = None if linear is None else self.limits.get(f"C_{linear[0]}")

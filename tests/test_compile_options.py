@@ -80,6 +80,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "tokenizer": ("gpt2", "gpt2"),
     "mmproj": ("none", "none"),
     "weights": ("trained", "trained"),
+    "new_weights": ("logits.*", ("logits.*",)),
     "seed": ("7", 7),
     "certify": ("", True),
     "passes": ("fuse-gelu, fuse-linear", "fuse-gelu, fuse-linear"),

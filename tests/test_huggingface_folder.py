@@ -213,6 +213,20 @@ def test_only_pickles(tmp_path: Path) -> None:
     assert "save_file" in text
 
 
+def test_the_code_that_converts_a_pickle_makes_a_model(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = write_model(tmp_path / "m")
+    stored = open_checkpoint(folder)
+    tensors = {name: torch.from_numpy(np.array(stored.array(name))) for name in stored.names()}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    torch.save({}, folder / "training_args.bin")  # not weights
+    hint = str(refusal(folder).hint)
+    exec(hint.partition("convert it:\n")[2], {})
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(open_checkpoint(folder).array(name), tensor.numpy())
+
+
 def test_an_index_of_pickles(tmp_path: Path) -> None:
     error = refusal(write_sharded(tmp_path / "m", {"w": "pytorch_model-00001-of-00002.bin"}))
     assert "pickle" in error.what

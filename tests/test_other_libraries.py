@@ -141,6 +141,17 @@ def test_an_option_that_is_unknown_here(body: Body, tried: str) -> None:
     assert (caught.value.hint or "").startswith(tried)
 
 
+def test_the_type_of_tensors_makes_none() -> None:
+    """As torch.Tensor([1, 2]) does. The hint's constant does."""
+    with pytest.raises(FrontendError, match="makes none") as caught:
+        t.Tensor([1.0, 2.0])  # type: ignore[arg-type]
+    made, _, where = str(caught.value.hint).partition(", inside")
+    assert where == " a model"
+    graph = traced(lambda x: eval(made, {"treadle": t}))
+    (output,) = graph.main.outputs.values()
+    assert output.literal is not None and output.literal.array.tolist() == [1, 2]
+
+
 def test_no_unrelated_name_is_suggested_for_an_option_of_pytorch() -> None:
     """A call with `name=` in place of another option would compile, without the option."""
     functional = pytest.importorskip("torch").nn.functional

@@ -332,6 +332,13 @@ def test_inputs_passed_once_belong_to_their_row() -> None:
         session.open(tokens=sources[0])
     with pytest.raises(UsageError, match="room for 9 along S of tokens"):
         session.open(tokens=np.zeros(10, np.int64), lengths=np.array(10))
+    with pytest.raises(UsageError, match="tokens of a row has no axis for the batch") as caught:
+        session.open(tokens=sources[0][None], lengths=np.array(9))
+    assert str(caught.value.hint) == "i64[S]; [0] of an array [B, S]"
+    with pytest.raises(UsageError, match="lengths of a row has no axis for the batch") as caught:
+        session.open(tokens=sources[0], lengths=np.array([9]))
+    assert str(caught.value.hint) == "a number i64; [0] of an array [B]"
+    session.close(session.open(tokens=sources[0][None][0], lengths=np.array([9])[0]))
     assert session.free == 1, "the row that could not begin took no slot"
 
 

@@ -28,6 +28,26 @@ def hint_of(module: Any, example: Any) -> str:
     return refused.value.hint or ""
 
 
+# -- examples of another dtype -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("module", [nn.Linear(4, 2), nn.LayerNorm(4), nn.Sequential(nn.GELU(), nn.Linear(4, 2))])
+def test_an_example_of_another_dtype_is_converted(dtype: str, module: Any) -> None:
+    """Also NumPy's float64. A hint in words of the DSL, such as `t.cast`, would be none for a module."""
+    hint = hint_of(module, (X.to(getattr(torch, dtype)),))
+    code = hint.partition(", ")[0]
+    assert code == "input.to(torch.float32)" and "the dtype of the module's weights" in hint
+    model = treadle.from_torch(module, (eval(code, {"torch": torch, "input": X.double()}),))
+    assert model.graph.main.inputs[0].type.dtype is treadle.f32
+
+
+def test_arrays_become_tensors_of_the_usual_dtype() -> None:
+    for array in (X.numpy(), X.double().numpy()):
+        code = hint_of(nn.Linear(4, 2), (array,))
+        treadle.from_torch(nn.Linear(4, 2), (eval(code, {"torch": torch, "input": array}),))
+
+
 # -- modules that ignore eval() ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -352,7 +352,7 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
         student.step(token=tokens, targets=targets)
     assert named.value.received == "token, targets"
     assert "tokens=" in str(named.value.hint)
-    with pytest.raises(UsageError, match="a teacher cannot be combined with a custom loss"):
+    with pytest.raises(UsageError, match="a teacher cannot be combined with another loss"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
     with pytest.raises(UsageError, match="the model has several outputs: the output to train is not set"):
         Trainer(pulled)
@@ -537,3 +537,41 @@ def test_a_file_of_another_kind_is_no_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         t.Trainer("gpt2", layers=1, dim=8, heads=2, vocab=20, context=8, backend="numpy").restore(tmp_path / "model.py")
     assert caught.value.hint == "a file that `save_state` wrote, undamaged"
+
+
+@t.model
+def measured(x: Annotated[t.Tensor, t.f32["B 4"]]):  # type: ignore[no-untyped-def]
+    return {"y": t.linear(x, 2, name="out"), "z": t.linear(x, 1, name="other")}
+
+
+def test_the_mean_squared_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 4), np.float32), rng.standard_normal((8, 2), np.float32)
+    trainer = Trainer(measured, loss="mse", output="y", learning_rate=0.05, backend="numpy")
+    first = trainer.evaluate(x=x, targets=y)
+    found = np.asarray(trainer.compiled(backend="numpy")(x=x)["y"])
+    assert first == pytest.approx(float(np.mean((found - y) ** 2)), rel=1e-6)
+    assert trainer.step(x=x, targets=y).loss == pytest.approx(first, rel=1e-6)
+    for _ in range(200):
+        trainer.step(x=x, targets=y)
+    best = np.linalg.lstsq(np.concatenate([x, np.ones((8, 1), np.float32)], 1), y, rcond=None)[1].sum() / y.size
+    assert trainer.evaluate(x=x, targets=y) == pytest.approx(float(best), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any) -> None:
+    x, y = np.ones((2, 4), np.float32), np.array([[0.5, 1.5], [2, 3]], dtype)
+    with pytest.raises(UsageError, match="targets are class indices, from 0 to 1") as caught:
+        Trainer(measured, output="y", backend="numpy").step(x=x, targets=y)
+    assert 'loss="mse"' in str(caught.value.hint)
+    with pytest.raises(UsageError, match="targets must be classes from 0 to 0") as caught:
+        Trainer(measured, output="z", backend="numpy").step(x=x, targets=np.array([2, 3]))
+    assert 'loss="mse"' in str(caught.value.hint)
+    assert np.isfinite(Trainer(measured, loss="mse", output="y", backend="numpy").step(x=x, targets=y).loss)
+
+
+@pytest.mark.parametrize("loss", ["bce", "y"])
+def test_a_loss_that_the_model_does_not_have_leads_to_one_that_it_may_have(loss: str) -> None:
+    with pytest.raises(UsageError, match="so it cannot be a loss") as caught:
+        Trainer(measured, loss=loss)
+    assert 'return {"loss": ...}' in str(caught.value.hint) and 'loss="mse"' in str(caught.value.hint)

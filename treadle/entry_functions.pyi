@@ -178,6 +178,7 @@ class Trainer(_Trainer):
         limits: Mapping[str, int] | None = None,
         tokenizer: str | Path | None = None,
         weights: Mapping[str, Array] | str | Path | None = None,
+        new_weights: Sequence[str] = (),
         seed: int = 0,
         dtype: str | None = None,
         backend: str = "auto",
@@ -189,8 +190,9 @@ class Trainer(_Trainer):
         model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32. A model
                     without a checkpoint gets random weights, drawn from `seed`.
         loss        "cross-entropy" over the last axis of an output, with class indices as `targets`, of which -100
-                    is not counted; with a teacher, combined with the divergence from the teacher's output. Or the name
-                    of a scalar output of the model, which is then minimized.
+                    is not counted; with a teacher, combined with the divergence from the teacher's output. "mse": the
+                    mean squared error between an output and `targets` of its shape. Or the name of a scalar output of
+                    the model, which is then minimized.
         optimizer   `AdamW(...)` or `SGD(...)`; weight decay applies to weights with two axes or more
         learning_rate  a constant learning rate, or a `Schedule`
         max_grad_norm  clip the gradient norm to this value; None disables clipping

@@ -22,7 +22,7 @@ from treadle.frontends.torch_export.complex_numbers import Complex, dtype_of_par
 from treadle.frontends.torch_export.guards import bounds_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
-from treadle.frontends.torch_export.module_hints import experts_hint, mutation_hint
+from treadle.frontends.torch_export.module_hints import dtype_hint, experts_hint, mutation_hint
 from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported
 from treadle.frontends.torch_export.sizes import Symbols, Traced, UnknownSize
 from treadle.frontends.torch_export.tracing import (
@@ -35,7 +35,7 @@ from treadle.frontends.torch_export.tracing import (
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
-from treadle.ir.errors import FrontendError, TreadleError, UsageError
+from treadle.ir.errors import FrontendError, RuleError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
@@ -106,6 +106,8 @@ def from_torch(
     try:
         return _imported(module, program, opened)
     except TreadleError as error:
+        if isinstance(error.__cause__, RuleError):  # its hint has words of the DSL
+            error.hint = dtype_hint(module, arguments)
         if error.hint is None and any(
             arguments[name].shape[axis] == 1 for name, axes in opened.items() for axis in axes if name in arguments
         ):

@@ -1,6 +1,7 @@
 """Hints that depend on the module: a mode, a setting or an argument with which it can be imported.
 
 module.eval()                                       layers in training mode
+x.float()                                           an example of NumPy's default, float64
 module.config.use_cache = False                     transformers returns no cache
 module.set_experts_implementation("batched_mm")     transformers computes experts without sizes that depend on data
 decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)     torch does not compare the mask with a causal one
@@ -38,6 +39,21 @@ def mutation_hint(module: torch.nn.Module) -> str:
     """Return the hint for a module that writes to an argument or to its own tensors."""
     new = "compute a new tensor in place of writing to it"
     return f"module.eval(), if these are running statistics; else {new}" if module.training else new
+
+
+def dtype_hint(module: torch.nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    """Return the hint for an error about dtypes, if a tensor of the example has another float dtype than the module's
+    weights, which torch.export does not refuse; None if all agree.
+
+    arguments  the example's arguments by name
+    """
+    weights = {str(x.dtype) for x in module.parameters() if x.is_floating_point()}
+    if len(weights) != 1:
+        return None
+    (dtype,) = weights
+    other = [name for name, x in arguments.items() if hasattr(x, "is_floating_point") and x.is_floating_point()]
+    other = [name for name in other if str(arguments[name].dtype) != dtype]
+    return f"{other[0]}.to({dtype}), the dtype of the module's weights" if other else None
 
 
 def output_hint(module: torch.nn.Module, arguments: Mapping[str, Any], text: str) -> str | None:

@@ -174,7 +174,7 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
         raise UsageError(
             "tensors of an example must be PyTorch's",
             received=", ".join(f"{name}: a NumPy array" for name in arrays),
-            hint=f"torch.from_numpy({arrays[0]})",
+            hint=f"torch.from_numpy({arrays[0]})" + ".float()" * (arguments[arrays[0]].dtype == np.float64),
         )
     for name, x in named_tensors(arguments):
         expect_dense(name, x, f"torch.zeros({name}.shape, dtype={name}.dtype): an example's values do not matter")

@@ -1,6 +1,7 @@
 """Training losses as outputs of a graph: `loss`, a sum over the positions that count, and `counted`, their number.
 
     with_cross_entropy(graph, "logits")                     targets: i64[B, S]
+    with_squared_error(graph, "y")                          targets: f32[B, 3], as y
     with_distillation(graph, "logits", temperature, share)  targets: i64[B, S], teacher: f32[B, S, V]
     with_own_loss(graph, "loss")                            an output of the model, which counts as one position
 
@@ -20,6 +21,14 @@ from treadle.ir.types import Type, f32, i64
 
 LOSS, COUNTED, TARGETS, TEACHER = "loss", "counted", "targets", "teacher"
 
+CROSS_ENTROPY, SQUARED_ERROR = "cross-entropy", "mse"
+"""The losses that compare an output with targets."""
+
+OWN_LOSS = 'return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"'
+"""The hint for a loss of another kind."""
+
+_BUILT_IN = f'loss="{CROSS_ENTROPY}" for classes, loss="{SQUARED_ERROR}" for numbers'
+
 
 def with_cross_entropy(graph: Graph, output: str) -> Graph:
     """Add the cross-entropy of an output's last axis with `targets`, a new input with one class per position.
@@ -28,6 +37,22 @@ def with_cross_entropy(graph: Graph, output: str) -> Graph:
     """
     b, scores, targets = _scored(graph, output)
     return _given(b, _total(b, b.cross_entropy(scores, targets)), targets)
+
+
+def with_squared_error(graph: Graph, output: str) -> Graph:
+    """Add the squared differences of an output and `targets`, a new input of the output's type. Every element counts,
+    so the mean is the mean squared error.
+
+    Raises UsageError for an output that is not float32.
+    """
+    b = Builder(clone_graph(graph))
+    found = _output(b, output)
+    if found.dtype is not f32:
+        raise UsageError(f"output {output} is not of float32 numbers", received=str(found.type))
+    targets = b.input(_free(graph, TARGETS), found.type)
+    ones = b.expand(b.constant(1, f32), shape=found.shape)
+    b.outputs(**{LOSS: _total(b, (found - targets) * (found - targets)), COUNTED: _total(b, ones) * 1.0})
+    return b.graph
 
 
 def with_distillation(graph: Graph, output: str, temperature: float, share: float) -> Graph:
@@ -49,11 +74,19 @@ def with_distillation(graph: Graph, output: str, temperature: float, share: floa
 
 
 def with_own_loss(graph: Graph, output: str) -> Graph:
-    """Use an output of the model that is a scalar as the loss. Raises UsageError if it is not a scalar."""
+    """Use an output of the model that is a scalar as the loss. Raises UsageError if there is none of this name, and if
+    it is not a scalar.
+    """
     b = Builder(clone_graph(graph))
-    value = _output(b, output)
-    if value.rank or value.dtype is not f32:
-        raise UsageError(f"output {output} is not a scalar, so it cannot be a loss", received=str(value.type))
+    outputs = b.graph.main.outputs
+    scalars = [name for name, value in outputs.items() if not value.type.rank and value.type.dtype is f32]
+    if output not in scalars:
+        near = NearestNames(scalars).of(output, 1) or scalars
+        hint = f"loss={near[0]!r}" if near else "; or ".join([_BUILT_IN, OWN_LOSS])
+        what = f"output {output} is not a scalar" if output in outputs else f"the model has no output {output}"
+        received = ", ".join(f"{name}: {value.type}" for name, value in outputs.items())
+        raise UsageError(f"{what}, so it cannot be a loss", received=received, hint=hint)
+    value = b.expr(outputs[output])
     b.outputs(**{LOSS: value, COUNTED: b.constant(1, f32) * 1.0})
     return b.graph
 

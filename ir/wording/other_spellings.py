@@ -120,7 +120,7 @@ _WORDS = {
     "full_like": _LIKE.format("value"),
     "eye": "(t.iota(size=8)[:, None] == t.iota(size=8)).cast(t.f32)",
     "linspace": "t.constant([0.0, 0.5, 1.0])",
-    "tensor array asarray as_tensor from_numpy": "t.constant([1.0, 2.0])",
+    "tensor array asarray as_tensor from_numpy FloatTensor LongTensor": "t.constant([1.0, 2.0])",
     "Linear Dense dense": 't.linear(x, 64, name="f")',
     "Embedding": 't.embed(tokens, 100, 16, name="wte")',
     "LayerNorm layernorm": 't.layer_norm(x, name="ln")',

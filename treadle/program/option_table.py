@@ -122,6 +122,14 @@ class WeightOptions:
         Flag("weights", "FOLDER"),
         but={"artifact"},
     )
+    new_weights: Sequence[str] = _option(
+        (),
+        "patterns of names of weights that are drawn from `seed`, such as a new head on trained weights: "
+        '("logits.*",). `weights` has the others, and may be those of another declaration',
+        "Draw the weights of these names, such as 'logits.*': a new head on the weights of --weights. Repeatable.",
+        Flag("new-weights", "PATTERN", tuple, many=True),
+        but=_ENTRIES - {"train"},
+    )
     seed: int = _option(
         0,
         "an integer, 0 or more",

@@ -11,13 +11,15 @@ An entry function takes `**options` and passes them to `CompileOptions.of`. A na
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from treadle.files.shown_names import printable
-from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.frontends.binding_errors import OTHER_MODEL
+from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.types import DType
@@ -166,10 +168,14 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.program.source import ModelSource
 
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
-        reading["as_stored"] = self.quantize == AS_STORED
+        reading |= {"as_stored": self.quantize == AS_STORED, "new_weights": self.new_weights}
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
             return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)
+        except CheckpointError as error:
+            if self.entry == "train" and error.missing and error.hint == OTHER_MODEL:
+                error.hint = _new_weights_hint(source, error.missing)
+            raise
         except TreadleError as error:
             self._point_to_option(error)
             raise
@@ -219,6 +225,16 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         elif meant := self._meant(name):
             command = str(getattr(error.hint, "command", error.hint) or "")
             error.hint = Hint(f"did you mean {meant}=, an option of {entry_text(self.entry)}?", command)
+
+
+def _new_weights_hint(source: ModelSource, missing: Sequence[str]) -> Hint:
+    """Return the hint for weights that a checkpoint lacks, to train a model with them: a new head."""
+    if source.kind not in ("declaration", "graph"):
+        return Hint(f"{OTHER_MODEL}; {source.new_head}", f"{OTHER_MODEL}; {source.new_head.command}")
+    patterns = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in missing))[:6]
+    flags = " ".join(f"--new-weights {shlex.quote(printable(each))}" for each in patterns)
+    otherwise = f", if these are new; else {OTHER_MODEL}"
+    return Hint(f"new_weights={patterns}{otherwise}", flags + otherwise)
 
 
 def _dtype_names(value: Any) -> Any:

@@ -20,6 +20,7 @@ weights of a declaration may be in a folder: `ModelSource.open("file.py:function
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.transforms.text_signature import for_text
 from treadle.ir.transforms.widening import narrow_dtypes
 from treadle.ir.types import DType
-from treadle.models.checkpoints import ReadModel, ReadOptions
+from treadle.models.checkpoints import ReadModel, ReadOptions, names_of_new_weights
 from treadle.program.flag_values import config_texts
 from treadle.program.forms.finding import Unopened, find_form
 from treadle.program.forms.gguf_form import GGUFForm
@@ -131,6 +132,7 @@ class ModelSource:
         widen: str | Iterable[str] = (),
         deferred: bool = False,
         as_stored: bool = False,
+        new_weights: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Resolved:
@@ -142,6 +144,7 @@ class ModelSource:
                  weights that a GGUF file stores in blocks are decoded to f32 when they are read
         deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
         as_stored  True if inputs of products are rounded as a quantized folder asks for it
+        new_weights  patterns of names of weights that are drawn, although the model has others
         config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
@@ -149,7 +152,13 @@ class ModelSource:
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
-        options = ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored)
+        options = ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored, tuple(new_weights))
+        if new_weights and self.kind not in ("declaration", "graph"):
+            raise UsageError(
+                "new_weights= are weights of a declaration or an imported module",
+                received=self.label,
+                hint=self.new_head,
+            )
         try:
             read = self.form.read(options)
         except CheckpointError as error:
@@ -161,7 +170,7 @@ class ModelSource:
                 received=f"quantize {AS_STORED}",
                 hint=Hint('quantize="int8"', "--quantize int8"),
             )
-        found = read.widened(_narrow(names))
+        found = replace(read, drawn=names_of_new_weights(read.graph, options.new_weights)).widened(_narrow(names))
         if self.is_for_text and self.kind in ("graph", "onnx"):
             found = replace(found, graph=for_text(found.graph))
         if is_fetched(self.label):
@@ -183,6 +192,8 @@ class ModelSource:
             flags = " ".join(f"--set {printable(text)}" for text in texts)
             fit = ", and the weights fit"
             error.hint = Hint(f"leave out {printable(', '.join(texts))}{fit}", f"leave out {flags}{fit}")
+            if self.kind == "safetensors" and wrong.keys() & {"head", "labels"}:
+                error.hint = Hint(f"{error.hint}; {self.new_head}", f"{error.hint.command}; {self.new_head.command}")
             return
         folder, alone = self.path, replace(options, inputs=None, config={}, deferred=True)
         if error.hint == OTHER_MODEL and folder is not None and folder.is_dir():
@@ -195,6 +206,17 @@ class ModelSource:
         with a value in config are not. The weights are then read only once, for all values of these inputs.
         """
         return self.form.inputs(_narrow(widen), config)
+
+    @property
+    def new_head(self) -> Hint:
+        """The hint for a head that a checkpoint folder lacks: transformers makes the folder of another class."""
+        folder = printable(repr(self.label))
+        made = f"transformers.AutoModelForSequenceClassification.from_pretrained({folder}, num_labels=2)"
+        made = f"a new head is made by {made}.save_pretrained('NEW')"
+        return Hint(
+            f"{made}, or by another AutoModelFor... class: then 'NEW', tokenizer={folder}",
+            f"{made}, or by another AutoModelFor... class: then NEW --tokenizer {printable(shlex.quote(self.label))}",
+        )
 
     def check(self) -> None:
         """Raise CheckpointError if a file has changed since it was opened."""

@@ -112,8 +112,9 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
         kept = TextFiles({} if source.text_source is source else source.text_files())
         return WeightsSaver(folder, reference, use_of_declaration(resolved), kept)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
-    saver = FolderSaver.open(resolved.source, shapes, target, replace=replace)
-    return dataclasses.replace(saver, use=use_of_folder(resolved))
+    saver = FolderSaver.open(source, shapes, target, replace=replace)
+    saver = dataclasses.replace(saver, use=use_of_folder(resolved))
+    return saver if source.text_source is source else saver.with_texts(TextFiles(source.text_files()))
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,16 @@ from treadle.ir.transforms.gradients import GRADIENT
 from treadle.ir.transforms.padding_rows import with_padding_rows
 from treadle.ir.transforms.training_losses import (
     COUNTED,
+    CROSS_ENTROPY,
     LOSS,
+    OWN_LOSS,
+    SQUARED_ERROR,
     TARGETS,
     TEACHER,
     with_cross_entropy,
     with_distillation,
     with_own_loss,
+    with_squared_error,
 )
 from treadle.ir.types import f32
 from treadle.ir.wording.checked_calls import with_checked_constructor, with_checked_methods
@@ -126,8 +130,9 @@ class Trainer:
         model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32. A model
                     without a checkpoint gets random weights, drawn from `seed`.
         loss        "cross-entropy" over the last axis of an output, with class indices as `targets`, of which -100
-                    is not counted; with a teacher, combined with the divergence from the teacher's output. Or the name
-                    of a scalar output of the model, which is then minimized.
+                    is not counted; with a teacher, combined with the divergence from the teacher's output. "mse": the
+                    mean squared error between an output and `targets` of its shape. Or the name of a scalar output of
+                    the model, which is then minimized.
         optimizer   `AdamW(...)` or `SGD(...)`; weight decay applies to weights with two axes or more
         learning_rate  a constant learning rate, or a `Schedule`
         max_grad_norm  clip the gradient norm to this value; None disables clipping
@@ -156,11 +161,12 @@ class Trainer:
         self.optimizer, self.clip, self.accumulate = optimizer, max_grad_norm, gradient_accumulation_steps
         self.schedule = schedule_of(learning_rate)
         self.teacher = teacher
-        self._output = self._scored_output(output, loss)
-        graph = self._with_loss(loss, temperature, distillation_weight)
+        is_own = loss in self.resolved.graph.main.outputs or loss not in (CROSS_ENTROPY, SQUARED_ERROR)
+        self._output = loss if is_own else self._scored_output(output)
+        graph = self._with_loss(loss, is_own, temperature, distillation_weight)
         self._signature = Signature(graph)
         scores = self.resolved.graph.main.outputs[self._output].type
-        self._classes = scores.shape[-1].constant if scores.rank else None
+        self._classes = scores.shape[-1].constant if loss == CROSS_ENTROPY and not is_own else None
         made = self._with_gradients(graph, trained, gradient_checkpointing)
         held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
@@ -213,10 +219,8 @@ class Trainer:
 
     # -- the loss ----------------------------------------------------------------------------------------------
 
-    def _scored_output(self, output: str | None, loss: str) -> str:
+    def _scored_output(self, output: str | None) -> str:
         outputs = list(self.resolved.graph.main.outputs)
-        if loss != "cross-entropy":
-            return loss
         if output is not None:
             return output
         if "logits" in outputs or len(outputs) == 1:
@@ -227,12 +231,12 @@ class Trainer:
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
 
-    def _with_loss(self, loss: str, temperature: float | None, share: float | None) -> Graph:
+    def _with_loss(self, loss: str, is_own: bool, temperature: float | None, share: float | None) -> Graph:
         graph, output = with_padding_rows(self.resolved.graph, self.resolved.padding), self._output
         if self.teacher is None and (temperature, share) != (None, None):
             name = "temperature" if temperature is not None else "distillation_weight"
             raise UsageError(f"{name}= only applies together with teacher=", hint="teacher=t.compile(MODEL)")
-        if loss == "cross-entropy" and self.teacher is not None:
+        if loss == CROSS_ENTROPY and not is_own and self.teacher is not None:
             made = with_distillation(
                 graph, output, 2.0 if temperature is None else temperature, 0.5 if share is None else share
             )
@@ -248,8 +252,10 @@ class Trainer:
                 )
             return made
         if self.teacher is not None:
-            raise UsageError("a teacher cannot be combined with a custom loss", received=f"loss={loss!r}")
-        return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
+            raise UsageError("a teacher cannot be combined with another loss", received=f"loss={loss!r}")
+        if is_own:
+            return with_own_loss(graph, loss)
+        return with_cross_entropy(graph, output) if loss == CROSS_ENTROPY else with_squared_error(graph, output)
 
     def _chosen(self, patterns: Iterable[str], learned: Collection[str] | None) -> tuple[str, ...]:
         """Return the names of the f32 weights that match one of the patterns, in the graph's order.
@@ -357,6 +363,12 @@ class Trainer:
             except BackendError as error:
                 error.what = f"the teacher does not accept this batch: {error.what}"
                 raise
+        if self._classes is not None and _are_numbers(given.get(TARGETS)):
+            raise UsageError(
+                f"targets are class indices, from 0 to {self._classes - 1}",
+                received=f"targets of {given[TARGETS].dtype}",
+                hint=f'loss="{SQUARED_ERROR}", to predict numbers; for another loss, {OWN_LOSS}',
+            )
         names = [port.name for port in self._signature.ports]
         held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
         targets = held.get(TARGETS)
@@ -366,6 +378,7 @@ class Trainer:
                 raise UsageError(
                     f"targets must be classes from 0 to {self._classes - 1}, or {IGNORED}, which is not counted",
                     received=f"{wrong[0]}",
+                    hint=f'loss="{SQUARED_ERROR}", if targets are numbers to predict',
                 )
         return held
 
@@ -487,6 +500,14 @@ class Trainer:
         )
 
 
+def _are_numbers(targets: Any) -> bool:
+    """Return True for an array of floats that are not all integers."""
+    if not hasattr(targets, "__array__"):
+        return False
+    array = np.asarray(targets)
+    return array.dtype.kind == "f" and bool((array != np.round(array)).any())
+
+
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
     """Return a description of the first NaN in some arrays, or else of the first infinity: "input x has nan at [2, 1]".
     Return None if all values are finite.
@@ -507,11 +528,11 @@ def _check_options(
     _expect(optimizer, teacher)
     if not isinstance(loss, str):
         raise UsageError(
-            'loss= is "cross-entropy", or the name of an output that is the loss',
+            'loss= is "cross-entropy" or "mse", or the name of an output that is the loss',
             received=f"loss={loss!r}"[:80],
-            hint='return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"',
+            hint=OWN_LOSS,
         )
-    if output is not None and loss != "cross-entropy":
+    if output is not None and loss not in (CROSS_ENTROPY, SQUARED_ERROR):
         raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
     if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
         raise UsageError(

@@ -70,7 +70,7 @@ class DeclarationForm(SeparateWeightsForm):
     def read(self, options: ReadOptions) -> ReadModel:
         if self.path is None:
             return read_declaration(self.model.name, self.model, None, options)
-        if self.stored is None:
+        if options.new_weights or self.stored is None:  # new weights make another declaration
             return read_declaration(self.model.name, self.model, self.checkpoint, options)
         trained = {**self.model.defaults, **self.stored.config}
         config = {**self.stored.config, **self.model.config, **options.config}
