@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.files.errors import Hint
-from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.analysis.drawn_inputs import draw_inputs, filled_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.interpreter import interpret
 from treadle.ir.transforms.encoded_weights import encode_weights
@@ -75,8 +75,7 @@ def try_in_lab(
     graph = plan.graph
     stages = 1 if plan.pipeline is None else len(plan.pipeline.stages)
     least = max(plan.devices.ranks, plan.mesh.ranks // stages) + 3
-    uneven = {s: least for s, bounds in graph.symbols.items() if least in bounds}
-    chosen = choose_sizes(graph, {**uneven, **dict(sizes or {})})
+    chosen = choose_sizes(graph, {**filled_sizes(graph, least), **dict(sizes or {})})
     if weights is None:
         rng = np.random.default_rng(seed)
         drawn = initial_weights(graph, seed)
