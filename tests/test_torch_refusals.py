@@ -277,6 +277,17 @@ def test_a_dimension_that_the_module_fixes() -> None:
         treadle.from_torch(nn.Linear(4, 2), (torch.randn(3, 4),), dynamic={"input": "N D"})
 
 
+def test_a_dimension_that_the_code_fixes_is_found_at_its_line() -> None:
+    def with_ones(x: Any) -> Any:
+        return x + torch.ones(len(x), 1)
+
+    with pytest.raises(treadle.TreadleError, match="specialized dimension 0") as caught:
+        treadle.from_torch(Applied(with_ones), (torch.randn(3, 4),), dynamic={"x": "B _"})
+    assert "test_torch_refusals.py:" in str(caught.value.source)
+    assert "x.shape[0] for len(x)" in str(caught.value)
+    treadle.from_torch(Applied(lambda x: x + torch.ones(x.shape[0], 1)), (torch.randn(3, 4),), dynamic={"x": "B _"})
+
+
 def test_it_takes_modules_alone() -> None:
     with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module"):
         treadle.from_torch(lambda x: x, (torch.ones(2),))
