@@ -50,7 +50,7 @@ def source_of(node: Any) -> SourceLine | None:
 def guarded_at(guard: Any) -> str | None:
     """Return the user's line at which the export added a guard; None if the line is PyTorch's own."""
     place = getattr(guard, "sloc", None)
-    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    frame: Any = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     own = frame is None or not frame.filename or _TORCH.search(frame.filename)
     return None if own else f"{shown(frame.filename)}:{frame.lineno}"
 

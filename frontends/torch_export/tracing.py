@@ -302,7 +302,7 @@ def _all_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
 
 def _specialized_at(val: Any, size: int) -> str | None:
     """Return the line that fixed a dynamic dimension of an argument to a size."""
-    env = getattr(getattr(val, "fake_mode", None), "shape_env", None)
+    env: Any = getattr(getattr(val, "fake_mode", None), "shape_env", None)
     for guard in getattr(env, "guards", ()):
         symbols = guard.expr.free_symbols
         if symbols and all(env.replacements.get(symbol) == size for symbol in symbols):

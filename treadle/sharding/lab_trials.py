@@ -96,8 +96,13 @@ def try_in_lab(
 
 
 def _difference(found: Array, wanted: Array) -> float:
-    """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller."""
+    """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller.
+    Elements that are NaN in both, or the same infinity, do not differ.
+    """
     if not wanted.size:
         return 0.0
-    apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
-    return float(np.max(apart) / max(1.0, float(np.max(np.abs(wanted)))))
+    ours, theirs = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    scale = float(np.max(np.abs(theirs), initial=1.0, where=np.isfinite(theirs)))
+    apart = np.subtract(ours, theirs, where=~same, out=np.zeros_like(ours))
+    return float(np.max(np.abs(apart))) / scale
