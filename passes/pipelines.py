@@ -22,6 +22,7 @@ from treadle.passes.products.fuse_activated_linear import FuseActivatedLinear
 from treadle.passes.products.fuse_gated_linear import FuseGatedLinear
 from treadle.passes.products.fuse_linear import FuseLinear
 from treadle.passes.products.merge_projections import MergeProjections
+from treadle.passes.products.points_as_products import PointsAsProducts
 from treadle.passes.products.split_products import SplitProducts
 
 
@@ -42,6 +43,7 @@ RECOGNITION = Pipeline(
         CommonSubexpressions(),
         DeadCode(),
         # recognize functions written in primitives
+        PointsAsProducts(),
         FuseNormalization(),
         FuseSoftmax(),
         FuseRotary(),

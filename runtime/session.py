@@ -91,7 +91,8 @@ class Session:
             raise UsageError("full must be 'error' or 'slide'", received=repr(full))
         capacity = capacity if capacity is not None else derived.context
         if capacity is None:
-            raise UsageError("a session needs a capacity: the model declares no greatest number", hint="capacity=2048")
+            what = "a session needs a capacity: the model does not limit the length of a text"
+            raise UsageError(what, hint="capacity=2048")
         self.capacity = _positive("capacity", capacity)
         if derived.context is not None and self.capacity > derived.context:
             hint = Hint(f"capacity={derived.context} or less", f"--context {derived.context} or less")

@@ -57,6 +57,16 @@ def _also_returned(b: Builder) -> Expr:
     return b.concat(p @ v, p, axis=3)
 
 
+def _sink(b: Builder, *, shifted: bool = False) -> Expr:
+    """A learned score per head takes part in the softmax, and its probability is dropped (gpt-oss)."""
+    q, k, v = q_k_v(b)
+    scores = q @ swapped(b, k) * SCALE
+    sink = b.rearrange(b.parameter("sink", f"f32[{HEADS}]"), pattern="h -> 1 h 1 1")
+    joined = b.concat(scores, b.expand(sink, shape=(*scores.shape[:3], 1)), axis=3)
+    joined = joined - b.reduce_max(joined, axes=(3,), keep=True) if shifted else joined
+    return b.slice(b.softmax(joined), axis=3, stop=scores.shape[3]) @ v
+
+
 def _used_twice(b: Builder) -> Expr:
     q, k, v = q_k_v(b)
     p = b.softmax(q @ swapped(b, k) * SCALE)
@@ -242,6 +252,8 @@ NEAR_MISSES = [
     NearMiss("masked after", _after(lambda b, p: b.where(triangle(b), p, 0.0)), "masked or shifted after the softmax"),
     NearMiss("shifted after", _after(lambda b, p: p + 1e-9), "masked or shifted after the softmax, by add"),
     NearMiss("sharpened after", _after(lambda b, p: b.pow(p, 1.5)), "go through pow before the product"),
+    NearMiss("a sink", _sink, "a part of the probabilities is dropped before the product"),
+    NearMiss("a shifted sink", lambda b: _sink(b, shifted=True), "such as that of an attention sink"),
     NearMiss("two softmaxes", _two_softmaxes, "a second softmax follows the first"),
     NearMiss("temperature of rows", _data_scale, "the scale is a tensor, so it depends on data"),
     NearMiss("temperature", _data_divisor, "the scale is a tensor, so it depends on data"),

@@ -25,8 +25,8 @@ Step = Callable[[Builder, Random, Expr], Expr]
 
 
 def random_program(seed: int, dtype: DType = f64) -> Graph:
-    """Return a chain of steps; in every third program, a block that is called twice comes first. A seed yields one
-    program.
+    """Return a chain of steps; in every third program, a block that is called twice comes first, and every 16th ends
+    with a convolution. A seed yields one program.
     """
     r = Random(seed)
     graph = Graph("random")
@@ -40,7 +40,8 @@ def random_program(seed: int, dtype: DType = f64) -> Graph:
         for i in range(2):
             weights = [main.parameter(f"h.{i}.{name}", v.type) for name, v in block.parameters.items()]
             (x,) = main.call(block, [x, *weights])
-    main.outputs(y=chain(main, r, x))
+    y = chain(main, r, x)
+    main.outputs(y=convolved(main, r, y) if seed % 16 == 15 else y)
     return graph
 
 
@@ -160,6 +161,13 @@ def turned(b: Builder, r: Random, x: Expr) -> Expr:
 
 def inverted(b: Builder, r: Random, x: Expr) -> Expr:
     return 1.0 / (b.abs(x) + 1.0)
+
+
+def convolved(b: Builder, r: Random, x: Expr) -> Expr:
+    kernel = r.choice((1, 1, 3))
+    weight, bias = parameter(b, x.dtype, WIDTH, WIDTH, kernel), r.choice((None, parameter(b, x.dtype, WIDTH)))
+    turned = b.rearrange(x, pattern="b s d -> b d s")
+    return b.rearrange(b.conv(turned, weight, bias, padding=(kernel // 2,) * 2), pattern="b d s -> b s d") * 0.3
 
 
 def linear(b: Builder, r: Random, x: Expr) -> Expr:

@@ -88,6 +88,20 @@ def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) ->
 
 
 @t.model
+def routed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, experts: int = 4) -> t.Tensor:
+    """Experts of all tokens of all rows as one axis; each token's choices are added to zeros of that axis."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    flat = t.rearrange(x, "b s d -> (b s) d")
+    best, chosen = t.top_k(t.sigmoid(t.linear(flat, experts, name="gate")), k=2)
+    zeros = t.expand(t.constant(0.0), shape=(flat.shape[0], experts))
+    shares = t.scatter_add(zeros, chosen, best, axis=1)
+    held = t.einsum(flat, t.parameter("up", experts, dim, dim), equation="n d, e d h -> n e h")
+    y = t.einsum(held, shares, equation="n e h, n e -> n h")
+    return t.linear(x + t.rearrange(y, "(b=B s) d -> b s d"), vocab, name="head")
+
+
+@t.model
 def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12, blocks: str = "h") -> t.Tensor:
     """A vector that is passed once for a row and read by every block, and positions that do not begin at 0."""
     seen = t.linear(picture, dim, name="seen")
@@ -220,7 +234,10 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
     **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
-    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, beside_rows, by_heads)},
+    **{
+        m.name: m
+        for m in (alibi, windows, packed, counted, summed, routed, captioned, across, spread, beside_rows, by_heads)
+    },
     **{m.name: m for m in (repeated, states_by_other_names, oddly_named)},
 }
 

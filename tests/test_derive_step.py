@@ -34,6 +34,9 @@ from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
 from treadle.ir.naming import free_name
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.chosen_outputs import choose_outputs
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 
 Array = np.ndarray[Any, Any]
@@ -295,3 +298,19 @@ def test_a_name_that_is_taken_is_numbered_from_two_on() -> None:
     for name in ("k", "k_2", "k_3"):
         assert free_name("k", taken) == name
         taken.add(name)
+
+
+def test_an_output_that_can_be_stepped_alone_is_proposed() -> None:
+    """Multi-token prediction: another output joins each token with the next one."""
+    text = """graph m {
+      symbols B, S
+      main(tokens: i64[B, S]) -> (logits: f32[B, S], next: f32[B, S-1]) {
+        x = cast(tokens, to=f32)
+        y = slice(x, axis=1, start=1)
+        return logits = x, next = y
+      }
+    }"""
+    with pytest.raises(PassError, match="no axis that may be stepped") as caught:
+        derive_step(parse_graph(text))
+    assert str(caught.value.hint) == "outputs=['logits']"
+    derive_step(PassManager([DeadCode()]).run(choose_outputs(parse_graph(text), ["logits"])).graph)

@@ -376,6 +376,8 @@ def test_lab_results_of_a_known_case() -> None:
     assert _difference(np.array([1.0, 3.0]), np.array([-1.0, 4.0])) == 0.5
     assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # next to 1, if all are smaller
     assert _difference(np.zeros(0), np.zeros(0)) == 0
+    assert _difference(np.array([np.nan, np.inf, 4.0]), np.array([np.nan, np.inf, 2.0])) == 1.0
+    assert np.isnan(_difference(np.array([np.nan, 2.0]), np.array([1.0, 2.0])))
 
 
 def test_a_drawing_of_known_times(golden: Golden) -> None:

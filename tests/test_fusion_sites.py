@@ -105,6 +105,13 @@ SITES: dict[str, tuple[Build, list[str]]] = {
         lambda b: weighted(b, b.softmax(scores(b).cast("f64")).cast("f32")),
         ["attention: softmax cast einsum cast matmul"],
     ),
+    "a sink": (
+        lambda b: weighted(
+            b,
+            b.slice(b.softmax(b.concat(scores(b), x_of(b, "sink", "f32[B, S, 1]"), axis=2)), axis=2, start=0, stop="S"),
+        ),
+        ["attention: softmax concat einsum slice matmul"],
+    ),
     "softmax spelled": (lambda b: weighted(b, exponentials(b)), ["attention: div sub exp reduce_sum einsum matmul"]),
     "softmax spelled, guarded": (
         lambda b: weighted(b, exponentials(b, guard=True)),

@@ -5,7 +5,7 @@ graphs with random splits.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -242,6 +242,24 @@ def test_the_front_door_tries_a_plan_in_the_lab() -> None:
     assert tried.passed
     assert tried.collectives == 3
     assert "equal" in str(tried)
+
+
+def test_a_plan_is_checked_and_tried_at_sizes_without_empty_axes() -> None:
+    @treadle.model
+    def patches(image: Annotated[treadle.Tensor, treadle.f32["B 3 H W"]], *, dim: int = 8) -> treadle.Tensor:
+        x = treadle.convolution(image, dim, (8, 8), strides=(8, 8), name="patch")
+        return treadle.self_attention(treadle.rearrange(x, "b c h w -> b (h w) c"), 2, name="attn")
+
+    tried = try_in_lab(shard_model(patches, "tp=2", recipe="megatron"))
+    assert tried.passed
+    assert min(tried.sizes["H"], tried.sizes["W"]) >= 8
+
+
+def test_a_lab_draws_positive_variances_of_batch_norms() -> None:
+    torch = pytest.importorskip("torch")
+    layers = [torch.nn.Linear(8, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, 8)]
+    model = treadle.from_torch(torch.nn.Sequential(*layers).eval(), (torch.zeros(2, 8),), dynamic={"input": "B _"})
+    assert try_in_lab(shard_model(model, "tp=2", recipe="megatron")).passed
 
 
 def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:

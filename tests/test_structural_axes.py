@@ -92,6 +92,24 @@ def test_an_imported_module_is_split_by_megatron(kv_heads: int) -> None:
     assert try_in_lab(plan).passed
 
 
+def test_a_product_of_two_vectors_has_no_hidden_axis() -> None:
+    """Spectral normalization divides a weight by u (W v)."""
+    graph = parse_graph("""graph m {
+      symbols B
+      parameters {
+        u: f32[8]
+        v: f32[8]
+      }
+      main(x: f32[B, 8]) -> (y: f32[B, 8]) {
+        n = einsum($u, $v, equation="i, i -> ")
+        y = div(x, n)
+        return y = y
+      }
+    }""")
+    assert not [*implied_places(graph.main, "ffn")]
+    assert try_in_lab(shard(graph, "tp=2", recipe="megatron")).passed
+
+
 TEXT = """graph m {{
   symbols B
   parameters {{

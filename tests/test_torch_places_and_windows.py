@@ -203,6 +203,69 @@ def _elu(draw: random.Random) -> Drawn:
     )
 
 
+def _interpolated(draw: random.Random) -> Drawn:
+    mode = draw.choice(["nearest", "nearest-exact", "bilinear"])
+    options: dict[str, Any] = {"align_corners": draw.random() < 0.5} if mode == "bilinear" else {}
+    factor, height = draw.choice([2, 3.0, 0.5]), draw.randint(1, 9)
+
+    def rule(x: Any) -> Any:
+        return (
+            F.interpolate(x, scale_factor=factor, mode=mode, **options),
+            F.interpolate(x, size=(height, x.shape[3] + 1), mode=mode, **options),
+            F.interpolate(x[..., 0], size=x.shape[2], mode="linear" if options else "nearest"),
+        )
+
+    return rule, lambda b, s: (some(b, 2, s, 6),), "B _ S _"
+
+
+def _interpolated_with_known_sizes(draw: random.Random) -> Drawn:
+    mode, sizes = draw.choice(["bilinear", "bicubic"]), (draw.randint(1, 9), draw.randint(1, 9))
+    aligned = draw.random() < 0.5
+
+    def rule(x: Any) -> Any:
+        return (
+            F.interpolate(x, size=sizes, mode=mode, antialias=True),
+            F.interpolate(x, size=sizes, mode=mode, align_corners=aligned),
+            *(F.interpolate(x, scale_factor=1.7, mode=name) for name in ("nearest", "nearest-exact", mode)),
+            F.interpolate(x[:, None], size=(3, *sizes), mode="trilinear"),
+        )
+
+    return rule, lambda b, s: (some(b, 2, 5, 6),), "B _ _ _"
+
+
+def _transposed(draw: random.Random) -> Drawn:
+    stride, dilation, groups = draw.randint(1, 3), draw.randint(1, 2), draw.choice([1, 2])
+    pad, beyond = draw.randint(0, 2), draw.randint(0, max(stride, dilation) - 1)
+    weight, bias = some(4, 3, 4, 3), some(3 * groups)
+    options = {"stride": stride, "padding": pad, "output_padding": beyond, "groups": groups, "dilation": dilation}
+
+    def rule(x: Any) -> Any:
+        flat = F.conv_transpose1d(x[..., 0], weight[..., 0], stride=stride)
+        return F.conv_transpose2d(x, weight, bias, **options), F.conv_transpose2d(x[0], weight, **options), flat
+
+    return rule, lambda b, s: (some(b, 4, s, 5),), "B _ S _"
+
+
+def _continued(draw: random.Random) -> Drawn:
+    mode, widths = draw.choice(["replicate", "reflect", "circular"]), [draw.randint(0, 2) for _ in range(4)]
+    return (
+        lambda x: (F.pad(x, widths, mode=mode), F.pad(x[..., 0], widths[:2], mode=mode)),
+        lambda b, s: (some(b, 2, s, 5),),
+        "B _ S _",
+    )
+
+
+def _bags(draw: random.Random) -> Drawn:
+    mode, ignored = draw.choice(["sum", "mean", "max"]), draw.choice([None, 0, -1])
+    table = some(5, 3)
+
+    def rule(x: Any, factors: Any) -> Any:
+        scaled = F.embedding_bag(x, table, mode="sum", per_sample_weights=factors)
+        return F.embedding_bag(x, table, mode=mode, padding_idx=ignored), scaled
+
+    return rule, lambda b, s: (indices(5, b, s), some(b, s)), "B S"
+
+
 FAMILIES: dict[str, Callable[[random.Random], Drawn]] = {
     "scatter": _scatter,
     "scatter along": _scatter_along,
@@ -217,6 +280,11 @@ FAMILIES: dict[str, Callable[[random.Random], Drawn]] = {
     "unfold": _unfold,
     "columns": _columns,
     "instance_norm": _instance_norm,
+    "interpolate": _interpolated,
+    "interpolate to known sizes": _interpolated_with_known_sizes,
+    "transposed convolution": _transposed,
+    "pad with elements": _continued,
+    "bags": _bags,
     "elu, log1p, expm1": _elu,
 }
 

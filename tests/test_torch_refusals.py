@@ -277,6 +277,17 @@ def test_a_dimension_that_the_module_fixes() -> None:
         treadle.from_torch(nn.Linear(4, 2), (torch.randn(3, 4),), dynamic={"input": "N D"})
 
 
+def test_a_dimension_that_the_code_fixes_is_found_at_its_line() -> None:
+    def with_ones(x: Any) -> Any:
+        return x + torch.ones(len(x), 1)
+
+    with pytest.raises(treadle.TreadleError, match="specialized dimension 0") as caught:
+        treadle.from_torch(Applied(with_ones), (torch.randn(3, 4),), dynamic={"x": "B _"})
+    assert "test_torch_refusals.py:" in str(caught.value.source)
+    assert "x.shape[0] for len(x)" in str(caught.value)
+    treadle.from_torch(Applied(lambda x: x + torch.ones(x.shape[0], 1)), (torch.randn(3, 4),), dynamic={"x": "B _"})
+
+
 def test_it_takes_modules_alone() -> None:
     with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module"):
         treadle.from_torch(lambda x: x, (torch.ones(2),))
@@ -308,7 +319,11 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "differences": (lambda x: torch.diff(x, 2), (X,), "a higher order is not supported"),
     "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "dim is required"),
     "roll": (lambda x: torch.roll(x, 1), (X,), "dims are required"),
-    "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), "mode circular"),
+    "bags": (
+        lambda x: F.embedding_bag(x[0].long(), x, torch.tensor([0, 3])),
+        (X.abs() * 0,),
+        "bags of different sizes are not supported",
+    ),
     "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "bools are not supported"),
     "products": (
         lambda x: x.scatter_reduce(0, x.long(), x, "prod"),
@@ -333,11 +348,6 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         "integers with alpha or beta are not supported",
     ),
     "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i occurs twice in one operand"),
-    "transposed": (
-        lambda x: F.conv_transpose1d(x[None], x[:, None]),
-        (X,),
-        "a transposed convolution is not supported",
-    ),
     "mask": (
         lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, x[:, :3][None, None, None]),
         (X,),
@@ -387,6 +397,8 @@ OPEN: dict[str, tuple[Any, str]] = {
     "past the end": (lambda x: x[:, :, : x.shape[1]], "a position of S on an axis of T, which may be past its end"),
     "parts": (lambda x: F.adaptive_avg_pool1d(x, 3), "T elements cannot be split into 3 parts"),
     "before the start": (lambda x: x[:, x.shape[0] - x.shape[2] :], "a position of B-T, which may be negative"),
+    "pad": (lambda x: F.pad(x, (x.shape[2], 0), mode="circular"), "must be numbers of 0 or more"),
+    "cubic": (lambda x: F.interpolate(x[None], (6, 7), mode="bicubic"), "cubic interpolation from S to 6 elements"),
     "backwards": (lambda x: x[:, x.shape[2] : x.shape[0]], "from T to B, which may be before it"),
 }
 

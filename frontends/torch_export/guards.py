@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.frontends.torch_export.lines import guarded_at
 from treadle.frontends.torch_export.sizes import Symbols, env_hint
 from treadle.ir.errors import FrontendError, SizeError
 from treadle.ir.sizing.size_bounds import INFINITY, Bounds, quotient_interval
@@ -284,15 +285,10 @@ def _fails_somewhere(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) 
 
 def _unexpressed(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> FrontendError:
     """Return the error for a guard that no bounds express. `known` is False if it may hold for all sizes."""
-    place = getattr(guard, "sloc", None)
-    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
-    where = getattr(frame, "filename", None)
-    from treadle.frontends.torch_export.lines import shown
-
     return FrontendError(
         "the module's code branches on a size, and "
         + ("that branch is valid only for some sizes" if known else "that branch may not be valid for all sizes"),
         received=symbols.named(expr),
-        source=f"{shown(where)}:{frame.lineno}" if where and frame is not None else None,
+        source=guarded_at(guard),
         hint="leave that dimension out of dynamic=, or trace the module once for each case",
     )

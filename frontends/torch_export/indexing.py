@@ -6,6 +6,7 @@ count from 0. Such a read is a rearrange.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.tensors.shapes import permuted, reshaped
 from treadle.ir.transforms.padding_rows import without_gradient
-from treadle.ir.types import i64, u8
+from treadle.ir.types import boolean, i64, u8
 
 # -- known properties of an index ----------------------------------------------------------------------------------
 
@@ -86,6 +87,48 @@ def _embedding(site: TorchSite) -> Made:
     table, indices = site.x("weight"), site.x("indices")
     y, row = site.b.embedding(table, indices), site.integer("padding_idx")
     return y if row < 0 else without_gradient(site.b, y, indices, row)
+
+
+_BAGS = ("sum", "mean", "max")
+"""Names of the modes of F.embedding_bag, by PyTorch's number."""
+
+
+@operator("embedding_bag.padding_idx", "embedding_bag.default")
+def _embedding_bag(site: TorchSite) -> Made:
+    """Return the sum, mean or maximum of each bag's rows of a table. Rows at `padding_idx` are left out; a bag without
+    rows gives zeros.
+    """
+    b, table, mode = site.b, site.x("weight"), _BAGS[site.integer("mode")]
+    bags, size = _bags(site)
+    indices, _ = reshaped(b, site.x("indices"), [bags, size])
+    rows, factors = b.embedding(table, indices), site.maybe("per_sample_weights")
+    if factors is not None:
+        rows = rows * reshaped(b, factors, [bags, size, ONE])[0]
+    is_row = b.expand(b.constant(True, boolean), shape=(bags, size, ONE))
+    if site.given("padding_idx") is not None:
+        row = site.integer("padding_idx")
+        is_row = b.rearrange(indices.cast(i64) != row, pattern="b n -> b n 1")
+        rows = b.where(is_row, rows, b.constant(-math.inf if mode == "max" else 0.0, rows.dtype))
+    count = b.reduce_sum(is_row.cast(rows.dtype), axes=(1,))
+    if mode == "max":
+        made = b.where(count > 0.0, b.reduce_max(rows, axes=(1,)), 0.0)
+    else:
+        made = b.reduce_sum(rows, axes=(1,))
+        made = made / b.maximum(count, 1.0) if mode == "mean" else made
+    return [made, None, None, None]
+
+
+def _bags(site: TorchSite) -> tuple[Size, Size]:
+    """Return the number of bags and their size: F.embedding_bag of indices [b, n] passes them as [b n], and the start
+    of each bag as arange(0, b n, n).
+    """
+    starts, total, bags, size = site.node.args[2], site.x("indices").shape[0], None, ONE
+    if str(getattr(starts, "target", "")) == "aten.arange.start_step" and starts.args[0] == 0:
+        end, size = (site.importer.symbols.size(getattr(n, "meta", {}).get("val", n)) for n in (*starts.args, 1)[1:3])
+        bags = total.divide(size) if end == total else None
+    if bags is None or site.flag("include_last_offset"):
+        site.refuse("bags of different sizes are not supported", "indices [b, n] without offsets, and padding_idx")
+    return bags, size
 
 
 @operator("index_select.default")

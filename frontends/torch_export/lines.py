@@ -47,6 +47,14 @@ def source_of(node: Any) -> SourceLine | None:
     return source_in(node.meta.get("stack_trace"))
 
 
+def guarded_at(guard: Any) -> str | None:
+    """Return the user's line at which the export added a guard; None if the line is PyTorch's own."""
+    place = getattr(guard, "sloc", None)
+    frame: Any = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    own = frame is None or not frame.filename or _TORCH.search(frame.filename)
+    return None if own else f"{shown(frame.filename)}:{frame.lineno}"
+
+
 def scope_of(node: Any) -> str:
     """Return the path of a node's module: "transformer.h.0.attn"."""
     stack = node.meta.get("nn_module_stack")

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.transposed_convolutions import transposed_convolution
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
-from treadle.frontends.torch_export.shapes import expanded
+from treadle.frontends.torch_export.shapes import expanded, shortened
 from treadle.ir.attention.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size
@@ -64,8 +65,8 @@ def _conv(site: TorchSite) -> Made:
     """x [b, c, ...] or [c, ...]; padding "same" puts an odd zero at the end of an axis."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
-    if site.flag("transposed") or any(site.integers("output_padding")):
-        site.refuse("a transposed convolution is not supported")
+    if site.flag("transposed"):
+        return _transposed(site)
     alone = x.rank == spatial + 1
     if alone:
         x, _ = reshaped(b, x, [ONE, *x.shape])
@@ -90,6 +91,24 @@ def _conv(site: TorchSite) -> Made:
         padding=pads,
         groups=site.integer("groups"),
     )
+    return reshaped(b, y, y.shape[1:])[0] if alone else y
+
+
+@operator("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
+def _transposed(site: TorchSite) -> Made:
+    """x [b, c, ...] or [c, ...]"""
+    b, x, weight, bias = site.b, site.x("input"), site.x("weight"), site.maybe("bias")
+    spatial = weight.rank - 2
+    alone = x.rank == spatial + 1
+    if alone:
+        x, _ = reshaped(b, x, [ONE, *x.shape])
+    strides, dilations = (_each(site, name, spatial) for name in ("stride", "dilation"))
+    pads, beyond = (_each(site, name, spatial, 0) for name in ("padding", "output_padding"))
+    y = transposed_convolution(b, x, weight, strides, dilations, site.integer("groups"))
+    for axis, (pad, more) in enumerate(zip(pads, beyond, strict=True), start=2):
+        y = shortened(b, y, axis, pad, pad - more)
+    if bias is not None:
+        y = y + b.rearrange(bias, pattern=" ".join(["o -> o", *["1"] * spatial]))
     return reshaped(b, y, y.shape[1:])[0] if alone else y
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.recipes.activations import root
+from treadle.frontends.recipes.batch_norms import along_channels, normalized
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Expr
 from treadle.ir.sizing.sizes import ONE, Size, product
@@ -183,25 +184,16 @@ def _batch_norm(site: TorchSite) -> Made:
     return [y, None, None] if len(site.vals) > 1 else y
 
 
-def _along_channels(site: TorchSite, name: str) -> Expr | None:
-    """Return a vector shaped to broadcast along the second axis of the input."""
-    held = site.maybe(name)
-    ones = " ".join(["c", *["1"] * (site.x("input").rank - 2)])
-    return None if held is None else site.b.rearrange(held, pattern=f"c -> {ones}")
-
-
 def _scaled(site: TorchSite, y: Expr) -> Expr:
-    weight, bias = (_along_channels(site, n) for n in ("weight", "bias"))
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    weight, bias = site.maybe("weight"), site.maybe("bias")
+    y = y if weight is None else y * along_channels(site.b, weight, y.rank)
+    return y if bias is None else y + along_channels(site.b, bias, y.rank)
 
 
 def _normalized(site: TorchSite) -> Expr:
     """Normalize the input with its running statistics."""
-    mean, variance = (_along_channels(site, n) for n in ("running_mean", "running_var"))
-    assert mean is not None
-    assert variance is not None
-    return _scaled(site, (site.x("input") - mean) * site.b.rsqrt(variance + site.real("eps")))
+    x, mean, variance = (site.x(name) for name in ("input", "running_mean", "running_var"))
+    return _scaled(site, normalized(site.b, x, mean, variance, site.real("eps")))
 
 
 def _normalized_over_batch(site: TorchSite) -> Expr:

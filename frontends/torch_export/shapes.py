@@ -308,17 +308,51 @@ def _roll(site: TorchSite) -> Made:
 @operator("constant_pad_nd.default", "pad.default")
 def _pad(site: TorchSite) -> Made:
     """Pairs of pad widths start at the last axis; a negative width removes elements."""
-    b, x = site.b, site.x("self")
-    if site.given("mode", "constant") != "constant":
-        site.refuse(f"mode {site.text('mode')}")
+    b, x, mode = site.b, site.x("self"), site.text("mode") or "constant"
     pads = [Size.of(n) for n in site.given("pad")]
     value = site.real("value", 0.0)
     for k in range(len(pads) // 2):
         axis, (before, after) = x.rank - 1 - k, pads[2 * k : 2 * k + 2]
+        if mode != "constant":
+            x = _continued(site, x, axis, mode, before, after)
+            continue
         cut = [-n.constant if n.constant is not None and n.constant < 0 else 0 for n in (before, after)]
-        if any(cut):
-            x = b.slice(x, axis=axis, start=cut[0], stop=x.shape[axis] - cut[1])
+        x = shortened(b, x, axis, *cut)
         before, after = (ZERO if c else n for c, n in zip(cut, (before, after), strict=True))
         if before != ZERO or after != ZERO:
             x = b.pad(x, axis=axis, before=before, after=after, value=value)
+    return x
+
+
+def _continued(site: TorchSite, x: Expr, axis: int, mode: str, before: Size, after: Size) -> Expr:
+    """Return x with elements before and after an axis that continue it: copies of the elements at the edges
+    (replicate), the elements in reversed order without the edge (reflect), or those from the other end (circular).
+    """
+    b, size = site.b, x.shape[axis]
+
+    def edge(count: Size, first: Size, inner: Size, other: Size) -> Expr:
+        """Return the elements at one side; the arguments are where elements of each mode begin."""
+        if mode == "replicate":
+            one = b.slice(x, axis=axis, start=first, stop=first + 1)
+            return expanded(b, one, [count if i == axis else n for i, n in enumerate(x.shape)])
+        if mode == "reflect":
+            return flipped(b, b.slice(x, axis=axis, start=inner, stop=inner + count), axis)
+        return b.slice(x, axis=axis, start=other, stop=other + count)
+
+    if any(n.constant is None or n.constant < 0 for n in (before, after)):
+        site.refuse(f"widths {before} and {after} of mode {mode} must be numbers of 0 or more")
+    parts = [x]
+    if before != ZERO:
+        parts.insert(0, edge(before, ZERO, ONE, size - before))
+    if after != ZERO:
+        parts.append(edge(after, size - 1, size - 1 - after, ZERO))
+    return b.concat(*parts, axis=axis) if len(parts) > 1 else x
+
+
+def shortened(b: Builder, x: Expr, axis: int, before: int, after: int) -> Expr:
+    """Return x without the first `before` and the last `after` elements of an axis. Negative numbers append zeros."""
+    if min(before, after) < 0:
+        x = b.pad(x, axis=axis, before=max(-before, 0), after=max(-after, 0))
+    if max(before, after) > 0:
+        x = b.slice(x, axis=axis, start=max(before, 0), stop=x.shape[axis] - max(after, 0))
     return x

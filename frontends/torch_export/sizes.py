@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from typing import Any
 
@@ -30,6 +31,10 @@ def depends_on_data(received: str | None = None) -> UnknownSize:
         hint="keep it a tensor, and mask with torch.arange(size) < n in place of a slice [:n]; or give the module a "
         "Python number, which becomes a part of the graph",
     )
+
+
+_LARGEST_DIVISOR = 4096
+"""For a factor such as 0.6, whose divisor is larger, rounding of a product with it depends on the size."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Symbols:
             if expr.name not in self.names:
                 raise depends_on_data(str(expr))
             return Size.symbol(self.names[expr.name])
+        if kind in ("TruncToInt", "FloorToInt"):
+            return self._scaled(expr)
         parts = [self._of(x) for x in expr.args]
         if kind == "Add":
             return reduce(lambda x, y: x + y, parts)
@@ -89,8 +96,26 @@ class Symbols:
             return parts[0] - parts[0] // parts[1] * parts[1]
         if kind in ("Min", "Max"):
             return self._extremum(parts, largest=kind == "Max")
-        raise UnknownSize(
-            f"a size of {kind} is not supported",
+        raise self._unknown(expr)
+
+    def _scaled(self, expr: Any) -> Size:
+        """int(0.5 * float(n)), as F.interpolate computes sizes from scale factors  -->  n // 2"""
+        (scaled,) = expr.args
+        ratio, parts = Fraction(1), []
+        for factor in scaled.args if scaled.is_Mul else [scaled]:
+            if factor.is_Number:
+                ratio *= Fraction(float(factor))
+            elif type(factor).__name__ == "ToFloat":
+                parts.append(self._of(factor.args[0]))
+            else:
+                raise self._unknown(expr)
+        if ratio < 0 or ratio.denominator > _LARGEST_DIVISOR:
+            raise self._unknown(expr)
+        return product(parts) * ratio.numerator // ratio.denominator
+
+    def _unknown(self, expr: Any) -> UnknownSize:
+        return UnknownSize(
+            f"a size of {type(expr).__name__} is not supported",
             received=self.named(expr),
             hint="leave the dimension out of dynamic=, or compute the size with +, -, *, //, %, min and max",
         )

@@ -5,6 +5,7 @@
 import treadle.frontends.torch_export.complex_numbers
 import treadle.frontends.torch_export.creation
 import treadle.frontends.torch_export.indexing
+import treadle.frontends.torch_export.interpolation
 import treadle.frontends.torch_export.pointwise
 import treadle.frontends.torch_export.products
 import treadle.frontends.torch_export.reductions

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.files.shown_names import printable
-from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
+from treadle.frontends.torch_export.lines import guarded_at, raised_at, source_in, within_operator
 from treadle.frontends.torch_export.model import expect_dense, named_tensors
 from treadle.frontends.torch_export.module_hints import experts_hint, mask_hint, output_hint, scope_within
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
@@ -300,6 +300,16 @@ def _all_decompositions(ours: frozenset[Any]) -> dict[Any, Any]:
     return dict(table.items())
 
 
+def _specialized_at(val: Any, size: int) -> str | None:
+    """Return the line that fixed a dynamic dimension of an argument to a size."""
+    env: Any = getattr(getattr(val, "fake_mode", None), "shape_env", None)
+    for guard in getattr(env, "guards", ()):
+        symbols = guard.expr.free_symbols
+        if symbols and all(env.replacements.get(symbol) == size for symbol in symbols):
+            return guarded_at(guard)
+    return None
+
+
 def name_symbols(
     program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
 ) -> tuple[Symbols, dict[str, Size]]:
@@ -311,23 +321,22 @@ def name_symbols(
     dims = []
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in opened:
-            dims += [(node.name, axis, name, node.meta["val"].shape[axis]) for axis, name in opened[node.name].items()]
-    for argument, axis, name, size in dims:
+            val = node.meta["val"]
+            dims += [(node.name, axis, name, val.shape[axis], val) for axis, name in opened[node.name].items()]
+    for argument, axis, name, size, val in dims:
         if isinstance(size, int) or size.node.expr.is_Integer:
+            needed = "write x.shape[0] for len(x); a layer of that size and range(n) need a fixed size"
             raise FrontendError(
                 f"torch.export specialized dimension {axis} of {argument} to {int(size)}",
                 received=f"dynamic= calls it {name}",
-                hint="leave it out of dynamic="
-                + (
-                    ", or give an example where it is 2 or more"
-                    if int(size) < 2
-                    else ": the module works only with that size"
-                ),
+                source=_specialized_at(val, int(size)),
+                hint="leave it out of dynamic=, or "
+                + ("give an example where it is 2 or more" if int(size) < 2 else needed),
             )
         symbols.env = size.node.shape_env
         if size.node.expr.is_Symbol:
             symbols.names.setdefault(size.node.expr.name, name)
-    for _, _, name, size in dims:
+    for _, _, name, size, _ in dims:
         for symbol in sorted(size.node.expr.free_symbols, key=str):
             symbols.names.setdefault(symbol.name, f"{name}_{symbol.name}")
         made = symbols.size(size)

@@ -77,6 +77,21 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
     return found
 
 
+def filled_sizes(graph: Graph, least: int) -> dict[str, int]:
+    """Return sizes of the symbols within their bounds at which no dimension of a value is empty, if such sizes are
+    found. They are unequal, and `least` or larger, if the bounds allow that.
+    """
+    dims = {size for _, node in graph.walk() for value in node.results for size in value.type.shape}
+    sizes: dict[str, int] = {}
+    for scale in (1, 8, 64, 512):
+        for number, (symbol, bounds) in enumerate(sorted(graph.symbols.items())):
+            size = bounds.lower - 1 + scale * least + number
+            sizes[symbol] = size if bounds.upper is None else min(size, bounds.upper)
+        if all(size.evaluate(sizes) > 0 for size in dims):
+            break
+    return sizes
+
+
 # -- indices ---------------------------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def _hidden(function: Function) -> Iterator[Place]:
             continue
         (value,) = node.results
         dim = value.type.rank - 1
-        if _ends_in_products(value, dim, uses, returned):
+        if dim >= 0 and _ends_in_products(value, dim, uses, returned):
             yield Place(value, dim, ONE, value.type.shape[dim])
 
 

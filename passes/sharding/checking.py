@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+from treadle.ir.analysis.drawn_inputs import filled_sizes
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import PassError
@@ -47,8 +48,7 @@ _SPLITTING = (StepKind.TAKE, StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
 def check_sharding(plan: ShardingPlan) -> None:
     """Raise PassError, with the function and the node, if a plan is wrong."""
     for extra in (1, 6):
-        known = {s: 2 * plan.mesh.ranks + extra + i for i, s in enumerate(sorted(plan.graph.symbols))}
-        check = _Check(plan, known)
+        check = _Check(plan, filled_sizes(plan.graph, 2 * plan.mesh.ranks + extra))
         seen: dict[str, PlannedFunction] = {}
         for planned in plan.functions:
             check.function(planned, seen)

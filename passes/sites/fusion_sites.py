@@ -30,7 +30,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
 from treadle.ir.ops.elementwise import Cast, Cos, Erf, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Sin, Sqrt, Tanh
 from treadle.ir.ops.logic import Where
-from treadle.ir.ops.parts import Concat
+from treadle.ir.ops.parts import Concat, Slice
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.ops.reductions import ReduceMean, ReduceSum
 from treadle.ir.ops.shapes import Expand, Rearrange
@@ -173,13 +173,13 @@ class _Finder:
             scores, own = found
         else:
             return None
-        above = self._search([scores.node], _above_rounding, _keeps_elements_apart, lambda n: n.is_contraction)
+        above = self._search([scores.node], _above_rounding, _keeps_scores_apart, lambda n: n.is_contraction)
         if above and isinstance(above[-1].op, Linear) and above[-1].inputs[1] in self.weights:
             return None
         below = self._search(
             self._readers_below_rounding(node),
             self._readers_below_rounding,
-            _keeps_elements_apart,
+            _keeps_scores_apart,
             lambda n: n.is_contraction,
         )
         return [*own, *above, *below] if above and below else None
@@ -299,6 +299,13 @@ def _above_rounding(node: Node) -> list[Node | None]:
     """
     trip = round_trip_at(node)
     return _makers(node) if trip is None else [trip.value.node]
+
+
+def _keeps_scores_apart(node: Node) -> bool:
+    """Return True if an op computes on scores one by one, or joins scores with others, such as those of attention
+    sinks, or takes a part of them.
+    """
+    return _keeps_elements_apart(node) or isinstance(node.op, (Concat, Slice))
 
 
 def _keeps_elements_apart(node: Node) -> bool:

@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from treadle.ir.analysis.causality import is_causal
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
+from treadle.ir.builder import Builder
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.generated_values import GeneratedValue
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.graph import Function, Graph, Value, needed_nodes
 from treadle.ir.naming import free_name
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.text_signature import without_padding
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
@@ -263,10 +265,13 @@ def _stepped_axis(graph: Graph) -> str:
     bound = "an option of the model that bounds {}: for rotary positions that are scaled by the length, {}N, up to the "
     bound += "number of positions before scaling"
     hint = Hint(*(bound.format(measured[0], each) for each in ("longest=", "--set longest="))) if measured else None
+    others = [symbol for symbol in symbols if symbol not in first]
+    alone = _stepped_alone(graph, others) if len(graph.main.outputs) > 1 else None
+    if alone is not None:
+        hint = hint or Hint(f"outputs={[alone]!r}", f"--outputs {alone}")
     causal = [
         symbol
-        for symbol in symbols
-        if symbol not in first
+        for symbol in others
         for output, value in graph.main.outputs.items()
         if symbol in value.type.symbols and is_causal(graph, symbol, output)
     ]
@@ -278,6 +283,20 @@ def _stepped_axis(graph: Graph) -> str:
     error = NoStep("\n".join([what, *against]), hint=hint)
     error.is_causal = bool(causal)
     raise error
+
+
+def _stepped_alone(graph: Graph, symbols: Sequence[str]) -> str | None:
+    """Return the first output along which the model may be stepped if it returns that output alone."""
+    for name in graph.main.outputs:
+        alone = clone_graph(graph)
+        b = Builder(alone)
+        b.outputs(**{name: b.expr(alone.main.outputs[name])})
+        alone.main.nodes = needed_nodes(alone.main.nodes, alone.main.results)
+        for symbol in symbols:
+            following = follow(alone, symbol)
+            if following.outputs and following.step():
+                return name
+    return None
 
 
 def _fixed_sizes(graph: Graph) -> NoStep:

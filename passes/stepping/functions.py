@@ -316,7 +316,8 @@ class _Body:
         met = self.context.encounters.get(node, ())
         if any(isinstance(x, Stepped) and x.by_row for x in operands):
             raise refusal(node, "mixes values that depend on the tokens' positions")
-        for value in (*node.inputs, *node.results):
+        reads = node.op.reads_positions or any(self.context.dims(v) for v in node.inputs)
+        for value in (*node.inputs, *node.results) if reads else ():
             if self.context.dims(value) and self.context.rows.get(value) and self.context.row_dim(value) != 0:
                 raise refusal(node, "mixes tokens, but their rows are not its first dimension")
         is_carried = any(isinstance(e.kind, Scanned) for e in met) and not node.op.reads_positions

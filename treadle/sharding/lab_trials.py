@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.files.errors import Hint
-from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.analysis.drawn_inputs import draw_inputs, filled_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.interpreter import interpret
 from treadle.ir.transforms.encoded_weights import encode_weights
@@ -75,8 +75,7 @@ def try_in_lab(
     graph = plan.graph
     stages = 1 if plan.pipeline is None else len(plan.pipeline.stages)
     least = max(plan.devices.ranks, plan.mesh.ranks // stages) + 3
-    uneven = {s: least for s, bounds in graph.symbols.items() if least in bounds}
-    chosen = choose_sizes(graph, {**uneven, **dict(sizes or {})})
+    chosen = choose_sizes(graph, {**filled_sizes(graph, least), **dict(sizes or {})})
     if weights is None:
         rng = np.random.default_rng(seed)
         drawn = initial_weights(graph, seed)
@@ -97,8 +96,13 @@ def try_in_lab(
 
 
 def _difference(found: Array, wanted: Array) -> float:
-    """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller."""
+    """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller.
+    Elements that are NaN in both, or the same infinity, do not differ.
+    """
     if not wanted.size:
         return 0.0
-    apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
-    return float(np.max(apart) / max(1.0, float(np.max(np.abs(wanted)))))
+    ours, theirs = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    scale = float(np.max(np.abs(theirs), initial=1.0, where=np.isfinite(theirs)))
+    apart = np.subtract(ours, theirs, where=~same, out=np.zeros_like(ours))
+    return float(np.max(np.abs(apart))) / scale

@@ -18,15 +18,11 @@ import numpy.typing as npt
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.windows import WindowGeometry, halves, kernel_sizes, steps, windows_of
-from treadle.ir.builder import Builder, Expr
-from treadle.ir.ops.axis_names import axis_letters
+from treadle.frontends.recipes.resizing import LARGEST, Floats, combined, cubic, interpolated, linear, weights, within
+from treadle.frontends.recipes.transposed_convolutions import transposed_convolution
+from treadle.ir.builder import Expr
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.types import f64, i64
-
-Floats = npt.NDArray[np.float64]
-
-_MOST = 4096
-"""Maximum size of an axis, old or new, for which a resize uses a matrix."""
 
 # -- resize --------------------------------------------------------------------------------------------------------
 
@@ -38,7 +34,7 @@ def _resize(site: OnnxSite) -> Made:
     """
     b, x = site.b, site.x(0)
     mode, places = site.text("mode", "nearest"), site.text("coordinate_transformation_mode", "half_pixel")
-    cubic, outside = site.float("cubic_coeff_a", -0.75), bool(site.int("exclude_outside", 0))
+    steep, outside = site.float("cubic_coeff_a", -0.75), bool(site.int("exclude_outside", 0))
     nearest, antialias = site.text("nearest_mode", "round_prefer_floor"), bool(site.int("antialias", 0))
     policy = site.text("keep_aspect_ratio_policy", "stretch")
     site.ignore("extrapolation_value")
@@ -54,22 +50,26 @@ def _resize(site: OnnxSite) -> Made:
             site.refuse(f"mode {mode} of {x.dtype} is not supported")
         if old.constant == 0 or size.constant == 0:
             site.refuse(f"an axis of {old} cannot be resized to {size}")
-        if old.constant is not None and size.constant is not None and max(old.constant, size.constant) <= _MOST:
+        if old.constant is not None and size.constant is not None and max(old.constant, size.constant) <= LARGEST:
             ends = old.constant, size.constant
             by = ends[1] / ends[0] if scale is None else scale
             at = _coordinates(site, places, np.arange(ends[1], dtype=np.float64), ends, scale, np.where)
             if mode == "nearest":
                 x = b.gather(x, b.constant(_nearest(site, nearest, at, old.constant), i64), axis=axis)
             else:
-                filtered = _linear if mode == "linear" else partial(_cubic, cubic)
-                matrix = _matrix(at, old.constant, filtered, 1 if mode == "linear" else 2, by, outside, antialias)
-                x = _product(site, x, matrix, axis)
+                filtered = linear if mode == "linear" else partial(cubic, steep)
+                reach = 1 if mode == "linear" else 2
+                matrix = weights(at, old.constant, filtered, reach, by, exclude=outside, antialias=antialias)
+                x = combined(b, x, matrix, axis)
             continue
         if mode == "cubic" or (mode == "linear" and antialias and (scale is None or scale < 1)):
             site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size} is not supported", old, size)
         count, wanted = (b.size(value=n, dtype=f64) for n in (old, size))
         at = _coordinates(site, places, b.iota(size=size).cast(f64), (count, wanted), scale, b.where)
-        x = _taken_nearest(site, x, axis, at, nearest) if mode == "nearest" else _between(site, x, axis, at, outside)
+        if mode == "nearest":
+            x = _taken_nearest(site, x, axis, at, nearest)
+        else:
+            x = interpolated(b, x, axis, at, exclude=outside)
     return x
 
 
@@ -103,7 +103,7 @@ def _scaled(site: OnnxSite, size: Size, scale: float) -> Size:
     if size.constant is not None:
         return Size.of(math.floor(size.constant * scale))
     ratio = Fraction(scale)
-    if ratio.denominator > _MOST:  # such as 0.6: rounding of a product with it depends on the size
+    if ratio.denominator > LARGEST:  # such as 0.6: rounding of a product with it depends on the size
         site.refuse_symbolic(f"an axis of size {size} cannot be scaled by {scale}", size)
     return size * ratio.numerator // ratio.denominator
 
@@ -152,34 +152,7 @@ def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> E
             index = -b.floor(-at)
         case _:
             site.malformed(f"unknown nearest_mode {mode!r}")
-    return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)
-
-
-def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
-    """Interpolate x linearly at positions along an axis: each pair of neighbors is weighted by distance."""
-    b, size = site.b, x.shape[axis]
-    first, ones = b.floor(at), " ".join("1" * (x.rank - 1 - axis))
-    total: Expr | None = None
-    weights = []
-    for place in (first, first + 1.0):
-        weight = 1.0 - b.abs(at - place)
-        if exclude:
-            inside = b.logical_and(place >= 0.0, place <= b.size(value=size - 1, dtype=f64))
-            weight = b.where(inside, weight, 0.0)
-        weights.append(weight)
-    whole = weights[0] + weights[1]
-    for place, weight in zip((first, first + 1.0), weights, strict=True):
-        share = b.rearrange((weight / whole if exclude else weight).cast(x.dtype), pattern=f"n -> n {ones}")
-        part = b.gather(x, _within(b, place, size), axis=axis) * share
-        total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-def _within(b: Builder, index: Expr, size: Size) -> Expr:
-    """Return positions clamped to the range of an axis of this size."""
-    last = b.size(value=size - 1, dtype=f64)
-    return b.maximum(b.minimum(index, last), 0.0).cast(i64)
+    return b.gather(x, within(b, index, x.shape[axis]), axis=axis)
 
 
 def _nearest(site: OnnxSite, mode: str, at: Floats, old: int) -> npt.NDArray[np.int64]:
@@ -197,47 +170,6 @@ def _nearest(site: OnnxSite, mode: str, at: Floats, old: int) -> npt.NDArray[np.
     return np.clip(index, 0, old - 1).astype(np.int64)
 
 
-def _linear(distance: Floats) -> Floats:
-    return np.asarray(np.maximum(1 - np.abs(distance), 0))
-
-
-def _cubic(a: float, distance: Floats) -> Floats:
-    """Return the cubic convolution kernel (Keys 1981) at these distances."""
-    d = np.abs(distance)
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
-
-
-def _matrix(at: Floats, old: int, kernel: object, reach: int, scale: float, exclude: bool, antialias: bool) -> Floats:
-    """Return the weight of each old element in each new element, [new, old]. Beyond an edge, the edge's element is
-    used.
-    """
-    assert callable(kernel)
-    stretch = max(1 / scale, 1.0) if antialias else 1.0
-    span = math.ceil(reach * stretch) + 1
-    first = np.floor(at).astype(np.int64)
-    matrix = np.zeros((len(at), old))
-    rows = np.arange(len(at))
-    for offset in range(-span, span + 1):
-        place = first + offset
-        weight = kernel((at - place) / stretch)
-        if exclude:
-            weight = np.where((place >= 0) & (place < old), weight, 0.0)
-        np.add.at(matrix, (rows, np.clip(place, 0, old - 1)), weight)
-    if exclude or antialias:
-        matrix /= matrix.sum(1, keepdims=True)
-    return matrix
-
-
-def _product(site: OnnxSite, x: Expr, matrix: Floats, axis: int) -> Expr:
-    b = site.b
-    *names, new = axis_letters(x.rank + 1)
-    result = [new if i == axis else n for i, n in enumerate(names)]
-    weight = b.constant(matrix, x.dtype)
-    return b.einsum(x, weight, equation=f"{' '.join(names)}, {new} {names[axis]} -> {' '.join(result)}")
-
-
 # -- convolution, transposed ---------------------------------------------------------------------------------------
 
 
@@ -252,16 +184,7 @@ def _conv_transpose(site: OnnxSite) -> Made:
     spatial, groups = x.rank - 2, site.int("group", 1)
     kernel, beyond = kernel_sizes(site, weight), site.ints("output_padding") or (0,) * spatial
     found = _transposed_windows(site, x, kernel, beyond)
-    names = axis_letters(2 * spatial, "bcgo")
-    places, inner = " ".join(names[:spatial]), " ".join(names[spatial:])
-    split = b.rearrange(x, pattern=f"b (g={groups} c) {places} -> b g c {places}")
-    kernels = b.rearrange(weight, pattern=f"(g={groups} c) o {inner} -> g c o {inner}")
-    y = b.einsum(split, kernels, equation=f"b g c {places}, g c o {inner} -> b g o {places} {inner}")
-    y = b.rearrange(y, pattern=f"b g o {places} {inner} -> b (g o) {places} {inner}")
-    for i in reversed(range(spatial)):
-        axis, stride, dilation = i + 2, found.strides[i], found.dilations[i]
-        size = (x.shape[axis] - 1) * stride + (kernel[i] - 1) * dilation + 1
-        y = b.fold_windows(y, axis=axis, size=size, stride=stride, dilation=dilation)
+    y = transposed_convolution(b, x, weight, found.strides, found.dilations, groups)
     for axis, (before, after) in enumerate(zip(found.before, found.after, strict=True), start=2):
         y = _cut(site, y, axis, before, after - beyond[axis - 2])
     return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")

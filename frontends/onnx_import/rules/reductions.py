@@ -8,6 +8,7 @@ from collections.abc import Callable
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.arithmetic import in_order
 from treadle.frontends.recipes.activations import root
+from treadle.frontends.recipes.batch_norms import along_channels, normalized
 from treadle.frontends.recipes.positions import flipped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import product
@@ -173,13 +174,12 @@ def _batch_norm(site: OnnxSite) -> Made:
     site.ignore("momentum")
     if site.int("training_mode", 0) or site.int("spatial", 1) != 1 or any(site.wanted[1:]):
         site.refuse("training mode is not supported")
-    ones = " ".join("1" * (x.rank - 2))
-    scale, bias, mean, variance = (b.rearrange(site.x(i), pattern=f"c -> c {ones}") for i in range(1, 5))
-    if not x.dtype.is_float or any(v.dtype is not x.dtype for v in (scale, bias, mean, variance)):
-        wide = [v.cast(f32) for v in (x, scale, bias, mean, variance)]
-        y = (wide[0] - wide[3]) * b.rsqrt(wide[4] + eps) * wide[1] + wide[2]
-        return y.cast(x.dtype)
-    return (x - mean) * b.rsqrt(variance + eps) * scale + bias
+    values = [site.x(i) for i in range(5)]
+    if not x.dtype.is_float or any(v.dtype is not x.dtype for v in values):
+        values = [v.cast(f32) for v in values]
+    wide, scale, bias, mean, variance = values
+    y = normalized(b, wide, mean, variance, eps) * along_channels(b, scale, x.rank) + along_channels(b, bias, x.rank)
+    return y.cast(x.dtype)
 
 
 @operator("InstanceNormalization", latest=22, first=6)

@@ -10,6 +10,7 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.parts import Concat
 from treadle.passes.cleanup.canonicalize import TidyLayout
 from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.returned_values import ReturnedValues
@@ -156,14 +157,19 @@ class _Finder:
 
     def _nodes_before(self, weighting: Weighting) -> tuple[Node, ...]:
         """Return the nodes from a softmax up to the product of queries and keys, including that product, also through
-        one product with a weight: talking heads mix the scores of the heads (Shazeer et al. 2020).
+        one product with a weight: talking heads mix the scores of the heads (Shazeer et al. 2020). The same holds for
+        one join of the scores with others, such as those of attention sinks.
         """
         axes, above = Axes(), weighting
         for _ in range(2):
             try:
                 found = find_scores(axes, above, axes.of(above.scores), self.work.readers, rounded=True)
-            except Mismatch:
-                return ()
+            except Mismatch as mismatch:
+                if not isinstance(mismatch.node.op, Concat):
+                    return ()
+                joined = mismatch.node
+                above = replace(above, scores=joined.inputs[0], nodes=(*above.nodes, joined), anchor=joined)
+                continue
             computed = [side.value for side in (found.left, found.right) if not is_weight(side.value)]
             if len(computed) != 1:
                 return tuple(dict.fromkeys((*above.nodes, *found.nodes)))[::-1] if computed else ()

@@ -13,6 +13,7 @@ from treadle.ir.ops.arithmetic import Add, Div, Mul, Sub
 from treadle.ir.ops.elementwise import Cast, Exp
 from treadle.ir.ops.logic import NotEqual, Where
 from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
+from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.shapes import Rearrange, Reshape
 from treadle.passes.cleanup.round_trips import round_trip_from
 from treadle.passes.framework.pattern import Pattern, Vocabulary
@@ -157,6 +158,8 @@ def _changed(user: Node, value: Value) -> str:
             return f"the probabilities are masked or shifted after the softmax, by {user.op.name}"
         case Softmax():
             return "a second softmax follows the first"
+        case Slice():
+            return "a part of the probabilities is dropped before the product, such as that of an attention sink"
         case Reshape():
             return "the probabilities are reshaped across their axes"
     return f"the probabilities go through {user.op.name} before the product with the values"
