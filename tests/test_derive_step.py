@@ -63,7 +63,7 @@ def drawn_inputs(graph: Graph, axis: str, rng: np.random.Generator, rows: int = 
     return made
 
 
-def names_of_new_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
+def drawn_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
     return {name: rng.standard_normal(v.type.evaluate({})) * 0.4 for name, v in graph.parameters.items()}
 
 
@@ -171,7 +171,7 @@ def test_steps_of_drawn_models_give_what_the_whole_gives(seed: int) -> None:
 def hold_to_the_whole(graph: Graph, rng: np.random.Generator, *, runs: int) -> None:
     """Compare the entries of a graph's step, over drawn schedules, with a run of the graph over all tokens."""
     derived = derive_step(graph)
-    weights = names_of_new_weights(graph, rng)
+    weights = drawn_weights(graph, rng)
     inputs = drawn_inputs(graph, derived.axis, rng)
     whole = interpret(graph, inputs, weights, float64=True)
     seen: list[int] = []

@@ -51,7 +51,7 @@ def matrices(graph: Graph, text: str, others: Mapping[str, str] | None = None) -
     return {name: parse_encoding((others or {}).get(name, text)) for name in names}
 
 
-def names_of_new_weights(graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
+def drawn_weights(graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
     """Draw weights of an encoded graph; return them, and their decoded numbers."""
     held, meant = {}, {}
     for number, (name, value) in enumerate(graph.parameters.items()):
@@ -83,7 +83,7 @@ def test_an_encoded_graph_means_the_float_one_of_its_numbers(name: str) -> None:
     assert parse_graph(str(encoded)) == encoded
     assert {v.type.decoded for v in encoded.parameters.values()} == {v.type for v in graph.parameters.values()}
     assert all(v.type.encoding is not None for v in encoded.parameters.values() if v.type.rank == 2)
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     inputs = drawn_inputs(graph)
     wanted = interpret(graph, inputs, meant)
     for output, array in interpret(encoded, inputs, held).items():
@@ -124,7 +124,7 @@ def test_a_copy_of_a_function_takes_no_other_functions_name() -> None:
     encoded = encode_parameters(graph, {"a": Encoding("q8_0")})
     verify(encoded)
     assert list(encoded.functions) == ["h", "h_2", "h_3", "main"]
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     x = {"x": np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32)}
     np.testing.assert_array_equal(interpret(encoded, x, held)["y"], interpret(graph, x, meant)["y"])
 
@@ -173,7 +173,7 @@ def test_the_same_sites_fuse_as_in_the_float_model(name: str) -> None:
         return [[n.op.name for n in f.nodes if not n.op.decodes] for f in of.functions.values()]
 
     assert without_decodes(blocks.graph) == without_decodes(plain.graph)
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     inputs = drawn_inputs(graph)
     wanted = interpret(plain.graph, inputs, meant)
     for output, array in interpret(blocks.graph, inputs, held).items():
@@ -251,7 +251,7 @@ def test_columns_in_another_order_are_multiplied_with_gathered_inputs(form: str)
     verify(encoded)
     ops = [node.op.name for _, node in encoded.walk()]
     assert (ops.count("gather"), ops.count("index_add")) == (2, 1)
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     rng = np.random.default_rng(5)
     orders = {name: rng.permutation(64).astype(np.int32) for name in ("one", "other")}
     numbers = {}
@@ -319,7 +319,7 @@ def test_blocks_are_joined_and_cut_as_blocks() -> None:
     (record,) = made.log
     assert [e.reason for e in record.refusals] == ["parts0 is encoded as q8_0, but concat would split its blocks"]
     assert all(c.cases for c in record.certificates)
-    held, meant = names_of_new_weights(graph)
+    held, meant = drawn_weights(graph)
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32), "i": np.array([5, 0, 63])}
     before, after = (interpret(g, inputs, held) for g in (graph, made.graph))
     for name, array in before.items():
@@ -355,7 +355,7 @@ def test_a_product_of_a_constant_and_blocks_is_hoisted_with_its_decode_or_stays(
     assert (graph.bind is None) == read_at_calls
     left = [node.op.name for node in graph.main.nodes]
     assert left == (["decode", "linear", "linear", "neg"] if read_at_calls else ["mul"])
-    held, _ = names_of_new_weights(b.graph)
+    held, _ = drawn_weights(b.graph)
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)}
     before, after = (interpret(g, inputs, held) for g in (b.graph, graph))
     for name, array in before.items():
@@ -376,7 +376,7 @@ def test_backends_run_encoded_weights(name: str, text: str, backend: str) -> Non
         pytest.skip(f"backend {backend}: {reason}")
     graph = MODELS[name].graph()
     encoded = encode_parameters(graph, matrices(graph, text, MIXED if name != "gpt2" else None))
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     inputs = drawn_inputs(graph)
     made = treadle.compile(encoded, backend=backend, weights=held)
     plain = treadle.compile(graph, backend=backend, weights=meant)
@@ -390,7 +390,7 @@ def test_a_weight_that_is_not_its_blocks_is_refused(backend: str) -> None:
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     graph = parse_graph(JOINED)
-    held, meant = names_of_new_weights(graph)
+    held, meant = drawn_weights(graph)
     for wrong in (meant["a"], held["a"].astype(np.int8), held["a"][:, 1:]):
         with pytest.raises(BackendError) as error:
             treadle.compile(graph, backend=backend, weights={**held, "a": wrong})
@@ -435,7 +435,7 @@ def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
 def test_an_artifact_keeps_the_blocks(tmp_path: Any) -> None:
     graph = MODELS["llama"].graph()
     encoded = encode_parameters(graph, matrices(graph, "q4_0"))
-    held, _ = names_of_new_weights(encoded)
+    held, _ = drawn_weights(encoded)
     made = treadle.compile(encoded, weights=held)
     made.save(tmp_path / "model.treadle")
     again = treadle.load_artifact(tmp_path / "model.treadle")
@@ -453,7 +453,7 @@ def test_a_step_reads_encoded_weights(backend: str) -> None:
         pytest.skip(f"backend {backend}: {reason}")
     graph = MODELS["llama"].graph()
     encoded = encode_parameters(graph, matrices(graph, "q5_1"))
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     logits = []
     for of, weights in ((graph, meant), (encoded, held)):
         session = treadle.compile(of, backend=backend, weights=weights).session(rows=1, capacity=16)
@@ -473,7 +473,7 @@ def test_decoding_parameters_is_the_way_back(name: str) -> None:
     again = decode_parameters(encoded)
     verify(again)
     assert again == graph
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     for weight, array in decode_weights(encoded, held).items():
         np.testing.assert_array_equal(array, meant[weight])
 
@@ -483,7 +483,7 @@ def test_blocks_that_were_moved_are_numbers_that_are_moved() -> None:
     again = decode_parameters(graph)
     verify(again)
     assert "as q8_0" not in str(again)
-    held, meant = names_of_new_weights(graph)
+    held, meant = drawn_weights(graph)
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32), "i": np.array([5, 0, 63])}
     wanted = interpret(graph, inputs, held)
     for name, array in interpret(again, inputs, meant).items():
@@ -494,7 +494,7 @@ def test_onnx_has_numbers_where_its_operators_lack_a_form(tmp_path: Any) -> None
     pytest.importorskip("onnx")
     graph = MODELS["bert"].graph()
     encoded = encode_parameters(graph, matrices(graph, "q4_0"))
-    held, meant = names_of_new_weights(encoded)
+    held, meant = drawn_weights(encoded)
     export_onnx(encoded, held, tmp_path / "blocks.onnx", opset=20)  # 4-bit groups need opset 21
     export_onnx(graph, meant, tmp_path / "numbers.onnx", opset=20)
     assert (tmp_path / "blocks.onnx").read_bytes() == (tmp_path / "numbers.onnx").read_bytes()
@@ -514,7 +514,7 @@ def test_numpy_moves_blocks_that_a_call_picks() -> None:
         "cut": b.slice(picked, axis=1, start=1),
     }
     b.outputs(**{name: b.apply("decode", blocks, of=blocks.type.encoding) for name, blocks in moved.items()})
-    held, given = names_of_new_weights(b.graph)[0], {"i": np.array([[0, 2, 5], [1, 1, 3]])}
+    held, given = drawn_weights(b.graph)[0], {"i": np.array([[0, 2, 5], [1, 1, 3]])}
     made = treadle.compile(b.graph, backend="numpy", weights=held)
     assert all(f"out=memory.{op}" in made.source for op in ("gather", "rearrange", "concat"))
     for name, wanted in interpret(b.graph, given, held).items():

@@ -12,7 +12,7 @@ import pytest
 from tests.lab_checks import NEAR, apart, block_text, block_text_of, words
 from tests.sharded_models import numbers, recognized
 from tests.stateful_graphs import blocks
-from tests.test_encoded_weights import MODELS, drawn_inputs, names_of_new_weights, matrices
+from tests.test_encoded_weights import MODELS, drawn_inputs, drawn_weights, matrices
 from tests.wrong_shardings import changed_node
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
@@ -340,7 +340,7 @@ def test_costs_decide_between_two_axes_that_want_one_mesh_axis() -> None:
 def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str) -> None:
     declared = MODELS[name].graph()
     graph = PassManager(RECOGNITION).run(encode_parameters(declared, matrices(declared, "q8_0"))).graph
-    held, _ = names_of_new_weights(graph)
+    held, _ = drawn_weights(graph)
     inputs = drawn_inputs(graph)
     wanted = interpret(graph, inputs, held, float64=True)["logits"]
     plan = shard(graph, "tp=2,dp=2", recipe=recipe)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.stepped_models import MODELS, optimized
-from tests.test_derive_step import Schedule, drawn_inputs, names_of_new_weights, state_sizes
+from tests.test_derive_step import Schedule, drawn_inputs, drawn_weights, state_sizes
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.ir.analysis.tolerances import room, spacing_of
@@ -67,7 +67,7 @@ class Whole:
     @staticmethod
     def of(graph: Graph, rng: np.random.Generator) -> Whole:
         derived = derive_step(graph)
-        weights = {n: x.astype(np.float32) for n, x in names_of_new_weights(graph, rng).items()}
+        weights = {n: x.astype(np.float32) for n, x in drawn_weights(graph, rng).items()}
         inputs = drawn_inputs(graph, derived.axis, rng)
         inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
         outputs = interpret(graph, inputs, weights, float64=True)
@@ -126,7 +126,7 @@ def test_on_tvm_a_step_has_the_bits_of_the_whole(name: str) -> None:
     graph = optimized(MODELS[name])
     derived = derive_step(graph)
     rng = np.random.default_rng(6)
-    weights = {n: x.astype(np.float32) for n, x in names_of_new_weights(graph, rng).items()}
+    weights = {n: x.astype(np.float32) for n, x in drawn_weights(graph, rng).items()}
     inputs = drawn_inputs(graph, derived.axis, rng)
     inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
     outputs = find_backend("tvm").compile(graph, Target("cpu"), weights)(**inputs)
@@ -161,7 +161,7 @@ def test_on_tvm_a_step_of_a_model_in_bf16_has_the_bits_of_the_whole_with_product
     )
     derived = derive_step(narrow)
     rng = np.random.default_rng(6)
-    weights = {n: x.astype(np.float32) for n, x in names_of_new_weights(narrow, rng).items()}
+    weights = {n: x.astype(np.float32) for n, x in drawn_weights(narrow, rng).items()}
     inputs = drawn_inputs(narrow, derived.axis, rng)
     inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
     outputs = find_backend("tvm").compile(products, Target("cpu"), weights)(**inputs)

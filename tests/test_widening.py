@@ -32,7 +32,7 @@ def narrow_model(dtype: str) -> Graph:
     return graph_of(build)
 
 
-def names_of_new_weights(graph: Graph) -> dict[str, np.ndarray]:
+def drawn_weights(graph: Graph) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     shapes = {n: (v.type.static_shape, v.type.dtype) for n, v in graph.parameters.items()}
     return {n: Literal.of(rng.standard_normal(s), d).array for n, (s, d) in shapes.items()}
@@ -44,7 +44,7 @@ def test_narrow_values_are_computed_in_f32_where_the_caller_asks(backend: str, d
     if backend != "numpy":
         pytest.importorskip(backend)
     graph = narrow_model(dtype)
-    weights = names_of_new_weights(graph)
+    weights = drawn_weights(graph)
     wide = {n: np.float32(w) for n, w in weights.items()}
     exe = treadle.compile(graph, backend=backend, weights=wide, widen=dtype)
     assert [str(p.dtype) for p in (*exe.inputs, *exe.outputs)] == ["f32", "f32"]
@@ -64,19 +64,19 @@ def test_a_cast_to_the_narrow_dtype_is_one_to_f32() -> None:
 
 def test_numpy_names_a_way_out_that_works() -> None:
     graph = narrow_model("bf16")
-    said = message(lambda: treadle.compile(graph, weights=names_of_new_weights(graph)))
+    said = message(lambda: treadle.compile(graph, weights=drawn_weights(graph)))
     assert "NumPy has no bf16" in said
     assert 'try       backend="torch", or widen="bf16"' in said
-    treadle.compile(graph, weights=names_of_new_weights(graph), widen="bf16")
+    treadle.compile(graph, weights=drawn_weights(graph), widen="bf16")
     pytest.importorskip("torch")
-    treadle.compile(graph, weights=names_of_new_weights(graph), backend="torch")
+    treadle.compile(graph, weights=drawn_weights(graph), backend="torch")
 
 
 def test_an_artifact_is_widened_as_it_is_loaded(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     graph = narrow_model("bf16")
     x = np.float32([[1, 2, 3, 4, 5, 6, 7, 8]])
-    made = treadle.compile(graph, weights=names_of_new_weights(graph), backend="torch")
+    made = treadle.compile(graph, weights=drawn_weights(graph), backend="torch")
     made.save(tmp_path / "m.treadle")
     loaded = treadle.load_artifact(tmp_path / "m.treadle", backend="numpy", widen="bf16")
     np.testing.assert_allclose(loaded(x=x)["y"], made(x=x)["y"], rtol=0.05, atol=0.05)
