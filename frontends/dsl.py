@@ -32,7 +32,8 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS, dtype_word
+from treadle.ir.wording.other_spellings import dtype_word
+from treadle.ir.wording.typed_calls import other_meaning
 
 Tensor = Expr
 """A value of the graph: the inputs and outputs of a model's function."""
@@ -109,7 +110,7 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
             "stack repeats a block under a name",
             received=type(name).__name__,
             source=describe_source(user_line(), trace().scope),
-            hint=OTHER_MEANINGS["stack"] + 'for i in t.stack("layer", 12):',
+            hint=other_meaning("stack") + 'for i in t.stack("layer", 12):',
         )
     return Repetitions(name, _repeated(name, count, shared))
 

@@ -6,9 +6,10 @@ import ast
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 
 import numpy as np
 
@@ -97,22 +98,33 @@ def user_line(*, beyond: int = 0) -> SourceLine | None:
     return None if frame is None else _source(frame.f_code.co_filename, frame.f_lineno)
 
 
-def user_call() -> str | None:
-    """Return the called function as the user's line writes it, such as `math.sqrt`. None if the line calls none, or if
+def user_call(trace: TracebackType | None = None) -> ast.Call | None:
+    """Return the call that the user's line makes, or whose function it looks up. None if the line calls nothing, or if
     its text cannot be read.
+
+    trace  where the user's line raised an error, if its frame is no longer on the stack
     """
-    frame = _user_frame(sys._getframe(1))
+    frame = _user_frame(sys._getframe(1)) if trace is None else trace.tb_frame
     if frame is None:
         return None
-    line, last, start, stop = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    if line is None or line != last:
-        return None
-    text = linecache.getline(frame.f_code.co_filename, line).encode()[start:stop].decode(errors="replace")
+    at = list(frame.f_code.co_positions())[(frame.f_lasti if trace is None else trace.tb_lasti) // 2]
     try:
-        call = ast.parse(text, mode="eval").body
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))
     except (SyntaxError, ValueError):
         return None
-    return ast.unparse(call.func) if isinstance(call, ast.Call) else None
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return next((node for node in calls if at in (*_positions(node, node.func), *_positions(node.func))), None)
+
+
+def _positions(node: ast.expr, function: ast.expr | None = None) -> Iterator[tuple[int | None, ...]]:
+    """Yield the positions that Python's instructions may have for an expression: the line and the last line, then the
+    columns. A method of a call over several lines begins at its name.
+    """
+    yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+    function = function or node
+    if isinstance(function, ast.Attribute) and function.end_col_offset is not None:
+        start = function.end_col_offset - len(function.attr)
+        yield function.end_lineno, node.end_lineno, start, node.end_col_offset
 
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:
