@@ -29,10 +29,11 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The folder of models is missing here, since models are treated like a user's code.
 _PARTS = ("files", "ir", "frontends", "passes", "backends", "runtime", "treadle")
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
-_FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
-"""The folder of the package if it is installed, when the files of `treadle/` are next to the other packages. None in a
-checkout.
+_INSTALLED = os.path.exists(os.path.join(_ROOT, "__init__.py"))
+"""True if the package is installed: then the folders of `treadle/` are next to the other packages, which a checkout has
+at its top level.
 """
+_MODELS = os.path.join(_ROOT, "models") + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _NUMPY = os.path.dirname(np.__file__) + os.sep
 _CALLED = tuple(
@@ -51,7 +52,8 @@ class _CompilerFiles(dict[str, bool]):
 
     def __missing__(self, filename: str) -> bool:
         path = os.path.abspath(filename)
-        known = path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen ")
+        known = path.startswith(_COMPILER) or filename.startswith("<frozen ")
+        known = known or (_INSTALLED and path.startswith(_ROOT + os.sep) and not path.startswith(_MODELS))
         known = known or path.startswith(_NUMPY) or any(part in path for part in _CALLED)
         self[filename] = known or (path.startswith(_LIBRARY) and "site-packages" not in path)
         return self[filename]
@@ -96,6 +98,12 @@ def user_line(*, beyond: int = 0) -> SourceLine | None:
     """
     frame = _user_frame(sys._getframe(beyond + 1))
     return None if frame is None else _source(frame.f_code.co_filename, frame.f_lineno)
+
+
+def calling_line() -> SourceLine | None:
+    """Return the line that called the caller of this, or None if it is not the user's."""
+    frame = sys._getframe(2)
+    return _source(frame.f_code.co_filename, frame.f_lineno) if _user_frame(frame) is frame else None
 
 
 def user_call(trace: TracebackType | None = None) -> ast.Call | None:
