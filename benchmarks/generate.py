@@ -271,7 +271,7 @@ def prepare(model: str, form: str, folder: Path, python: str) -> None:
         )
         made.save_pretrained(folder / "hf")
         return
-    from treadle.fetch import fetch_model
+    from treadle.fetching import fetch_model
 
     fetched = fetch_model("smollm2")
     source = fetched if fetched.suffix == ".gguf" else next(fetched.glob("*.gguf"))

@@ -24,7 +24,7 @@ import transformers
 
 from treadle.compiled import Compiled
 from treadle.entry_functions import compile
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.transforms.encoded_weights import decode_weights

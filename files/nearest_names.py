@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from treadle.files.errors import Hint, UsageError
 from treadle.files.shown_names import printable
@@ -71,6 +71,20 @@ def check_suffix(path: str | PurePath, suffixes: Sequence[str], file: str, hint:
             f"the name of {file} must end in {' or '.join(suffixes)}",
             received=printable(str(path)),
             hint=hint or printable(with_nearest_suffix(str(path), suffixes)),
+        )
+
+
+def check_folder(path: Path | None, file: str) -> None:
+    """Raise UsageError if a path, in which a folder is to be created, has the name of a file.
+
+    file  the name of the file that is written there: "embeddings.npy"
+    """
+    if path is not None and path.suffix == PurePath(file).suffix and not path.is_dir():
+        folder = path.with_suffix("")
+        raise UsageError(
+            f"{printable(path.name)} would be a folder, with the file {file} in it",
+            received=printable(str(path)),
+            hint=printable(f"--output {folder}, which writes {folder / file}"),
         )
 
 

@@ -17,7 +17,8 @@ from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import user_line
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
 from treadle.ir.wording.other_interfaces import entry_word
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_WORDS
+from treadle.ir.wording.other_spellings import OTHER_WORDS
+from treadle.ir.wording.typed_calls import other_meaning, typed_replacement
 
 _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 
@@ -37,6 +38,8 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that the DSL lacks. The hint gives the DSL's word for another library's name, or
     similar names. For a name that PyTorch or NumPy has, only the same name in another spelling is similar.
     """
+    import treadle.frontends.language as language
+
     known = [*known]
     if _is_elsewhere(name):
         near = [n for n in known if _without_form(n) == _without_form(name)]
@@ -46,7 +49,7 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
     return UnknownNameError(
         f"the DSL has no {name!r}",
         source=str(user_line() or "") or None,
-        hint=OTHER_WORDS.get(name) or entry_word(name) or guess,
+        hint=typed_replacement(name, language.Tensor) or OTHER_WORDS.get(name) or entry_word(name) or guess,
     )
 
 
@@ -85,13 +88,13 @@ def call_hint(error: BaseException) -> str | None:
     of_tensors = any(owner == base.__name__ for base in language.Tensor.__mro__)
     function = getattr(language.Tensor, name, None) if of_tensors else vars(language).get(name)
     if function is None and re.search(rf"\b(torch|numpy|np)\.{name}\(", _line(error)):  # torch.ones(x.shape[1], 8)
-        return OTHER_WORDS.get(name)
+        return typed_replacement(name, trace=_innermost(error)) or OTHER_WORDS.get(name)
     if not inspect.isfunction(function) or not (of_tensors or _called(name, error) in (None, function)):
         return None
     signature = inspect.signature(function)
     wanted = re.search(r"'(\w+)'", rest) if problem.startswith("got") else None
     guess = option_guess(wanted[1], signature) if wanted else ""
-    guess = guess if of_tensors else OTHER_MEANINGS.get(name, "") + guess
+    guess = guess if of_tensors else other_meaning(name, _innermost(error)) + guess
     if of_tensors:
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     return f"{guess}{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"

@@ -178,6 +178,7 @@ class Model(Generic[P, R]):
             function: Callable[..., Any] = self.function
             with importing_neighbors(function):
                 results = function(**arguments, **self._configuration())
+            tracing.check_scopes()
             tracing.outputs(**_name_outputs(self, results))
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)

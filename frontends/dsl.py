@@ -16,11 +16,11 @@ does not parse its source. The only control flow of a graph is the calls of repe
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ContextDecorator
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
@@ -32,10 +32,12 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS, dtype_word
+from treadle.ir.wording.other_spellings import dtype_word
+from treadle.ir.wording.typed_calls import other_meaning
 
 Tensor = Expr
 """A value of the graph: the inputs and outputs of a model's function."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 TensorLike = ExprLike
 """An operand of an op: a tensor, or a number or array, which becomes a constant."""
 
@@ -44,6 +46,7 @@ class Trace(Builder):
     """A builder that also records a declaration's stacks and parameters.
 
     regions   the nodes that the repetitions of each stack added
+    unentered  the scopes that no `with` statement has entered
     declared  the parameters that may not be declared again, each with its line; a repetition of a shared stack may
               declare the parameters of the other repetitions
     """
@@ -53,6 +56,16 @@ class Trace(Builder):
         self.regions: list[RepeatedRegion] = []
         self.depth = 0
         self.declared: dict[str, SourceLine | None] = {}
+        self.unentered: list[Scope] = []
+
+    def check_scopes(self) -> None:
+        """Raise FrontendError for a scope that was never entered."""
+        for each in self.unentered:
+            raise FrontendError(
+                f"scope {each.name!r} names nothing: it was not entered",
+                source=describe_source(each.source, ""),
+                hint=f'with t.scope("{each.name}"):',
+            )
 
 
 CURRENT: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
@@ -109,7 +122,7 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
             "stack repeats a block under a name",
             received=type(name).__name__,
             source=describe_source(user_line(), trace().scope),
-            hint=OTHER_MEANINGS["stack"] + 'for i in t.stack("layer", 12):',
+            hint=other_meaning("stack") + 'for i in t.stack("layer", 12):',
         )
     return Repetitions(name, _repeated(name, count, shared))
 
@@ -152,11 +165,36 @@ def _repeated(name: str, count: int | Size, shared: bool) -> Iterator[int]:
             tracing.regions.append(RepeatedRegion(name, scope, nodes, source, depth))
 
 
-@contextmanager
-def scope(name: str) -> Iterator[None]:
+class Scope(ContextDecorator):
+    """The scope of a `with` statement, or of a function that it decorates."""
+
+    def __init__(self, name: str, source: SourceLine | None) -> None:
+        self.name, self.source = name, source
+        self._entered: list[AbstractContextManager[None]] = []
+        if (tracing := CURRENT.get()) is not None:
+            tracing.unentered.append(self)
+
+    def __call__(self, function: Function) -> Function:
+        self._used()
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._used()
+        self._entered.append(trace().scoped(self.name))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
+
+    def _used(self) -> None:
+        tracing = CURRENT.get()
+        if tracing is not None and self in tracing.unentered:
+            tracing.unentered.remove(self)
+
+
+def scope(name: str) -> Scope:
     """Prefix the names of parameters and ops inside with `name`: `with t.scope("encoder"): ...`"""
-    with trace().scoped(name):
-        yield
+    return Scope(name, user_line())
 
 
 def parameter(

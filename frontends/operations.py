@@ -17,7 +17,7 @@ from treadle.ir.errors import GraphError
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
 from treadle.ir.wording.op_signatures import op_signature, text_attribute
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS, OTHER_OPTIONS
+from treadle.ir.wording.other_spellings import DIFFERENT, OTHER_OPTIONS
 
 
 @cache
@@ -50,7 +50,7 @@ def _method_names(cls: type[Op]) -> dict[str, str]:
     """
     own = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     found = {name: next((each for each in OTHER_OPTIONS[name] if each in own), None) for name in _METHOD_NAMES}
-    different = cls.name in OTHER_MEANINGS
+    different = cls.name in DIFFERENT
     return {name: each for name, each in found.items() if each is not None and name not in own and not different}
 
 

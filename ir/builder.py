@@ -33,7 +33,8 @@ from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.types import DType, Type, i64, parse_type
 from treadle.ir.wording.call_spelling import option_guess, spelled_call
 from treadle.ir.wording.op_signatures import op_signature
-from treadle.ir.wording.other_spellings import OTHER_MEANINGS, without_option
+from treadle.ir.wording.other_spellings import without_option
+from treadle.ir.wording.typed_calls import other_meaning
 
 
 class Builder(OpMethods):
@@ -297,9 +298,9 @@ def _call_hint(cls: type[Op], given: Mapping[str, Any]) -> str:
     unknown = _unknown_attribute(cls, given)
     if unknown is not None and (instead := without_option(cls.name, unknown, given[unknown])) is not None:
         return instead
-    guess = OTHER_MEANINGS.get(cls.name, "") + (option_guess(unknown, signature) if unknown else "")
-    if unknown is not None and len(unknown) == 1 and not guess and "pattern" in signature.parameters:
-        guess = f'a size is in the pattern, as "({unknown}=2 d)": '
+    guess = other_meaning(cls.name) + (option_guess(unknown, signature) if unknown else "")
+    if unknown is not None and isinstance(given[unknown], int) and not guess and "pattern" in signature.parameters:
+        guess = f'a size is in the pattern, as "({unknown}={given[unknown]} d)": '
     return guess + spelled_call(cls.name, signature)
 
 

@@ -6,9 +6,10 @@ import ast
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 
 import numpy as np
 
@@ -28,10 +29,11 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The folder of models is missing here, since models are treated like a user's code.
 _PARTS = ("files", "ir", "frontends", "passes", "backends", "runtime", "treadle")
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
-_FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
-"""The folder of the package if it is installed, when the files of `treadle/` are next to the other packages. None in a
-checkout.
+_INSTALLED = os.path.exists(os.path.join(_ROOT, "__init__.py"))
+"""True if the package is installed: then the folders of `treadle/` are next to the other packages, which a checkout has
+at its top level.
 """
+_MODELS = os.path.join(_ROOT, "models") + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _NUMPY = os.path.dirname(np.__file__) + os.sep
 _CALLED = tuple(
@@ -50,7 +52,8 @@ class _CompilerFiles(dict[str, bool]):
 
     def __missing__(self, filename: str) -> bool:
         path = os.path.abspath(filename)
-        known = path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen ")
+        known = path.startswith(_COMPILER) or filename.startswith("<frozen ")
+        known = known or (_INSTALLED and path.startswith(_ROOT + os.sep) and not path.startswith(_MODELS))
         known = known or path.startswith(_NUMPY) or any(part in path for part in _CALLED)
         self[filename] = known or (path.startswith(_LIBRARY) and "site-packages" not in path)
         return self[filename]
@@ -97,22 +100,39 @@ def user_line(*, beyond: int = 0) -> SourceLine | None:
     return None if frame is None else _source(frame.f_code.co_filename, frame.f_lineno)
 
 
-def user_call() -> str | None:
-    """Return the called function as the user's line writes it, such as `math.sqrt`. None if the line calls none, or if
+def calling_line() -> SourceLine | None:
+    """Return the line that called the caller of this, or None if it is not the user's."""
+    frame = sys._getframe(2)
+    return _source(frame.f_code.co_filename, frame.f_lineno) if _user_frame(frame) is frame else None
+
+
+def user_call(trace: TracebackType | None = None) -> ast.Call | None:
+    """Return the call that the user's line makes, or whose function it looks up. None if the line calls nothing, or if
     its text cannot be read.
+
+    trace  where the user's line raised an error, if its frame is no longer on the stack
     """
-    frame = _user_frame(sys._getframe(1))
+    frame = _user_frame(sys._getframe(1)) if trace is None else trace.tb_frame
     if frame is None:
         return None
-    line, last, start, stop = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    if line is None or line != last:
-        return None
-    text = linecache.getline(frame.f_code.co_filename, line).encode()[start:stop].decode(errors="replace")
+    at = list(frame.f_code.co_positions())[(frame.f_lasti if trace is None else trace.tb_lasti) // 2]
     try:
-        call = ast.parse(text, mode="eval").body
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))
     except (SyntaxError, ValueError):
         return None
-    return ast.unparse(call.func) if isinstance(call, ast.Call) else None
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return next((node for node in calls if at in (*_positions(node, node.func), *_positions(node.func))), None)
+
+
+def _positions(node: ast.expr, function: ast.expr | None = None) -> Iterator[tuple[int | None, ...]]:
+    """Yield the positions that Python's instructions may have for an expression: the line and the last line, then the
+    columns. A method of a call over several lines begins at its name.
+    """
+    yield node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+    function = function or node
+    if isinstance(function, ast.Attribute) and function.end_col_offset is not None:
+        start = function.end_col_offset - len(function.attr)
+        yield function.end_lineno, node.end_lineno, start, node.end_col_offset
 
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:

@@ -129,7 +129,7 @@ def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: A
 
 def fetched(folder: Path) -> dict[str, str]:
     """Return the paths of the fetched models by name; a pickle is converted to safetensors in `folder`."""
-    from treadle.fetch import fetched_model
+    from treadle.fetching import fetched_model
     from treadle.wheels.pinned_models import PINNED
 
     paths = {}

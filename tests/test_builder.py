@@ -171,7 +171,7 @@ def iteration(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
 
 
 def method_of_other_libraries(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
-    return x.movedim(0, 1)
+    return x.cross(x)
 
 
 def parameter_of_two_types(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
@@ -204,7 +204,7 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (equality_of_values, GraphError, "a tensor of a model has no truth value"),
     (chained_comparison, GraphError, "a tensor of a model has no truth value"),
     (iteration, GraphError, "a tensor cannot be iterated over along an axis whose size differs from call to call: S"),
-    (method_of_other_libraries, GraphError, "a tensor of a model has no .movedim"),
+    (method_of_other_libraries, GraphError, "a tensor of a model has no .cross"),
     (parameter_of_two_types, GraphError, "received  f32[4], then f32[5]"),
 ]
 

@@ -90,6 +90,15 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
             ["index 99", line_of("t.embed"), "99 in input tokens", "indices from 0 to 9"],
         ),
         (["run", SMALL, "--input", "tokens=none.npy"], ["the file does not exist", "none.npy"]),
+        (
+            ["run", SMALL, "--input", "tokens=1", "--output", "made/logits.npy"],
+            ["logits.npy would be a folder", "--output made/logits, which writes made/logits/NAME.npy"],
+        ),
+        (
+            ["embed", "none", "A sentence.", "--output", "made.npy"],
+            ["made.npy would be a folder", "--output made, which writes made/embeddings.npy"],
+        ),
+        (["verify", SMALL, "--backend", "onnxruntime"], ["there is no backend 'onnxruntime'", "one of numpy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
         (["embed", "gpt2", "A sentence."], ["gpt2 does not embed sentences"]),
         (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),

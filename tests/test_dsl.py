@@ -534,6 +534,32 @@ def test_a_value_of_another_trace_is_caught() -> None:
 # -- names, scopes and bounds --------------------------------------------------------------------------------------
 
 
+def test_a_scope_without_a_with_statement_is_refused() -> None:
+    @t.model
+    def model(x: t.f32["B 8"]):
+        t.scope("encoder")
+        return t.linear(x, 8, name="f")
+
+    with pytest.raises(FrontendError, match="scope 'encoder' names nothing: it was not entered") as caught:
+        model.graph()
+    assert caught.value.hint == 'with t.scope("encoder"):'
+    assert (caught.value.source or "").startswith("tests/test_dsl.py:")
+
+
+def test_a_scope_is_also_a_decorator() -> None:
+    @t.scope("inner")
+    def layer(x: t.Tensor) -> t.Tensor:
+        return t.linear(x, 8, name="f")
+
+    @t.model
+    def model(x: t.f32["B 8"]):
+        outer = t.scope("outer")
+        with outer:
+            return layer(x)
+
+    assert [*model.graph().parameters] == ["outer.inner.f.weight", "outer.inner.f.bias"]
+
+
 def test_scopes_name_parameters() -> None:
     @t.model
     def model(x: t.f32["B 4"]):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import find_backend
-from treadle.fetch import fetch_model
+from treadle.fetching import fetch_model
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 from treadle.sentence_embedding import SentenceEmbedder

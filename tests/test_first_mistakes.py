@@ -244,7 +244,7 @@ def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
         (lambda torch, x: torch.ones(x.shape[1], x.shape[1]), "t.expand(t.constant(1.0"),
         (lambda torch, x: torch.ones((x.shape[1], 4)), "t.expand(t.constant(1.0"),
         (lambda torch, x: torch.zeros(x.shape), "t.expand(t.constant(0.0"),
-        (lambda torch, x: torch.full((x.shape[1], 4), 2.5), "t.expand(t.constant(value"),
+        (lambda torch, x: torch.full((x.shape[1], 4), 2.5), "t.expand(t.constant(2.5"),
     ],
 )
 def test_an_array_of_a_size_that_differs_is_built_by_an_op(body: Any, tried: str) -> None:
@@ -300,8 +300,8 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
     ("body", "said", "tried"),
     [
         (lambda x: np.tanh(x), "NumPy's tanh takes arrays", "t.tanh(x)"),
-        (lambda x: np.mean(x, axis=-1), "NumPy's mean takes arrays", "t.reduce_mean(x, axes=(-1,))"),
-        (lambda x: np.concatenate([x, x]), "NumPy's concatenate takes arrays", "t.concat(x, x, axis=1)"),
+        (lambda x: np.mean(x, axis=-1), "NumPy's mean takes arrays", "x.mean(dim=-1)"),
+        (lambda x: np.concatenate([x, x]), "NumPy's concatenate takes arrays", "t.concat(x, x, axis=0)"),
         (lambda x: np.add.reduce(x), "NumPy's reduce takes arrays", None),
         (lambda x: np.array([x, x]), "a tensor of a model is not an array", "t.concat(a, b, axis=1)"),
         (lambda x: t.mlp(x, 8, act=np.tanh), "NumPy's tanh takes arrays", "t.tanh(x)"),

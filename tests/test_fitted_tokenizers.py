@@ -15,7 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 import treadle as t
 from tests.command_line import Treadle, commands_in, refused
 from treadle.continuation import TextWriter
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import train_tokenizer
 from treadle.ir.errors import CheckpointError, UsageError

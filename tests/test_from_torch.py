@@ -299,8 +299,9 @@ def test_a_module_is_no_model_before_it_is_imported() -> None:
     module, example_inputs = nn.Linear(3, 4), (torch.ones(2, 3),)
     with pytest.raises(treadle.UsageError) as caught:
         treadle.compile(module)
-    way, _, _ = str(caught.value.hint).partition(", where")
-    exe = eval(way, {"t": treadle, "module": module, "example_inputs": example_inputs})
+    way, _, _ = str(caught.value.hint).partition(" in its place, where")
+    imported = eval(way, {"t": treadle, "module": module, "example_inputs": example_inputs})
+    exe = treadle.compile(imported)
     np.testing.assert_allclose(
         exe(input=example_inputs[0].numpy())["output"], module(*example_inputs).detach(), atol=1e-6
     )

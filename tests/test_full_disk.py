@@ -17,7 +17,7 @@ import pytest
 import treadle as t
 from tests.error_texts import raises_freely
 from tests.test_fetch import pack, pin
-from treadle.fetch import fetch_wheel
+from treadle.fetching import fetch_wheel
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.gpt2 import gpt2
 from treadle.npy_files import read_npy, write_npy

@@ -62,9 +62,17 @@ def test_a_run_that_needs_nothing_fits_at_once() -> None:
         return x + x
 
     exe = t.compile(doubled, backend="tvm", target=ALONE, memory=1, sizes={"B": 4})
-    assert exe.memory is not None and exe.memory.peak == 0 and not exe.memory.chunks
+    assert exe.memory_fit is not None and exe.memory_fit.peak == 0 and not exe.memory_fit.chunks
     (made,) = exe(x=np.ones((3, 8), np.float32)).values()
     assert np.array_equal(made, np.full((3, 8), 2))
+
+
+def test_a_compiled_model_reports_the_memory_of_a_call() -> None:
+    exe = t.compile("gpt2", backend="tvm", target=ALONE, **SMALL)
+    assert exe.memory(**CASES["gpt2"]).peak == peak_of("gpt2")
+    assert exe.memory().sizes == {"B": 1, "S": 128}
+    with raises_freely(UsageError):
+        exe.memory(layers=2)
 
 
 def test_the_result_is_checked_against_the_budget() -> None:
@@ -84,8 +92,8 @@ def test_the_result_is_checked_against_the_budget() -> None:
 def test_a_run_keeps_to_its_budget_with_the_same_bits(family: str, share: float) -> None:
     budget, most = int(peak_of(family) * share), CASES[family]
     free, kept = t.compile(family, backend="tvm", target=ALONE, **SMALL), within(family, budget)
-    assert kept.memory is not None and kept.memory.chunks
-    assert kept.memory.peak == arena(kept, **most) <= budget
+    assert kept.memory_fit is not None and kept.memory_fit.chunks
+    assert kept.memory_fit.peak == arena(kept, **most) <= budget
     others = [most, {n: max(1, size - 3) for n, size in most.items()}, {"B": 1, "S": 5}, {"B": 1, "S": 1}]
     for sizes in others:
         given = tokens(**sizes)
@@ -93,7 +101,7 @@ def test_a_run_keeps_to_its_budget_with_the_same_bits(family: str, share: float)
         assert all(np.array_equal(wanted[name], made[name]) for name in wanted)
     assert kept.executable.machine.plans  # type: ignore[attr-defined]
     placed = [plan.arena for plan in kept.executable.machine.plans.values()]  # type: ignore[attr-defined]
-    assert max(placed) == kept.memory.peak  # the plan that was searched is the plan that runs
+    assert max(placed) == kept.memory_fit.peak  # the plan that was searched is the plan that runs
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -115,7 +123,7 @@ def test_sizes_beyond_the_budget_are_refused() -> None:
 def test_less_memory_never_takes_less_time_nor_more_memory_more() -> None:
     peak, times = peak_of("gpt2"), []
     for share in (1.2, 1.0, 0.9, 0.8, 0.7, 0.6):
-        fit = within("gpt2", int(peak * share)).memory
+        fit = within("gpt2", int(peak * share)).memory_fit
         assert fit is not None and fit.peak <= fit.budget
         times.append(fit.ratio)
     assert times == sorted(times)
@@ -132,7 +140,7 @@ def test_budget_refusals_report_the_smallest_peak() -> None:
     assert f"{peak:,}" in str(error.within) and f"{peak // 5:,}" in str(error.received)
     assert peak // 5 < bound <= least < peak
     kept = within("gpt2", least)  # the suggested budget works
-    assert kept.memory is not None and kept.memory.peak <= least
+    assert kept.memory_fit is not None and kept.memory_fit.peak <= least
     with pytest.raises(BackendError, match="does not fit"):
         within("gpt2", least - 1)
 
@@ -147,13 +155,13 @@ def test_a_bound_of_nothing_is_not_told() -> None:
 
 def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
     kept = within("gpt2", int(peak_of("gpt2") * 0.6))
-    assert kept.memory is not None
-    text = str(kept.memory)
+    assert kept.memory_fit is not None
+    text = str(kept.memory_fit)
     assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "predicted time" in text
     record = next(r for r in kept.log if r.name == "fit-memory")
     assert record.notes == text.splitlines()
-    assert kept.memory.as_dict()["chunks"][0]["parts"] >= 2
-    assert t.compile("gpt2", backend="numpy", **SMALL).memory is None
+    assert kept.memory_fit.as_dict()["chunks"][0]["parts"] >= 2
+    assert t.compile("gpt2", backend="numpy", **SMALL).memory_fit is None
 
 
 def test_a_budget_on_numpy() -> None:
@@ -195,7 +203,7 @@ def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
             save(tmp_path / "kept.treadle")
     t.compile("gpt2", backend="tvm", **SMALL).save(tmp_path / "free.treadle")
     loaded = t.load_artifact(tmp_path / "free.treadle", target=ALONE, memory=budget, sizes=CASES["gpt2"])
-    assert loaded.memory == kept.memory
+    assert loaded.memory_fit == kept.memory_fit
     given = tokens(B=1, S=100)
     assert np.array_equal(loaded(tokens=given)["logits"], kept(tokens=given)["logits"])
 
@@ -240,4 +248,4 @@ def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch
     assert "ways were left out, since at most 5 are tried" in text
     least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
     kept = searched("gpt2", least)  # the suggested budget works, though a smaller one might too
-    assert kept.memory is not None and kept.memory.peak <= least
+    assert kept.memory_fit is not None and kept.memory_fit.peak <= least

@@ -20,7 +20,7 @@ import treadle as t
 from tests.opened_files import opened_in
 from treadle.continuation import TextWriter
 from treadle.explaining.fusion import explain_fusion
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.program.source import ModelSource

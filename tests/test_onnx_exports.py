@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from tests.onnx_exports import draw, export
 from tests.onnx_models import answers, runtime
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.text.parser import parse_graph
 

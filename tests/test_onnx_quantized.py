@@ -23,7 +23,7 @@ from tests.onnx_models import model
 from tests.onnx_models import runtime as unoptimized
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.kernels.host import tvm_runtime
-from treadle.fetch import fetch_model
+from treadle.fetching import fetch_model
 from treadle.files.errors import TreadleError
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.encodings.encoding import Encoding

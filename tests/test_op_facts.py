@@ -406,7 +406,8 @@ SPELLERS = (
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "encoded", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
     *("ir/builder.py", "ir/expressions.py", "ir/tensors/", "passes/framework/pattern.py"),
-    *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
+    *("ir/wording/other_spellings.py", "ir/wording/typed_calls.py", "ir/wording/python_protocols.py"),
+    "ir/sizing/size_numbers.py",
     "passes/memory/instances.py",  # columns of files
     "treadle/tasks/option_hints.py",  # options of other libraries
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly

@@ -4,6 +4,7 @@ is code that runs, or says that there is nothing to call.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,6 +199,28 @@ def test_a_misspelled_attribute_names_the_nearest_one() -> None:
     with pytest.raises(AttributeError) as private:
         _ = exe._nothing
     assert type(private.value) is AttributeError
+
+
+def test_the_settings_of_a_trainer_are_fixed() -> None:
+    trainer = objects()["trainer"]
+    for name, value in {"learning_rate": 0.5, "clip": None}.items():
+        with raises_freely(t.UsageError, match=rf"a trainer has fixed settings: \.{name} cannot be set") as caught:
+            setattr(trainer, name, value)
+        assert caught.value.hint == f"t.Trainer(model, {name}=...)"
+
+    class Own(t.Trainer):
+        def __init__(self, model: object) -> None:
+            super().__init__(model)
+            self.best = 1.0
+
+    assert Own(classes).best == 1.0
+
+
+def test_a_module_is_not_a_word_of_the_package() -> None:
+    with raises_freely(t.FrontendError, match="the DSL has no 'fetch'") as caught:
+        t.fetch("minilm")  # type: ignore[attr-defined]
+    assert caught.value.hint == 't.fetch_model("minilm")'
+    assert not [name for name in dir(t) if inspect.ismodule(getattr(t, name)) and name != "ops"]
 
 
 def test_an_error_inside_a_property_is_not_a_missing_name() -> None:

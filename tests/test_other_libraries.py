@@ -74,14 +74,14 @@ def test_an_axis_that_means_something_else_in_pytorch_is_not_taken() -> None:
 @pytest.mark.parametrize(
     ("body", "tried"),
     [
-        (lambda x: x.astype("f2"), "x.cast(t.f32)"),
+        (lambda x: x.astype("f2"), "x.cast(t.f16)"),
         (lambda x: x.eq(0), "x == x"),
         (lambda x: x.cuda(), "x  # leave it out: target="),
         (lambda x: x.numpy(), "t.compile(model)(...)"),
         (lambda x: x.byte(), "x.to(t.u8)"),
         (lambda x: x.nonzero(), "t.where(condition, x, 0.0)  # keeps the shape"),
-        (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
-        (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
+        (lambda x: x.norm(), "t.sqrt((x * x).sum())"),
+        (lambda x: t.permute(x, 2, 0, 1), "x.permute(2, 0, 1)"),
         (lambda x: t.dropout(x, 0.1), "x  # leave it out: a graph has no random numbers, also in training"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
         (lambda x: t.reduce_mean(x, axes=(-1,), keepdims=True), "did you mean keep=?"),
@@ -90,6 +90,53 @@ def test_an_axis_that_means_something_else_in_pytorch_is_not_taken() -> None:
 )
 def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
     assert (refusal(body).hint or "").startswith(tried)
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda x: t.cat([x, x + 1], dim=-1), "t.concat(x, x + 1, axis=-1)"),
+        (lambda x: t.cat([x, x]), "t.concat(x, x, axis=0)"),
+        (lambda x: t.concatenate((x, x), axis=2), "t.concat(x, x, axis=2)"),
+        (lambda x: np.concatenate([x, x], -1), "t.concat(x, x, axis=-1)"),
+        (lambda x: t.hstack([x, x]), "t.concat(x, x, axis=1)"),
+        (lambda x: t.stack([x, x + 1], dim=1), "PyTorch's stack is t.concat(x.unsqueeze(1), (x + 1).unsqueeze(1), a"),
+        (lambda x: t.stack([x, x], 1), "PyTorch's stack is t.concat(x.unsqueeze(1), x.unsqueeze(1), axis=1), and"),
+        (lambda x: t.gather(x, 1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, t.positions(x), axis=1)"),
+        (lambda x: t.diff(x, dim=1), "x.diff(dim=1)"),
+        (lambda x: t.movedim(x * 2, 1, 0), "(x * 2).movedim(1, 0)"),
+        (lambda x: t.transpose(x, 1, 2), "x.transpose(1, 2)"),
+        (lambda x: t.mean(x, dim=(0, 1), keepdim=True), "x.mean(dim=(0, 1), keepdim=True)"),
+        (lambda x: t.topk(x, 3), "x.topk(3)"),
+        (lambda x: x.astype("float16"), "x.cast(t.f16)"),
+        (lambda x: (x + 1).astype(np.int64), "(x + 1).cast(t.i64)"),
+        (
+            lambda x: x.argmax(-1).astype(float),  # a method of a call over several lines
+            "x.argmax(-1).cast(t.f64)",
+        ),
+        (lambda x: t.norm(x, 2, 1), "t.sqrt((x * x).sum(dim=1))"),
+        (lambda x: x.norm(p=1), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
+        (lambda x: x.narrow(1, 2, 3), "t.slice(x, axis=1, start=2, stop=2 + 3)"),
+        (lambda x: x.select(1, -1), "x.movedim(1, 0)[-1]"),
+        (lambda x: t.swiglu(x, 64), 't.gated_mlp(x, 64, act=t.silu, name="mlp")'),
+        (lambda x: t.Linear(8, 3, bias=False)(x), 't.linear(x, 3, bias=False, name="f")'),
+        (lambda x: t.Embedding(50, 8)(x), 't.embed(tokens, 50, 8, name="wte")'),
+        (lambda x: t.zeros(3, 4), "t.expand(t.constant(0.0, t.f32), shape=(3, 4))"),
+        (lambda x: t.ones(32), "t.expand(t.constant(1.0, t.f32), shape=(32,))"),
+        (lambda x: t.full((2, 3), 0.5, dtype=np.float16), "t.expand(t.constant(0.5, t.f16), shape=(2, 3))"),
+        (lambda x: t.arange(2, 10), "2 + t.iota(size=10 - 2)"),
+        (lambda x: t.one_hot(x.argmax(-1), 8), "(x.argmax(-1)[..., None] == t.iota(size=8)).long()"),
+        (lambda x: t.rearrange(x, "b s (h d) -> b h s d", h=4), 'a size is in the pattern, as "(h=4 d)": rearrange('),
+        (lambda x: t.rearrange(x, "b s (heads d) -> b s d", heads=4), 'a size is in the pattern, as "(heads=4 d)": '),
+    ],
+)
+def test_a_hint_keeps_the_arguments_that_were_typed(body: Body, tried: str) -> None:
+    with pytest.raises(TreadleError) as caught:
+        traced(body)
+    hint = caught.value.hint or ""
+    assert hint.startswith(tried)
+    if hint.startswith(("x", "t", "(")):
+        follow(hint.partition("  #")[0])
 
 
 def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
@@ -129,10 +176,10 @@ def test_an_option_of_another_library_comes_with_the_call_that_computes_it(key: 
         (lambda x: t.layer_norm(x, 8, name="f"), "t.layer_norm(x, *, eps=1e-05, bias=True, name)"),
         (lambda x: t.group_norm(x, num_groups=2, name="f"), "did you mean groups=? t.group_norm("),
         (lambda x: t.softmax(x, stable=True), "softmax(x, *, axis=-1, name=None)"),
-        (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
-        (lambda x: t.stack([x, x], 0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
-        (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x[None], y[None], axis=0), and this repeats a"),
-        (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, positions, axis=-1)"),
+        (lambda x: t.stack([x, x]), "PyTorch's stack is t.concat(x.unsqueeze(0), x.unsqueeze(0), axis=0), and"),
+        (lambda x: t.stack([x, x], 0), "PyTorch's stack is t.concat(x.unsqueeze(0), x.unsqueeze(0), axis=0), and"),
+        (lambda x: t.stack([x, x], dim=0), "PyTorch's stack is t.concat(x.unsqueeze(0), x.unsqueeze(0), axis=0), and"),
+        (lambda x: t.gather(x, -1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, t.positions(x)"),
     ],
 )
 def test_an_option_that_is_unknown_here(body: Body, tried: str) -> None:
@@ -266,6 +313,19 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
         lambda torch, x: torch.stack([x, x]),
         lambda torch, x: torch.stack([x, x], dim=-1),
         lambda torch, x: torch.cat([x, x], dim=-1),
+        lambda torch, x: torch.cat([x, 2 * x], 1),
+        lambda torch, x: torch.stack([x, 2 * x], 1),
+        lambda torch, x: torch.norm(x, dim=1),
+        lambda torch, x: torch.logsumexp(x, 1, keepdim=True),
+        lambda torch, x: torch.sort(x, 1).values,
+        lambda torch, x: torch.narrow(x, 1, 1, 2),
+        lambda torch, x: torch.select(x, 1, -1),
+        lambda torch, x: torch.movedim(x, 1, 2),
+        lambda torch, x: torch.diff(x, dim=1),
+        lambda torch, x: torch.nn.functional.glu(x, 1),
+        lambda torch, x: torch.nn.functional.normalize(x, dim=1),
+        lambda torch, x: torch.nn.functional.one_hot(x.argmax(-1, keepdim=True), num_classes=9),
+        lambda torch, x: torch.lerp(x, 2 * x, 0.25),
         lambda torch, x: torch.nn.functional.normalize(x, dim=-1),
         lambda torch, x: torch.nn.functional.mse_loss(x, x),
         lambda torch, x: torch.nn.functional.l1_loss(x, x),
@@ -331,6 +391,17 @@ def test_the_hint_for_a_function_of_pytorch_computes_what_it_computes(function: 
         lambda x: np.repeat(x, 2, axis=1),
         lambda x: np.argmin(x, axis=-1),
         lambda x: np.expand_dims(x, 1),
+        lambda x: np.concatenate([x, x], 1),
+        lambda x: np.stack([x, x], axis=-1),
+        lambda x: np.transpose(x, (2, 0, 1)),
+        lambda x: np.moveaxis(x, 0, -1),
+        lambda x: np.max(x, axis=1),
+        lambda x: np.mean(x, axis=(0, 1), keepdims=True),
+        lambda x: np.std(x, axis=1),
+        lambda x: np.linalg.norm(x, axis=1),
+        lambda x: np.diff(x, axis=1),
+        lambda x: np.repeat(x, 3, axis=0),
+        lambda x: np.sort(x, 1),
     ],
     ids=lambda function: function.__name__,
 )

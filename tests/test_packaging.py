@@ -209,6 +209,29 @@ def test_the_command_that_adds_an_extra_to_an_installed_wheel_works(wheel: Path,
     run("-m", *shlex.split(hint), *options, "--dry-run", "--ignore-installed")
 
 
+def test_lines_of_an_installed_package_are_not_the_users(tmp_path: Path) -> None:
+    """All folders of an installed package are in one folder, also those of `treadle/` in a checkout."""
+    package = tmp_path / "treadle"
+    package.mkdir()
+    for path in [*(ROOT / "treadle").iterdir(), *(ROOT / name for name in LAYERS if name != "treadle")]:
+        (package / path.name).symlink_to(path)
+    program = (
+        "import sys; from treadle.ir.source_lines import _is_compiler\n"
+        "for part in sys.argv[1:]: print(_is_compiler[part])"
+    )
+    paths = [str(package / part) for part in ("training/trainer.py", "ir/graph.py", "__init__.py", "models/gpt2.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths, "model.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True", "True", "False", "False"]
+
+
 def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:
     """The checkout's root is on the path, and the import hooks of an editable install are absent."""
     program = (

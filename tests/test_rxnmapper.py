@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import backend_names
-from treadle.fetch import fetch_model
+from treadle.fetching import fetch_model
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.resolving import resolve
 from treadle.wheels.pinned_models import PINNED

@@ -31,7 +31,7 @@ from treadle.continuation import TextWriter
 from treadle.explaining.layouts import explain_layouts
 from treadle.explaining.memory import compare_memory, explain_memory
 from treadle.explaining.storage import explain_storage
-from treadle.fetch import _only_file
+from treadle.fetching import _only_file
 from treadle.files.limits import limits_of
 from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.gguf_blocks import import_gguf

@@ -12,7 +12,7 @@ import pytest
 
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens
 from treadle.resolving import resolve

@@ -31,7 +31,7 @@ from tests.forked_commands import ForkedPython
 from treadle import progress
 from treadle.cli import app
 from treadle.cli.completing import complete_model
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.fitting import fit_code, fit_error, fit_graph, fit_prose
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import PassManager

@@ -21,7 +21,7 @@ from tests.task_models import byte_level
 from tests.test_whisper_speech import RECORDING, TRANSCRIPT
 from treadle.backends.registry import find_backend
 from treadle.cli import app
-from treadle.fetch import fetch_model, fetch_wheel
+from treadle.fetching import fetch_model, fetch_wheel
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.sound import read_sound, resample

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import treadle
 from treadle.backends.registry import find_backend
 from treadle.cli import app
-from treadle.fetch import fetch_model, fetch_wheel
+from treadle.fetching import fetch_model, fetch_wheel
 from treadle.ir.errors import FrontendError
 from treadle.wheels.pinned_models import PinnedWheel
 

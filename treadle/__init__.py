@@ -18,6 +18,7 @@ from treadle.interrupted_loading import end_on_interrupt as _end_on_interrupt
 _end_on_interrupt()
 
 from importlib import import_module as _import_module  # noqa: E402
+from inspect import ismodule as _ismodule  # noqa: E402
 from pathlib import Path as _Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 from typing import Any as _Any  # noqa: E402
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from treadle.entry_functions import Trainer as Trainer
     from treadle.entry_functions import compile as compile
     from treadle.entry_functions import load as load
-    from treadle.fetch import fetch_model as fetch_model
+    from treadle.fetching import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
     from treadle.ir.analysis.following import follow as follow
     from treadle.ir.graph import Graph as Graph
@@ -85,7 +86,7 @@ _LAZY = {
     "TokenRules": "treadle.runtime.token_rules",
     "Trainer": "treadle.training.trainer",
     "compile": "treadle.entry_functions",
-    "fetch_model": "treadle.fetch",
+    "fetch_model": "treadle.fetching",
     "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",
     "load": "treadle.loading",
@@ -107,4 +108,4 @@ if not TYPE_CHECKING:  # type checkers know all names, and report unknown names
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *dir(_language)})
+    return sorted({*[n for n, value in globals().items() if not _ismodule(value)], *_LAZY, *dir(_language)})

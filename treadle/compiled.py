@@ -31,6 +31,7 @@ from treadle.runtime.session import CHUNK, Full, Session
 from treadle.stepped import SESSION_HINTS, SteppedModel, step_of
 
 if TYPE_CHECKING:
+    from treadle.explaining.memory import MemoryReport
     from treadle.explaining.sharding import ShardingReport
     from treadle.report.building import Report
 
@@ -109,11 +110,19 @@ class Compiled:
         return self.executable.source
 
     @property
-    def memory(self) -> MemoryFit | None:
+    def memory_fit(self) -> MemoryFit | None:
         """The result of fitting a run into the budget of `compile(memory=...)`: the regions that are computed in parts,
         and the slowdown. None if there is no budget.
         """
         return next((fit for record in self.optimized.stages if (fit := record.product(MemoryFit)) is not None), None)
+
+    def memory(self, **sizes: int) -> MemoryReport:
+        """Return a report on the memory of a call at these sizes of symbolic axes, as `treadle explain MODEL memory`
+        prints it. Raises UsageError for a backend that does not plan storage, and for sizes outside their bounds.
+        """
+        from treadle.explaining.memory import memory_of_lowered
+
+        return memory_of_lowered(self.name, self.backend, self.optimized.lowered, self.target, sizes)
 
     @property
     def static(self) -> tuple[str, ...]:
@@ -275,10 +284,10 @@ class Compiled:
         or if the model has a memory budget: a budget applies to one backend, and a file stores none.
         """
         refuse_other_format(path, "an artifact", ARTIFACT_SUFFIX)
-        if self.memory is not None:
+        if self.memory_fit is not None:
             raise UsageError(
                 "a file cannot hold a memory budget",
-                received=f"{self.name} within {self.memory.budget:,} bytes",
+                received=f"{self.name} within {self.memory_fit.budget:,} bytes",
                 hint=Hint("compile without memory=, save that, and pass memory= to load", "leave out --memory"),
             )
         what = self.name, self.backend, str(self.target), self.optimized, self.weights, self.seed

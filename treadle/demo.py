@@ -19,7 +19,7 @@ import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.chatting.conversation import Conversation
 from treadle.continuation import TextWriter
-from treadle.fetch import fetch_model, fetched_model
+from treadle.fetching import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.declarations import Model
 from treadle.interrupted_loading import interruptible

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
@@ -48,6 +49,8 @@ def verify_model(
     cannot be read or traced, and UsageError if no input can be drawn. The failure of a backend is part of the report.
     """
     chosen = CompileOptions.of("verify", options)
+    for name in {*(backends or ())} - {*backend_names()}:
+        find_backend(name)  # raises the error of an unknown name
     if is_artifact(model):
         chosen.refuse_for_artifact(model, also=("seed",))
         held = open_artifact(str(model), limits=chosen.limits)

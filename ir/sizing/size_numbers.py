@@ -8,6 +8,7 @@ x.shape[1] > 0            True, since it holds for any S; so does x.shape[1] < 2
 
 from __future__ import annotations
 
+import ast
 import operator
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import user_call
 from treadle.ir.wording.other_spellings import OTHER_WORDS
+from treadle.ir.wording.typed_calls import typed_replacement
 
 if TYPE_CHECKING:
     from treadle.ir.sizing.sizes import Size
@@ -54,8 +56,11 @@ class SizeNumbers:
         if self.constant is None:
             value = f't.size(value="{self}", dtype=t.f32) is a tensor of this value'
             loop = "to loop over the axis, give it a number as its size, or use t.cumsum (docs/dsl.md)"
-            library, _, function = (user_call() or "").rpartition(".")  # numpy.arange, torch.ones
-            tensor = OTHER_WORDS.get(function) if library in ("np", "numpy", "torch") else None
+            library, _, function = (ast.unparse(call.func) if (call := user_call()) else "").rpartition(
+                "."
+            )  # numpy.arange, torch.ones
+            elsewhere = library in ("np", "numpy", "torch")
+            tensor = typed_replacement(function) or OTHER_WORDS.get(function) if elsewhere else None
             raise SizeError(
                 f"the size {self} is not a number while a model is traced, since it differs from call to call",
                 hint=tensor or f"{value}; {loop}",

@@ -171,6 +171,22 @@ class TensorMethods(CastMethods):
             )
         return permuted(self.builder, self._expr, order)
 
+    def movedim(self, source: int | Sequence[int], destination: int | Sequence[int]) -> Expr:
+        """Return the tensor with axes moved to other positions. The other axes keep their order."""
+        from treadle.ir.tensors.shapes import permuted
+
+        moved, places = ([self._axis(dim) for dim in _flat([dims])] for dims in (source, destination))
+        if len({*moved}) != len(moved) or len({*places}) != len(places) or len(moved) != len(places):
+            raise self._refusal(
+                f"movedim needs a destination for each axis, received {source} and {destination}", "x.movedim(1, 0)"
+            )
+        order = [axis for axis in range(self.rank) if axis not in moved]
+        for place, axis in sorted(zip(places, moved, strict=True)):
+            order.insert(place, axis)
+        return permuted(self.builder, self._expr, order)
+
+    moveaxis = movedim
+
     def reshape(self, *shape: SizeLike | Sequence[SizeLike]) -> Expr:
         """Return the elements in row-major order in another shape, in which one size may be -1.
 
@@ -287,6 +303,13 @@ class TensorMethods(CastMethods):
         for move, axis in zip(moves, map(self._axis, axes), strict=True):
             size = self.shape[axis]
             x = x.builder.gather(x, (self.builder.iota(size=size) - move) % size, axis=axis)
+        return x
+
+    def diff(self, n: int = 1, dim: int = -1) -> Expr:
+        """Return the difference of each element and the one before it along an axis, `n` times."""
+        x, axis = self._expr, self._axis(dim)
+        for _ in range(n):
+            x = x._along(axis, slice(1, None)) - x._along(axis, slice(None, -1))
         return x
 
     def new_zeros(self, *size: SizeLike | Sequence[SizeLike]) -> Expr:

@@ -77,6 +77,7 @@ ENTRY_WORDS = _by_word(
         "is_available version": "t.__version__  # the command `treadle doctor` lists what is installed",
         "set_default_dtype get_default_dtype autocast amp": _BF16,
         "Config AutoConfig PretrainedConfig from_config": 't.compile(model, config={"dim": 16})',
+        "fetch": 't.fetch_model("minilm")',
         "hub snapshot_download hf_hub_download": 't.fetch_model("organization/name")',
         "profile profiler": _PROFILE,
         "benchmark": "leave it out: the command `treadle bench` compares a model with other tools",
@@ -159,7 +160,8 @@ LOADED_ATTRIBUTES = _by_word(
         "to cuda cpu": 't.load("folder", target="cuda")',
         "half float bfloat16": 't.load("folder", dtype="bf16")',
         "quantize": 't.load("folder", quantize="int8-weights")',
-        "tokenize encode decode tokenizer": _TOKENIZER,
+        "tokenize decode tokenizer": _TOKENIZER,
+        "encode": 'model.embed("a cat")  # of texts; a tokenizer: t.ModelSource.open("folder").tokenizer()',
         "predict complete forward run": 'model.generate("Once upon a time")  # or the method of another task',
         "pipeline": 't.load("folder")',
         "graph": f"{_LOADED}.graph",
@@ -183,6 +185,7 @@ TRAINER_ATTRIBUTES = _by_word(
         "save_model save_pretrained": 'trainer.save("trained")',
         "save_checkpoint": 'trainer.save_state("state.safetensors")',
         "to cuda cpu": 't.Trainer(model, target="cuda")',
+        "learning_rate lr": "trainer.schedule(trainer.steps + 1)  # t.Trainer(model, learning_rate=0.01) sets it",
     }
 )
 """Attributes of Hugging Face's trainer and of PyTorch's modules, which a trainer lacks."""

@@ -221,11 +221,8 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
 }
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
 
-OTHER_MEANINGS = {
-    name: f"PyTorch's {name} is {OTHER_FUNCTIONS[name]}, and this {does}: "
-    for name, does in {"gather": "is NumPy's take", "stack": "repeats a block"}.items()
-}
-"""The beginning of a hint for a function that does something else than PyTorch's function of the same name."""
+DIFFERENT = {"gather": "is NumPy's take", "stack": "repeats a block"}
+"""What a function computes that does something else than PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),

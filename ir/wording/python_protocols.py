@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dataclasses
 import inspect
@@ -18,6 +19,7 @@ from treadle.ir.source_lines import user_call
 from treadle.ir.wording.call_spelling import spelled_call
 from treadle.ir.wording.op_signatures import op_signature
 from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_WORDS, without_option
+from treadle.ir.wording.typed_calls import fixed_method, typed_replacement
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder
@@ -45,9 +47,7 @@ def _op_call(op: type[Op], operands: int) -> str:
 
 def _as_method(tensor: Any, name: str, operands: Any, options: dict[str, Any]) -> str | None:
     """Return a call of PyTorch's function as a call of the method of that name, or None if it cannot be one."""
-    # A class with `__getattr__` adds methods on first use: with them, the hint would depend on earlier calls.
-    fixed = [vars(base) for base in type(tensor).__mro__ if "__getattr__" not in vars(base)]
-    method = next((methods[name] for methods in fixed if name in methods), None)
+    method = fixed_method(type(tensor), name)
     set_options = {option: value for option, value in options.items() if value is not None}
     numbers = [*_each((operands[1:], set_options))]
     if not operands or operands[0] is not tensor or not all(isinstance(x, int | float) for x in numbers):
@@ -125,7 +125,9 @@ class PythonProtocols:
         if op is not None and len(operands) == 2 and not options and not isinstance(operands[0], PythonProtocols):
             return ours[0].builder.apply(op, *operands, name="x")
         keywords = {option: value for option, value in (options or {}).items() if not option.startswith("_")}
-        instead = next(filter(None, (without_option(name, option, value) for option, value in keywords.items())), None)
+        instead = typed_replacement(name, cls) or next(
+            filter(None, (without_option(name, option, value) for option, value in keywords.items())), None
+        )
         raise ours[0]._refusal(
             f"PyTorch's {name} takes PyTorch's tensors, not tensors of a model",
             instead
@@ -134,11 +136,14 @@ class PythonProtocols:
         )
 
     def _not_numpys(self, name: str, operands: int) -> GraphError:
-        return self._refusal(f"NumPy's {name} takes arrays, not tensors of a model", replacement(name, operands))
+        return self._refusal(
+            f"NumPy's {name} takes arrays, not tensors of a model",
+            typed_replacement(name, type(self)) or replacement(name, operands),
+        )
 
     def _no_such_method(self, name: str) -> NoSuchMethod:
         """Return the error for a method that tensors lack, which names the replacement."""
-        spelled = OTHER_METHODS.get(name) or replacement(name, 1)
+        spelled = typed_replacement(name, type(self), of_tensor=True) or OTHER_METHODS.get(name) or replacement(name, 1)
         if name.endswith("_") and hasattr(self, name[:-1]):
             spelled = f"x = x.{name[:-1]}(...)  # values do not change"
         return NoSuchMethod(
@@ -169,7 +174,8 @@ class PythonProtocols:
             )
 
         def _no_number(self, *_: Any) -> NoReturn:
-            called = user_call() or ""
+            call = user_call()
+            called = ast.unparse(call.func) if call else ""
             raise self._refusal(
                 "a tensor of a model is not a Python number: it has elements only when the compiled model is called",
                 (replacement(called.rpartition(".")[2], 1) if not hasattr(builtins, called) else None)

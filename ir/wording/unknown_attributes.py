@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from treadle.ir.errors import UsageError
-from treadle.ir.source_lines import user_line
+from treadle.ir.source_lines import calling_line, user_line
 
 Class = TypeVar("Class", bound=type)
 
@@ -21,11 +21,15 @@ class UnknownAttributeError(UsageError, AttributeError):
     """
 
 
-def with_attribute_hints(what: str, equivalents: Mapping[str, str]) -> Callable[[Class], Class]:
-    """Decorate a class: an unknown attribute without a leading _ raises UnknownAttributeError.
+def with_attribute_hints(
+    what: str, equivalents: Mapping[str, str], *, creation: str | None = None
+) -> Callable[[Class], Class]:
+    """Decorate a class: an unknown attribute without a leading _ raises UnknownAttributeError. So does an assignment to
+    an attribute in the user's code, if `creation` is passed.
 
     what         the object in the error: "a session"
     equivalents  hints for attributes of other libraries, by name
+    creation     the call that creates an object, with {} in place of a setting: "t.Trainer(model, {})"
     """
 
     def decorate(cls: Class) -> Class:
@@ -41,7 +45,19 @@ def with_attribute_hints(what: str, equivalents: Mapping[str, str]) -> Callable[
                 hint=equivalents.get(name) or (f"did you mean .{near[0]}?" if near else f"it has {', '.join(known)}"),
             )
 
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            if not name.startswith("_") and type(self) is cls and (line := calling_line()) is not None:
+                raise UnknownAttributeError(
+                    f"{what} has fixed settings: .{name} cannot be set",
+                    received=f"{value!r}"[:80],
+                    source=str(line),
+                    hint=str(creation).format(f"{name}=..."),
+                )
+            object.__setattr__(self, name, value)
+
         setattr(cls, "__getattr__", __getattr__)  # noqa: B010  mypy refuses the assignment
+        if creation is not None:
+            setattr(cls, "__setattr__", __setattr__)  # noqa: B010
         return cls
 
     return decorate

@@ -136,9 +136,9 @@ def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcom
     for budget, memory in zip(BUDGETS, (least, (least + peak) // 2, peak), strict=True):
         try:
             made = combination.compile(memory=max(memory, 1), sizes=combination.sizes(combination.rows))
-            assert made.memory is not None
-            if made.memory.peak > max(memory, 1):
-                raise AssertionError(f"a run takes {made.memory.peak} bytes, and may take {memory}")
+            assert made.memory_fit is not None
+            if made.memory_fit.peak > max(memory, 1):
+                raise AssertionError(f"a run takes {made.memory_fit.peak} bytes, and may take {memory}")
             for given, outputs in wanted.values():
                 _compare(combination, made(**given), outputs, bits)
         except Exception as error:
@@ -157,8 +157,8 @@ def _range(combination: Combination) -> tuple[int, int]:
         if least is None or peak is None:
             raise
         return int(least[1]), int(peak[1].replace(",", ""))
-    assert made.memory is not None
-    return made.memory.peak, made.memory.before
+    assert made.memory_fit is not None
+    return made.memory_fit.peak, made.memory_fit.before
 
 
 def _compare(combination: Combination, made: Mapping[str, Any], wanted: Mapping[str, Array], bits: bool) -> None:

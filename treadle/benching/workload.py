@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from treadle.artifact_reading import is_artifact, open_artifact
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike

@@ -65,8 +65,8 @@ def compile_model(
     if certify:
         print("\n" + fitted(made.log.certified() or NOTHING_CERTIFIED, fit_prose))
     print("", fitted("\n".join(compiled_lines(made, seconds)), fit_prose), sep="\n")
-    if made.memory is not None:
-        print("", fitted(str(made.memory), fit_prose), sep="\n")
+    if made.memory_fit is not None:
+        print("", fitted(str(made.memory_fit), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
         if tasks := tasks_of(made.graph, made.text_files):

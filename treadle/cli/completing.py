@@ -9,7 +9,7 @@ from os.path import isdir
 
 def complete_model(incomplete: str) -> list[str]:
     """Return the names of the zoo and of fetched models, and paths."""
-    from treadle.fetch import fetched_model
+    from treadle.fetching import fetched_model
     from treadle.models.registry import family_names
     from treadle.wheels.pinned_models import PINNED
 

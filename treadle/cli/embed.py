@@ -36,6 +36,7 @@ def embed_sentences(
     as_json: AsJson = False,
 ) -> None:
     """Embed sentences with a sentence encoder, such as the fetched minilm; print one vector per line."""
+    from treadle.files.nearest_names import check_folder
     from treadle.npy_files import write_npy
     from treadle.program.given_texts import read_sentences
     from treadle.progress import working
@@ -44,6 +45,7 @@ def embed_sentences(
     from treadle.reporting.tables import console, print_whole
     from treadle.sentence_embedding import SentenceEmbedder
 
+    check_folder(output, "embeddings.npy")
     texts = read_sentences(sentences or [], file, column)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(model, **keywords)

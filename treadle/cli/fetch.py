@@ -28,7 +28,7 @@ def fetch_pinned(
 
     Models of the Hugging Face hub are stored in its own cache, without .bin and .py files.
     """
-    from treadle.fetch import fetch_model, fetched_model
+    from treadle.fetching import fetch_model, fetched_model
     from treadle.hub_models import fetch_hub_model, is_hub_name
     from treadle.progress import downloading, is_watched
     from treadle.wheels.pinned_models import PINNED

@@ -40,7 +40,9 @@ def run_model(
 ) -> None:
     """Run a model on arrays, alone or as one of several ranks."""
     from treadle.cli.rank_runs import refuse_without_mesh, run_rank
+    from treadle.files.nearest_names import check_folder
 
+    check_folder(output, "NAME.npy")
     if mesh is not None:
         if keywords.get("outputs") is not None:
             raise UsageError("--outputs cannot be combined with --mesh", hint="--mesh without --outputs")

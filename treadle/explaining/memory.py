@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
 from treadle.explaining.layouts import lowered_for
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import shown_path
@@ -23,6 +25,7 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
 from treadle.ir.target import Target
 from treadle.ir.wording.checked_calls import with_checked_methods
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 from treadle.passes.memory.frames import ALIGNMENT, Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
@@ -181,11 +184,21 @@ def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
     options = {**options, "sizes": options.get("sizes") or None}
     chosen = CompileOptions.of("explain memory", options)
     backend, name, lowered = lowered_for(model, chosen if chosen.memory is not None else chosen.but(sizes=None))
-    if lowered.plan is None:
-        raise UsageError(f"backend {backend.name} does not plan storage", hint="numpy, torch or tvm")
-    frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
-    sizes = choose_sizes(lowered.graph, chosen.sizes or {})
-    return memory_of(name, backend.name, lowered.graph, lowered.plan, frames, sizes, chosen.where)
+    return memory_of_lowered(name, backend.name, lowered, chosen.where, chosen.sizes or {})
+
+
+def memory_of_lowered(
+    name: str, backend: str, lowered: Optimized | None, target: Target, sizes: Mapping[str, int]
+) -> MemoryReport:
+    """Describe the memory of a run of a backend's program at sizes of its symbols.
+
+    Raises UsageError for a backend that does not plan storage, and for sizes outside their bounds.
+    """
+    found = find_backend(backend)
+    if lowered is None or lowered.plan is None or not isinstance(found, StagedBackend):
+        raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
+    frames, chosen = found.frames(lowered.graph, target, lowered.plan), choose_sizes(lowered.graph, sizes)
+    return memory_of(name, backend, lowered.graph, lowered.plan, frames, chosen, target)
 
 
 def memory_of(

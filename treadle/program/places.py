@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from treadle.fetch import fetched_model
+from treadle.fetching import fetched_model
 from treadle.files.nearest_names import argument_hint, nearest_path, nearest_path_hint
 from treadle.files.shown_names import shown_path
 from treadle.frontends.model_folder import CONFIG
@@ -134,9 +134,9 @@ def refuse_object(model: object) -> UsageError:
         hint = "decorate the function with @t.model"
     if torch is not None and isinstance(model, torch.nn.Module):
         hint = (
-            "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of the arguments of its "
-            "forward, such as (tokens,)"
+            "t.from_torch(module, example_inputs) in its place, where example_inputs is a tuple of the arguments of "
+            "its forward, such as (tokens,)"
         )
     if onnx is not None and isinstance(model, onnx.ModelProto):
-        hint = 'onnx.save(model, "model.onnx"), and t.compile("model.onnx")'
+        hint = '"model.onnx" in its place, after onnx.save(model, "model.onnx")'
     return UsageError("a model must be a declaration, a graph, a name or a path", received=f"{model!r}"[:80], hint=hint)

@@ -4,7 +4,7 @@
     path/to/folder      config.json and weights, or model.bin in CTranslate2's layout
     path/to/file.gguf   metadata and weights in one file; an image encoder next to it, mmproj*.gguf, belongs to it
     gpt2                a family of the zoo, with the default configuration of its declaration
-    minilm              a fetched model, see `treadle.fetch`
+    minilm              a fetched model, see `treadle.fetching`
     organization/name   a model of the Hugging Face hub in the user's cache, see `treadle.hub_models`; also hf:NAME
 
     out                 weights of a declaration, in a folder that training wrote (`treadle.program.trained_folders`)

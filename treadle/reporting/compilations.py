@@ -36,7 +36,7 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
         "unused": list(compiled.unused),
         "unread": list(compiled.unread),
         "ops": dict(ops.most_common()),
-        **({} if compiled.memory is None else {"memory": compiled.memory.as_dict()}),
+        **({} if compiled.memory_fit is None else {"memory": compiled.memory_fit.as_dict()}),
         **compiled.log.as_dict(times=True),
     }
 

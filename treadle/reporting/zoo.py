@@ -18,7 +18,7 @@ def zoo_facts() -> Facts:
     """Return the zoo's families with their defaults, and the models that can be fetched, with the paths of fetched
     ones.
     """
-    from treadle.fetch import fetched_model
+    from treadle.fetching import fetched_model
     from treadle.models.registry import family_names, find_family
     from treadle.wheels.pinned_models import PINNED
 

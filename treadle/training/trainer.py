@@ -97,7 +97,7 @@ class StepResult:
 
 
 @with_checked_constructor()
-@with_attribute_hints("a trainer", TRAINER_ATTRIBUTES)
+@with_attribute_hints("a trainer", TRAINER_ATTRIBUTES, creation="t.Trainer(model, {})")
 @with_checked_methods({"overwrite": "replace=True", "set_to_none": "leave it out"})
 class Trainer:
     """A model in training: call `step` with a batch, then `compiled` for the trained model, or `save` for a folder.
