@@ -85,7 +85,7 @@ class ReadModel:
     padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
     learned  the weights that training changes by default; None: all
     rounded  the roundings of inputs that a quantized folder asks for, by the names of weights
-    drawn    the weights that are drawn, although `weights` has the others
+    new_weights  the weights that are drawn, although `weights` has the others
     """
 
     name: str
@@ -99,7 +99,7 @@ class ReadModel:
     padding: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] | None = None
     rounded: Mapping[str, InputRounding] = field(default_factory=dict)
-    drawn: tuple[str, ...] = ()
+    new_weights: tuple[str, ...] = ()
 
     def giving(self, outputs: Sequence[str] | None) -> ReadModel:
         """Return the model with these outputs only; None: all."""

@@ -170,7 +170,7 @@ class ModelSource:
                 received=f"quantize {AS_STORED}",
                 hint=Hint('quantize="int8"', "--quantize int8"),
             )
-        found = replace(read, drawn=names_of_new_weights(read.graph, options.new_weights)).widened(_narrow(names))
+        found = replace(read, new_weights=names_of_new_weights(read.graph, options.new_weights)).widened(_narrow(names))
         if self.is_for_text and self.kind in ("graph", "onnx"):
             found = replace(found, graph=for_text(found.graph))
         if is_fetched(self.label):

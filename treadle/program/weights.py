@@ -35,8 +35,8 @@ def weights_of(
         _refuse_unknown(weights, resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
     if given is not None:
-        if resolved.drawn:
-            given = {**given, **{name: initial_weight(resolved.graph, name, seed) for name in resolved.drawn}}
+        if resolved.new_weights:
+            given = {**given, **{name: initial_weight(resolved.graph, name, seed) for name in resolved.new_weights}}
         return encode_weights(graph, _chosen(graph, given)), None
     _refuse_large(graph, *_memory_to_quantize(graph))
     return encode_weights(graph, _Drawn(graph, seed)), seed
