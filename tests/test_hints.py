@@ -158,10 +158,12 @@ FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for
     "frontends/safetensors_file.py",  # a script that converts the file
     "frontends/torch_export/",
     "ir/attention/masking.py",
+    "ir/expressions.py",
     "ir/initial_values.py",
     "ir/literals.py",
     "ir/ops/",
     "ir/transforms/chosen_outputs.py",
+    "ir/transforms/training_losses.py",
     "models/family.py",  # with the command for the file
     "passes/memory/placement.py",
     "passes/sharding/",
