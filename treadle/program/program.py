@@ -65,6 +65,15 @@ class Program:
         resolved = self.options.resolve(self.model, deferred=deferred, **config)
         return replace(self, _resolved=resolved, _optimized=None)
 
+    def for_ranks(self) -> Program:
+        """Return the program with one product for each slice of a product, such as a joined query, key and value: see
+        `treadle.passes.sharding.divided_products`. Raises UsageError before `declared`.
+        """
+        resolved, options = self.resolved.for_ranks(), self.options
+        if resolved.divided is not None and options.arrays is not None:
+            options = options.but(weights=resolved.divided.of(options.arrays))
+        return replace(self, options=options, _resolved=resolved)
+
     def through(self, *stages: CompileStage) -> Program:
         """Return the program after these stages. Raises as `treadle.passes.stages.run` does."""
         from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops

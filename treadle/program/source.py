@@ -40,6 +40,8 @@ from treadle.ir.transforms.text_signature import for_text
 from treadle.ir.transforms.widening import narrow_dtypes
 from treadle.ir.types import DType
 from treadle.models.checkpoints import ReadModel, ReadOptions, names_of_new_weights
+from treadle.passes.sharding.divided_products import DividedWeights, divide_products
+from treadle.passes.stages import Recognize, run
 from treadle.program.flag_values import config_texts
 from treadle.program.forms.finding import Unopened, find_form
 from treadle.program.forms.gguf_form import GGUFForm
@@ -54,9 +56,21 @@ BLOCKS = "blocks"
 
 @dataclass(frozen=True)
 class Resolved(ReadModel):
-    """A traced model with its weights, and its source: the opened model, which also opens the other files."""
+    """A traced model with its weights, and its source: the opened model, which also opens the other files.
+
+    divided  the weights that are parts of others; None if there are none
+    """
 
     source: ModelSource = field(kw_only=True)
+    divided: DividedWeights | None = field(default=None, kw_only=True)
+
+    def for_ranks(self) -> Resolved:
+        """Return the model with one product for each slice of a product, whose weights ranks can split."""
+        graph, divided = divide_products(run(self.graph, [Recognize()]).graph)
+        if not divided.parts:
+            return self
+        weights: Any = None if self.weights is None else divided.of(self.weights)
+        return replace(self, graph=graph, weights=weights, divided=divided)
 
 
 class ModelSource:

@@ -16,6 +16,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
+from treadle.passes.sharding.divided_products import DividedWeights
 from treadle.program.source import Resolved
 from treadle.reporting.counts import human
 
@@ -39,7 +40,7 @@ def weights_of(
             given = {**given, **{name: initial_weight(resolved.graph, name, seed) for name in resolved.new_weights}}
         return encode_weights(graph, _chosen(graph, given)), None
     _refuse_large(graph, *_memory_to_quantize(graph))
-    return encode_weights(graph, _Drawn(graph, seed)), seed
+    return encode_weights(graph, InitialWeights(graph, seed, resolved.divided)), seed
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
@@ -51,22 +52,27 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """
     static = [v.type.decoded for v in graph.parameters.values() if v.type.static_shape is not None]
     _refuse_large(graph, sum(type.bytes_at({}) for type in static))
-    return dict(_Drawn(graph, seed))
+    return dict(InitialWeights(graph, seed))
 
 
-class _Drawn(Mapping[str, Array]):
+class InitialWeights(Mapping[str, Array]):
     """The initial values of all weights, as numbers. Each is drawn when it is read, and not stored.
+
+    divided   the weights that are parts of others, which are drawn whole; None if there are none
 
     Raises UsageError for a negative seed.
     """
 
-    def __init__(self, graph: Graph, seed: int) -> None:
+    def __init__(self, graph: Graph, seed: int, divided: DividedWeights | None = None) -> None:
         if seed < 0:
             raise UsageError(f"a seed is 0 or more, not {seed}")
-        self._graph, self._seed = graph, seed
+        self._graph, self._seed, self._divided = graph, seed, divided
 
     def __getitem__(self, name: str) -> Array:
-        return initial_weight(self._graph, name, self._seed)
+        part = None if self._divided is None else self._divided.parts.get(name)
+        if self._divided is None or part is None:
+            return initial_weight(self._graph, name, self._seed)
+        return np.asarray(part.of(initial_weight(self._divided.graph, part.whole, self._seed)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._graph.parameters)

@@ -23,6 +23,9 @@ from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 
+WHOLE_PRODUCTS = ("dp", "fsdp")
+"""The recipes that split no product: each rank computes whole products for its rows."""
+
 
 def shard_model(
     model: AnyModel,
@@ -46,8 +49,21 @@ def shard_model(
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
     chosen = CompileOptions.of("shard", options)
-    graph = Program(model, chosen).optimize(before=Shard, deferred=True).graph
+    graph = program_to_shard(Program(model, chosen), recipe, deferred=True).graph
     return plan_graph(graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
+
+
+def program_to_shard(program: Program, recipe: str | None, *, deferred: bool = False) -> Program:
+    """Return a program after the stages before `shard`. Products that are sliced are divided, unless the recipe splits
+    no products.
+
+    deferred  as in `Program.declared`
+
+    Raises as `Program.optimize` does.
+    """
+    read = program.declared(deferred=deferred)
+    read = read if recipe in WHOLE_PRODUCTS else read.for_ranks()
+    return read.through(*rows_before(Shard, program.options.stages()))
 
 
 def plan_graph(

@@ -37,15 +37,14 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
-from treadle.passes.stages import Shard
 from treadle.program.backend_choice import choose_backend
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import initial_weight
+from treadle.program.weights import InitialWeights
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
-from treadle.sharding.plans import plan_graph, rank_graph
+from treadle.sharding.plans import plan_graph, program_to_shard, rank_graph
 from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
@@ -199,8 +198,8 @@ class RankPart:
         chosen = CompileOptions.of("rank", options)
         source = chosen.open(model)
         ranks.doing(f"planning {source}")
-        program = Program(source, chosen).optimize(before=Shard, deferred=True)
-        resolved = program.resolved
+        program = program_to_shard(Program(source, chosen), recipe, deferred=True)
+        resolved, arrays = program.resolved, program.options.arrays
         plan = plan_graph(program.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
@@ -212,7 +211,7 @@ class RankPart:
             plan = with_whole_outputs(plan)
             check_sharding(plan)
         refuse_other_mesh(plan, ranks.size)
-        held = chosen.arrays if chosen.arrays is not None else resolved.weights
+        held = arrays if arrays is not None else resolved.weights
         where, seed = chosen.where, chosen.seed
         backend = choose_backend(chosen.backend, plan.graph, where).name
         facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
@@ -220,7 +219,7 @@ class RankPart:
         ranks.agree({**facts, **(agree or {})})
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")
-        own, loaded = load_part(plan, ranks.rank, held, seed)
+        own, loaded = load_part(plan, ranks.rank, held, InitialWeights(plan.graph, seed, resolved.divided))
         source.check()  # weights were read long after their files were opened
         ranks.doing("compiling")
         own_program = rank_graph(plan, ranks.rank, chosen)
@@ -263,14 +262,16 @@ class _MetEntry:
 
 
 def load_part(
-    plan: ShardingPlan, rank: int, held: Mapping[str, Any] | None, seed: int = 0
+    plan: ShardingPlan, rank: int, held: Mapping[str, Any] | None, initial: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], int]:
     """Return a rank's parts of the weights, and the number of bytes that these have in their files.
 
     held  arrays by name, mapped or deferred (`treadle.frontends.deferred_arrays`); only the rank's parts are read, but
-          weights that the plan quantizes are read whole. None: weights are drawn from the seed
+          weights that the plan quantizes are read whole. None: weights are drawn
+    initial  the weights to draw; None: those of seed 0
     """
-    own = rank_weights(plan, rank, _Weights(plan.graph, held, seed))
+    numbers = held if held is not None else InitialWeights(plan.graph, 0) if initial is None else initial
+    own = rank_weights(plan, rank, _Weights(plan.graph, numbers))
     if held is None:
         return own, 0
     read = {name: held[name] for name in own if name in held}  # a vector that balances quantized weights is derived
@@ -281,8 +282,8 @@ def load_part(
 class _Weights(Mapping[str, Any]):
     """Weights of a graph, each created on access: mapped, drawn, or quantized."""
 
-    def __init__(self, graph: Graph, held: Mapping[str, Any] | None, seed: int) -> None:
-        self.graph, self.held, self.seed = graph, held, seed
+    def __init__(self, graph: Graph, held: Mapping[str, Any]) -> None:
+        self.graph, self.held = graph, held
         self._balances = balances_of(graph)
 
     def __getitem__(self, name: str) -> Any:
@@ -293,9 +294,9 @@ class _Weights(Mapping[str, Any]):
 
     def _number(self, name: str) -> Any:
         """Return a weight before quantization: the given array, or drawn."""
-        if self.held is not None and name not in self.held:
+        if name not in self.held:
             raise UsageError(f"weights= lacks {name}")
-        return initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
+        return self.held[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.graph.parameters)

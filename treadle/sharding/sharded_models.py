@@ -28,12 +28,11 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
-from treadle.passes.stages import Shard
 from treadle.program.backend_choice import AUTO
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.sharding.plans import plan_graph, rank_graph
+from treadle.sharding.plans import plan_graph, program_to_shard, rank_graph
 
 Array = np.ndarray[Any, Any]
 
@@ -91,7 +90,7 @@ def sharded(
     Raises as these two do.
     """
     chosen = CompileOptions.of("shard", options)
-    program = Program(model, chosen).optimize(before=Shard)
+    program = program_to_shard(Program(model, chosen), recipe)
     resolved, optimized = program.resolved, program.optimized
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
     bound, drawn = program.weights()
