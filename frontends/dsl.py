@@ -56,7 +56,7 @@ class Trace(Builder):
         self.regions: list[RepeatedRegion] = []
         self.depth = 0
         self.declared: dict[str, SourceLine | None] = {}
-        self.unentered: list[Scope] = []
+        self.unentered: list[NamedScope] = []
 
     def check_scopes(self) -> None:
         """Raise FrontendError for a scope that was never entered."""
@@ -165,7 +165,7 @@ def _repeated(name: str, count: int | Size, shared: bool) -> Iterator[int]:
             tracing.regions.append(RepeatedRegion(name, scope, nodes, source, depth))
 
 
-class Scope(ContextDecorator):
+class NamedScope(ContextDecorator):
     """The scope of a `with` statement, or of a function that it decorates."""
 
     def __init__(self, name: str, source: SourceLine | None) -> None:
@@ -192,9 +192,9 @@ class Scope(ContextDecorator):
             tracing.unentered.remove(self)
 
 
-def scope(name: str) -> Scope:
+def scope(name: str) -> NamedScope:
     """Prefix the names of parameters and ops inside with `name`: `with t.scope("encoder"): ...`"""
-    return Scope(name, user_line())
+    return NamedScope(name, user_line())
 
 
 def parameter(
