@@ -80,6 +80,10 @@ ENTRY_WORDS = _by_word(
         "fetch": 't.fetch_model("minilm")',
         "hub snapshot_download hf_hub_download": 't.fetch_model("organization/name")',
         "profile profiler": _PROFILE,
+        "lstm LSTM LSTMCell gru GRU GRUCell rnn RNN RNNCell": "leave it out: a recurrence over positions is one step, "
+        "which is called in a Python loop (docs/dsl.md, What cannot be expressed)",
+        "fft rfft ifft irfft stft": "leave it out: a transform is a product with constant matrices (docs/dsl.md, What "
+        "cannot be expressed)",
         "benchmark": "leave it out: the command `treadle bench` compares a model with other tools",
         "summary": "print(t.compile(model).graph)",
         "loss": 't.Trainer(model, loss="cross-entropy")',
