@@ -333,11 +333,6 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         "integers with alpha or beta are not supported",
     ),
     "diagonal": (lambda x: torch.einsum("ii->i", x[:, :3]), (X,), "axis i occurs twice in one operand"),
-    "transposed": (
-        lambda x: F.conv_transpose1d(x[None], x[:, None]),
-        (X,),
-        "a transposed convolution is not supported",
-    ),
     "mask": (
         lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, x[:, :3][None, None, None]),
         (X,),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.transposed_convolutions import spread_kernels, with_bias
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.attention.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
@@ -64,8 +65,8 @@ def _conv(site: TorchSite) -> Made:
     """x [b, c, ...] or [c, ...]; padding "same" puts an odd zero at the end of an axis."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
-    if site.flag("transposed") or any(site.integers("output_padding")):
-        site.refuse("a transposed convolution is not supported")
+    if site.flag("transposed"):
+        return _conv_transpose(site)
     alone = x.rank == spatial + 1
     if alone:
         x, _ = reshaped(b, x, [ONE, *x.shape])
@@ -90,6 +91,26 @@ def _conv(site: TorchSite) -> Made:
         padding=pads,
         groups=site.integer("groups"),
     )
+    return reshaped(b, y, y.shape[1:])[0] if alone else y
+
+
+@operator("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
+def _conv_transpose(site: TorchSite) -> Made:
+    """x [b, c, ...] or [c, ...], weight [c, o / groups, ...]; output_padding appends elements at the end of an axis."""
+    b, x, weight = site.b, site.x("input"), site.x("weight")
+    spatial = weight.rank - 2
+    alone = x.rank == spatial + 1
+    if alone:
+        x, _ = reshaped(b, x, [ONE, *x.shape])
+    strides, dilations = (_each(site, name, spatial) for name in ("stride", "dilation"))
+    padding, beyond = (_each(site, name, spatial, 0) for name in ("padding", "output_padding"))
+    groups, kernel = site.integer("groups"), weight.shape[2:]
+    y = spread_kernels(b, x, weight, kernel, groups=groups, strides=strides, dilations=dilations)
+    for axis, (before, more) in enumerate(zip(padding, beyond, strict=True), start=2):
+        if more > before:
+            y = b.pad(y, axis=axis, after=more - before)
+        y = b.slice(y, axis=axis, start=before, stop=y.shape[axis] - max(before - more, 0))
+    y = with_bias(b, y, site.maybe("bias"))
     return reshaped(b, y, y.shape[1:])[0] if alone else y
 
 

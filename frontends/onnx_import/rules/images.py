@@ -18,6 +18,7 @@ import numpy.typing as npt
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.windows import WindowGeometry, halves, kernel_sizes, steps, windows_of
+from treadle.frontends.recipes.transposed_convolutions import spread_kernels, with_bias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ZERO, Size
@@ -252,19 +253,10 @@ def _conv_transpose(site: OnnxSite) -> Made:
     spatial, groups = x.rank - 2, site.int("group", 1)
     kernel, beyond = kernel_sizes(site, weight), site.ints("output_padding") or (0,) * spatial
     found = _transposed_windows(site, x, kernel, beyond)
-    names = axis_letters(2 * spatial, "bcgo")
-    places, inner = " ".join(names[:spatial]), " ".join(names[spatial:])
-    split = b.rearrange(x, pattern=f"b (g={groups} c) {places} -> b g c {places}")
-    kernels = b.rearrange(weight, pattern=f"(g={groups} c) o {inner} -> g c o {inner}")
-    y = b.einsum(split, kernels, equation=f"b g c {places}, g c o {inner} -> b g o {places} {inner}")
-    y = b.rearrange(y, pattern=f"b g o {places} {inner} -> b (g o) {places} {inner}")
-    for i in reversed(range(spatial)):
-        axis, stride, dilation = i + 2, found.strides[i], found.dilations[i]
-        size = (x.shape[axis] - 1) * stride + (kernel[i] - 1) * dilation + 1
-        y = b.fold_windows(y, axis=axis, size=size, stride=stride, dilation=dilation)
+    y = spread_kernels(b, x, weight, kernel, groups=groups, strides=found.strides, dilations=found.dilations)
     for axis, (before, after) in enumerate(zip(found.before, found.after, strict=True), start=2):
         y = _cut(site, y, axis, before, after - beyond[axis - 2])
-    return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
+    return with_bias(b, y, bias)
 
 
 def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> WindowGeometry:
