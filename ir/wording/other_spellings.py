@@ -232,7 +232,7 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
 
 DIFFERENT = {"gather": "is NumPy's take", "stack": "repeats a block"}
-"""What a function computes that does something else than PyTorch's function of the same name."""
+"""The computation of each function that is not PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),

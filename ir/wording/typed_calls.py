@@ -27,7 +27,9 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "average": ("mean",),
     "gather": (),
 }
-"""The methods for functions of PyTorch and NumPy with another name. They take the tensor as first argument."""
+"""The methods for functions of PyTorch and NumPy of another name, whose first argument is the tensor. Empty if no method
+replaces the function.
+"""
 
 _NUMPYS_METHODS: dict[str, tuple[str, ...]] = {
     "transpose": ("permute",),
