@@ -165,7 +165,9 @@ LOADED_ATTRIBUTES = _by_word(
         "half float bfloat16": 't.load("folder", dtype="bf16")',
         "quantize": 't.load("folder", quantize="int8-weights")',
         "tokenize decode tokenizer": _TOKENIZER,
-        "encode": 'model.embed("a cat")  # of texts; a tokenizer: t.ModelSource.open("folder").tokenizer()',
+        "encode encode_query encode_document": (
+            'model.embed("a cat")  # a text as a vector; t.ModelSource.open("folder").tokenizer() has the token ids'
+        ),
         "predict complete forward run": 'model.generate("Once upon a time")  # or the method of another task',
         "pipeline": 't.load("folder")',
         "graph": f"{_LOADED}.graph",

@@ -27,8 +27,8 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "average": ("mean",),
     "gather": (),
 }
-"""The methods for functions of PyTorch and NumPy of another name, whose first argument is the tensor. Empty if no method
-replaces the function.
+"""The methods for functions of PyTorch and NumPy of another name, whose first argument is the tensor. Empty: none is
+the replacement.
 """
 
 _NUMPYS_METHODS: dict[str, tuple[str, ...]] = {
