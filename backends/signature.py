@@ -98,7 +98,8 @@ class Signature:
                 if wrong is not None and again:
                     sources = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in first_in if f"{s} = " in wrong]
                     sources += [f"{s} is {sizes[s]} in the states" for s in known if f"{s} = " in wrong]
-                    raise self._refusal(port, f": {wrong}", shapes, ", ".join(sources))
+                    hint = ", ".join(sources) or _transposed(port, shape, known)
+                    raise self._refusal(port, f": {wrong}", shapes, hint)
                 for symbol in sizes:
                     if symbol not in known:
                         first_in.setdefault(symbol, port)
@@ -149,6 +150,17 @@ class Signature:
             within=str(self),
             hint=hint or None,
         )
+
+
+def _transposed(port: Port, shape: Sequence[int], sizes: Mapping[str, int]) -> str:
+    """Return the call that gives an array the input's shape, if its channels are the last axis in place of axis 1, or
+    the reverse; empty if neither fits.
+    """
+    axes = [*range(len(shape))]
+    for order in ([0, axes[-1], *axes[1:-1]], [0, *axes[2:], 1]) if len(shape) > 2 else ():
+        if solve_sizes(port.type, tuple(shape[axis] for axis in order), dict(sizes)) is None:
+            return f"{port.name}.transpose({', '.join(map(str, order))}), if the axes of the array are in another order"
+    return ""
 
 
 def _to_give(names: Sequence[str]) -> Hint | None:

@@ -5,6 +5,7 @@ neighbors (`treadle.frontends.neighbor_modules`).
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import sys
@@ -25,6 +26,19 @@ def python_file(model: Model) -> Path | None:
     except TypeError:
         return None
     return Path(found) if found is not None and Path(found).is_file() else None
+
+
+def declared_models(path: Path) -> dict[str, list[str]]:
+    """Return the names of the configuration of each model that a file declares, without running it. A file that cannot
+    be read declares none.
+    """
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    decorators = {each.name: [ast.unparse(d).rpartition(".")[2] for d in each.decorator_list] for each in functions}
+    return {each.name: [a.arg for a in each.args.kwonlyargs] for each in functions if "model" in decorators[each.name]}
 
 
 def load_declaration(path: Path, function: str) -> Model:

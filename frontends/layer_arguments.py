@@ -142,7 +142,10 @@ def _padding(name: str, value: Any) -> Any:
     if isinstance(value, str):
         if value in ("same", "valid"):
             return value
-        raise _Wrong("a tuple of integers, one for each axis", f'{name}="same" or "valid"')
+        ways = f'{name}="same" or "valid"'
+        if value == "causal":
+            ways = f'{name}="valid", for t.pad(x, axis=-1, before=2) in place of x, where 2 is (kernel - 1) * dilation'
+        raise _Wrong("a tuple of integers, one for each axis", ways)
     return _integers(name, value)
 
 

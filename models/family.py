@@ -215,9 +215,11 @@ def count_labels(config: Config) -> int:
 
 
 def _unsupported(name: str, value: object, supported: Any) -> CheckpointError:
+    *others, last = map(_shown, supported)
+    known = f"{', '.join(others)} or {last}" if others else last
     return CheckpointError(
         f"config.json: {name} is {_shown(value)}, which this family does not support",
-        hint="supported: " + ", ".join(map(repr, supported)),
+        hint=f"a checkpoint whose {name} is {known}; changing it in config.json makes another model\n{OTHER_WAYS}",
     )
 
 

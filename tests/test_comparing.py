@@ -316,6 +316,12 @@ def test_a_mistake_has_its_position(text: str, at: int, what: str) -> None:
         assert ("attention" if at == 1 else "peak") in (raised.value.hint or "")
 
 
+def test_a_quantity_that_is_similar_to_none_lists_them() -> None:
+    with pytest.raises(UsageError, match="unknown quantity speed") as raised:
+        parse_conditions("speed>1.0x")
+    assert str(raised.value.hint).startswith("one of ops, added, ")
+
+
 def test_quantities_and_ops_have_different_names() -> None:
     assert not set(QUANTITIES) & set(OPS)
 

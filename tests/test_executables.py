@@ -735,3 +735,18 @@ def test_weights_may_be_tensors_that_are_trained(backend: str) -> None:
     name = "h.0.out.weight"
     wrong = trained | {name: trained[name].bfloat16()}
     assert f"weight {name} must be f32[8, 8]" in message(lambda: compiled(backend, graph, wrong))
+
+
+@pytest.mark.parametrize(("axes", "order"), [("B 3 H W", "0, 3, 1, 2"), ("B H W 3", "0, 2, 3, 1"), ("B 7 H W", None)])
+def test_an_array_with_the_channels_in_another_place_is_transposed(axes: str, order: str | None) -> None:
+    graph = graph_of(lambda b: b.relu(b.input("images", f"f32[{', '.join(axes.split())}]")))
+    given = np.ones((2, 8, 9, 3) if axes.startswith("B 3") else (2, 3, 8, 9), np.float32)
+    exe = compiled("numpy", graph)
+    with raises_freely(BackendError, match="must be") as caught:
+        exe(images=given)
+    if order is None:
+        assert caught.value.hint is None
+        return
+    code, _, _ = str(caught.value.hint).partition(", if")
+    assert code == f"images.transpose({order})"
+    exe(images=eval(code, {"images": given}))

@@ -295,6 +295,26 @@ def test_torch_is_loaded_by_the_call_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_state_dict_with_unused_parameters_fits() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.other = nn.Linear(4, 3), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    module, x = Part().eval(), torch.randn(2, 4)
+    imported = treadle.from_torch(module, (x,))
+    assert imported.unused == ("other.weight", "other.bias")
+    again = Part().eval()
+    exe = treadle.compile(imported, weights=again.state_dict())
+    np.testing.assert_allclose(exe(x=x.numpy())["output"], again(x).detach().numpy(), atol=1e-6)
+    with pytest.raises(treadle.UsageError, match="the model lacks 1 of the parameters") as caught:
+        treadle.compile(imported, weights={**again.state_dict(), "usedd.bias": x})
+    assert caught.value.received == "usedd.bias"
+
+
 def test_a_module_is_no_model_before_it_is_imported() -> None:
     module, example_inputs = nn.Linear(3, 4), (torch.ones(2, 3),)
     with pytest.raises(treadle.UsageError) as caught:

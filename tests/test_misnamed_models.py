@@ -42,6 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("models/own:gpt", "models/own.py:gpt"),
         ("models/own", "models/own.py:FUNCTION"),
         ("zoo", "zoo.py:FUNCTION"),
+        ("gpt", "zoo.py:gpt"),
     ],
 )
 def test_a_declaration_that_is_named_as_a_module(name: str, meant: str) -> None:

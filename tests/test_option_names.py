@@ -67,6 +67,27 @@ def test_names_that_one_reaches_for(command: str, given: str, meant: str) -> Non
     assert meant in refusal(command, given, "3")
 
 
+def test_an_option_of_the_model_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models.py").write_text("@t.model\ndef mine(x, *, kernel=3, heads=2): ...\n\n\nraise SystemExit\n")
+    for model, option in {"models.py:mine": "kernel", "gpt2": "layers"}.items():
+        what = refusal("inspect", model, f"--{option}", "3")
+        assert what == f"No such option: --{option}; {option} is an option of the model: --set {option}=..."
+    assert "--set heads=..." in refusal("generate", "models.py:mine", "Once", "--heads=4")
+    assert "--set" not in refusal("inspect", "models.py:other", "--kernel", "3")
+    assert "--set" not in refusal("doctor", "--layers", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["help"], "treadle --help"), (["help", "train"], "treadle train --help"), (["version"], "treadle --version")],
+)
+def test_help_and_version_are_options(words: list[str], meant: str) -> None:
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and f"No such command '{words[0]}'; {meant} " in done.output
+    assert CliRunner().invoke(app, meant.split()[1:]).exit_code == 0
+
+
 def test_an_option_with_no_similar_name_is_unknown_without_a_guess() -> None:
     assert refusal("generate", "--foobar", "3") == "No such option: --foobar"
 

@@ -116,11 +116,15 @@ def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
         ),
         (lambda x: t.norm(x, 2, 1), "t.sqrt((x * x).sum(dim=1))"),
         (lambda x: x.norm(p=1), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
+        (lambda x: x.unfold(1, 2, 3), "t.windows(x, axis=1, size=2, stride=3)"),
         (lambda x: x.narrow(1, 2, 3), "t.slice(x, axis=1, start=2, stop=2 + 3)"),
         (lambda x: x.select(1, -1), "x.movedim(1, 0)[-1]"),
         (lambda x: t.swiglu(x, 64), 't.gated_mlp(x, 64, act=t.silu, name="mlp")'),
         (lambda x: t.Linear(8, 3, bias=False)(x), 't.linear(x, 3, bias=False, name="f")'),
         (lambda x: t.Embedding(50, 8)(x), 't.embed(tokens, 50, 8, name="wte")'),
+        (lambda x: t.max_pool2d(x, 2), "t.max_pool(x, kernel=(2, 2), strides=(2, 2))"),
+        (lambda x: t.avg_pool1d(x, (3,), 1, padding=1), "t.average_pool(x, kernel=(3,), strides=(1,), padding=(1,))"),
+        (lambda x: t.MaxPool1d(2)(x), "t.max_pool(x, kernel=(2,), strides=(2,))"),
         (lambda x: t.zeros(3, 4), "t.expand(t.constant(0.0, t.f32), shape=(3, 4))"),
         (lambda x: t.ones(32), "t.expand(t.constant(1.0, t.f32), shape=(32,))"),
         (lambda x: t.full((2, 3), 0.5, dtype=np.float16), "t.expand(t.constant(0.5, t.f16), shape=(2, 3))"),
@@ -137,6 +141,20 @@ def test_a_hint_keeps_the_arguments_that_were_typed(body: Body, tried: str) -> N
     assert hint.startswith(tried)
     if hint.startswith(("x", "t", "(")):
         follow(hint.partition("  #")[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda x: t.Conv1d(3, 5, 3)(x), 't.convolution(x, 5, (3,), name="conv")'),
+        (lambda x: t.Conv1d(3, 5, 4, 2), 't.convolution(x, 5, (4,), strides=(2,), name="conv")'),
+        (lambda x: t.Conv1d(3, 5, 3, padding=1), 't.convolution(x, 5, (3,), padding=(1,), name="conv")'),
+        (lambda x: t.Conv1d(3, 5, 3, padding="same"), "t.convolution(x, 5, (3,), padding='same', name=\"conv\")"),
+    ],
+)
+def test_a_hint_for_a_convolution_keeps_its_arguments(body: Body, tried: str) -> None:
+    assert refusal(body, shape="2 3 8").hint == tried
+    traced(lambda x: eval(tried, {"t": t, "x": x}), shape="2 3 8")
 
 
 def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
@@ -316,6 +334,8 @@ def test_a_function_of_pytorch_is_not_taken_for_another_with_a_similar_name() ->
         lambda torch, x: torch.cat([x, 2 * x], 1),
         lambda torch, x: torch.stack([x, 2 * x], 1),
         lambda torch, x: torch.norm(x, dim=1),
+        lambda torch, x: torch.scatter_add(x, 1, x.argmax(1, keepdim=True), x[:, :1]),
+        lambda torch, x: torch.index_add(x, 1, x[0, :2, 0].argmax(0, keepdim=True), x[:, :1]),
         lambda torch, x: torch.logsumexp(x, 1, keepdim=True),
         lambda torch, x: torch.sort(x, 1).values,
         lambda torch, x: torch.narrow(x, 1, 1, 2),
@@ -440,6 +460,26 @@ def test_a_group_norm_is_pytorchs(shape: str, size: tuple[int, ...], groups: int
     x, w, b = map(torch.from_numpy, (a, weight, bias))
     expected = torch.nn.functional.group_norm(x, groups, w, b, eps=1e-3)
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["max_pool1d", "avg_pool1d"])
+def test_the_hint_for_a_pooling_has_pytorchs_strides(word: str) -> None:
+    functional = pytest.importorskip("torch").nn.functional
+    hint = (refusal(lambda x: getattr(t, word)(x, 2), shape="2 3 8").hint or "").partition("  #")[0]
+    a = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    (y,) = compile(traced(lambda x: eval(hint, {"t": t, "signal": x}), shape="2 3 8"), backend="numpy")(x=a).values()
+    np.testing.assert_allclose(y, getattr(functional, word)(functional.torch.from_numpy(a), 2).numpy(), rtol=1e-5)
+
+
+def test_a_causal_convolution_is_padded_before() -> None:
+    """The hint is followed: position i depends on positions up to i."""
+    error = refusal(lambda x: t.convolution(x, 4, (3,), padding="causal", name="f"), shape="2 3 8")  # type: ignore[arg-type]
+    (padded,) = re.findall(r"t\.pad\(.*?\)", error.hint or "")
+    graph = traced(lambda x: t.convolution(eval(padded), 4, (3,), padding="valid", name="f"), shape="2 3 8")
+    exe, a = compile(graph, backend="numpy"), np.ones((2, 3, 8), np.float32)
+    (y,), (changed,) = exe(x=a).values(), exe(x=np.concatenate([a[..., :5], -a[..., 5:]], -1)).values()
+    assert y.shape == (2, 4, 8)
+    np.testing.assert_array_equal(y[..., :5], changed[..., :5])
 
 
 def test_attention_without_heads_is_pytorchs_with_one_head() -> None:

@@ -153,6 +153,8 @@ ELEMENTS: dict[str, Body] = {
     "triangles of other dtypes": lambda x: x.long().tril() + (x > 0).triu().long(),
     "a triangle beside infinity": lambda x: (x / 0.0).tril().abs().amin(-1),
     "gather": lambda x: x.gather(-1, x.argmax(-1, keepdim=True)),
+    "gather a part": lambda x: x.gather(1, x[:1, :2, :3].argmax(1, keepdim=True)),
+    "gather a row": lambda x: x.gather(-1, x[:, :1].argmax(-1, keepdim=True)),
     "gather the first axis": lambda x: x.gather(dim=0, index=x.argmax(0, keepdim=True)),
     "masked_fill": lambda x: x.masked_fill(x > 0, -math.inf).softmax(-1),
     "casts": lambda x: x.half().float() + x.double().float() + (x * 3).int().float(),

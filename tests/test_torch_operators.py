@@ -91,6 +91,10 @@ OPERATORS: dict[str, Any] = {
         F.conv1d(x, x[:, :, :3]),
         F.conv1d(x, x[0, :, None, :2], padding="same", groups=3),
         F.conv1d(x[0], x[:, :, :2], padding=2, stride=2, dilation=2),
+        F.conv_transpose1d(x, x[0].view(3, 2, 2), x[0, 0, :2]),
+        F.conv_transpose1d(x[0], x[0].view(3, 2, 2), stride=3, padding=1, output_padding=2, groups=3),
+        F.conv_transpose1d(x, x[0, :, None, :3], padding=2, dilation=2),
+        F.conv_transpose2d(x[:, None], x[:1, None, :2, :2], stride=(2, 1), padding=(0, 1), output_padding=(1, 0)),
         F.conv2d(x[:, None], x[:1, None, :2, :2], x[0, 0, :1], padding=(1, 0)),
     ),
     "scalars": lambda x: (

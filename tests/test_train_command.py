@@ -240,6 +240,29 @@ def test_a_masked_model_is_asked_for_what_is_hidden(train: Treadle) -> None:
         np.testing.assert_array_equal(before["targets"], after["targets"], "the same is hidden before and after")
 
 
+def test_a_causal_model_that_predicts_masked_tokens_is_noted(train: Treadle) -> None:
+    Path("own.py").write_text(
+        "import treadle as t\n\n\n@t.model\ndef causal(tokens: t.i64['B S'], *, vocab=260):\n"
+        "    return {'logits': t.unembed(t.embed(tokens, vocab, 8, name='wte'), tied='wte')}\n",
+        encoding="utf-8",
+    )
+    said = train(f"own.py:causal texts.txt {SMALL} --vocab 260 --objective masked-token")
+    assert said.code == 0, said.err
+    assert "the model is causal: it predicts a masked token from the tokens before it alone" in said.err
+    assert "is causal" not in train(f"bert texts.txt {SMALL} --objective masked-token").err
+
+
+@pytest.mark.parametrize(("rise", "noted"), [(0.25, False), (2.0, True)])
+def test_a_loss_that_rises_is_noted(train: Treadle, monkeypatch: pytest.MonkeyPatch, rise: float, noted: bool) -> None:
+    step = FakeTrainer.step
+    monkeypatch.setattr(
+        FakeTrainer, "step", lambda self, **arrays: replace(step(self, **arrays), loss=3 + rise * self.steps)
+    )
+    said = train(f"gpt2 texts.txt {SMALL} --every 1")
+    assert said.code == 0, said.err
+    assert ("the loss rose from 5 to 11: try a smaller --learning-rate" in said.out) is noted
+
+
 # -- resumed runs --------------------------------------------------------------------------------------------------
 
 

@@ -206,6 +206,7 @@ class TorchImporter:
         self.values: dict[Any, Any] = {}
         self.weights: dict[str, Any] = {}
         self.learned: list[str] = []
+        self.unused: list[str] = []
         self.known: dict[Any, Expr] = {}
         self.operators: Counter[str] = Counter()
         self.opaque: list[str] = []
@@ -239,6 +240,7 @@ class TorchImporter:
             self.operators,
             tuple(self.opaque),
             tuple(name for name in self.learned if name in weights),
+            tuple(self.unused),
         )
 
     # -- inputs and weights ------------------------------------------------------------------------------------
@@ -260,6 +262,8 @@ class TorchImporter:
             elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 if node.users:
                     self.values[node] = self._weight(str(spec.target))
+                else:
+                    self.unused.append(str(spec.target))
             else:
                 raise FrontendError(f"an argument of kind {kind.lower()} is not supported", received=node.name)
         return tuple(inputs)

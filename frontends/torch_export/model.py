@@ -31,6 +31,7 @@ class TorchModel:
     operators  number of imported nodes of each operator
     opaque     the nodes whose reshapes could not be resolved into axes
     learned    the weights that are parameters which require a gradient
+    unused     the module's parameters and buffers that the computation does not use
     """
 
     name: str
@@ -41,6 +42,7 @@ class TorchModel:
     operators: Counter[str] = field(default_factory=Counter)
     opaque: tuple[str, ...] = ()
     learned: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         takes, gives = (

@@ -444,9 +444,15 @@ class TensorMethods(CastMethods):
     def gather(self, dim: int, index: Expr) -> Expr:
         """Return the elements at positions along an axis: y[i, j] = x[i, index[i, j]] for the last axis of a matrix.
 
-        index has the sizes of the tensor except along the axis. The op `t.gather` is NumPy's take instead.
+        The result has the shape of index. Along other axes than `dim`, an index of a smaller size selects the first
+        elements. The op `t.gather` is NumPy's take instead.
         """
-        return self.builder.take_along_axis(self._expr, index, axis=self._axis(dim))
+        axis, x = self._axis(dim), self._expr
+        if index.rank == self.rank:
+            for other, size in enumerate(index.shape):
+                if other != axis and size != self.shape[other]:
+                    x = x._along(other, slice(None, size))
+        return self.builder.take_along_axis(x, index, axis=axis)
 
     def tril(self, diagonal: int = 0) -> Expr:
         """Return the lower triangles of the last two axes; elements above the diagonal, moved by `diagonal`, are 0."""

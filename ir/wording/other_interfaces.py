@@ -80,6 +80,10 @@ ENTRY_WORDS = _by_word(
         "fetch": 't.fetch_model("minilm")',
         "hub snapshot_download hf_hub_download": 't.fetch_model("organization/name")',
         "profile profiler": _PROFILE,
+        "lstm LSTM LSTMCell gru GRU GRUCell rnn RNN RNNCell": "leave it out: a recurrence over positions is one step, "
+        "which is called in a Python loop (docs/dsl.md, What cannot be expressed)",
+        "fft rfft ifft irfft stft": "leave it out: a transform is a product with constant matrices (docs/dsl.md, What "
+        "cannot be expressed)",
         "benchmark": "leave it out: the command `treadle bench` compares a model with other tools",
         "summary": "print(t.compile(model).graph)",
         "loss": 't.Trainer(model, loss="cross-entropy")',
@@ -161,7 +165,9 @@ LOADED_ATTRIBUTES = _by_word(
         "half float bfloat16": 't.load("folder", dtype="bf16")',
         "quantize": 't.load("folder", quantize="int8-weights")',
         "tokenize decode tokenizer": _TOKENIZER,
-        "encode": 'model.embed("a cat")  # of texts; a tokenizer: t.ModelSource.open("folder").tokenizer()',
+        "encode encode_query encode_document": (
+            'model.embed("a cat")  # a text as a vector; t.ModelSource.open("folder").tokenizer() has the token ids'
+        ),
         "predict complete forward run": 'model.generate("Once upon a time")  # or the method of another task',
         "pipeline": 't.load("folder")',
         "graph": f"{_LOADED}.graph",

@@ -34,6 +34,13 @@ _WORDS = {
     "logit": "t.log(x / (1.0 - x))",
     "lerp": "x + 0.5 * (y - x)  # halfway",
     "prelu PReLU": "t.where(x > 0, x, x * y)  # y: the weight",
+    "unfold Unfold": "t.windows(x, axis=-1, size=2)  # the elements of each window are along a new last axis",
+    "scatter scatter_": "t.where(t.iota(size=8) == 3, y, x)  # y at position 3; t.scatter_add adds at positions",
+    "interpolate upsample Upsample": "images.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)  # the nearest",
+    "batch_norm BatchNorm1d BatchNorm2d": (
+        'images * t.parameter("scale", 3, 1, 1) + t.parameter("shift", 3, 1, 1)  # for inference, with the statistics '
+        "in both; to train, t.group_norm"
+    ),
     "nonzero argwhere unique masked_select": _NO_DATA_SIZES,
     "bernoulli multinomial rand_like randn_like": "x  # leave it out: a graph has no random numbers",
     "view": "x.view(x.shape[0], x.shape[1], 2, 4)",
@@ -90,7 +97,10 @@ _WORDS = {
     "logsigmoid log_sigmoid LogSigmoid": "-t.softplus(-x)",
     "softsign Softsign": "x / (1.0 + t.abs(x))",
     "softmin Softmin": "t.softmax(-x, axis=-1)",
-    "avg_pool1d AvgPool1d avg_pool2d AvgPool2d": "t.average_pool(signal, kernel=(3,))  # (3, 3) over two axes",
+    "avg_pool1d AvgPool1d": "t.average_pool(signal, kernel=(2,), strides=(2,))  # PyTorch's strides are the kernel",
+    "avg_pool2d AvgPool2d": "t.average_pool(images, kernel=(2, 2), strides=(2, 2))  # PyTorch's strides are the kernel",
+    "max_pool1d MaxPool1d": "t.max_pool(signal, kernel=(2,), strides=(2,))  # PyTorch's strides are the kernel",
+    "max_pool2d MaxPool2d": "t.max_pool(images, kernel=(2, 2), strides=(2, 2))  # PyTorch's strides are the kernel",
     "square": "x * x",
     "absolute": "t.abs(x)",
     "negative": "-x",
@@ -222,7 +232,7 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
 
 DIFFERENT = {"gather": "is NumPy's take", "stack": "repeats a block"}
-"""The meaning of each function whose name is that of another function in PyTorch."""
+"""The computation of each function that is not PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,9 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "average": ("mean",),
     "gather": (),
 }
-"""The methods for functions of PyTorch and NumPy with another name. They take the tensor as first argument."""
+"""The methods for functions of PyTorch and NumPy of another name, whose first argument is the tensor. Empty: none is
+the replacement.
+"""
 
 _NUMPYS_METHODS: dict[str, tuple[str, ...]] = {
     "transpose": ("permute",),
@@ -97,12 +100,46 @@ def _counted(*bounds: str, dtype: str = "t.i64") -> str | None:
     return f"{bounds[0]} + t.iota(size={bounds[1]} - {bounds[0]}{kind})" if len(bounds) == 2 else None
 
 
+def _each(size: str, axes: int) -> str:
+    """Return an argument of a pooling or a convolution for each axis."""
+    if size.startswith(("(", "[", "'")):  # a text: padding='same'
+        return size
+    return f"({size},)" if axes == 1 else f"({', '.join([size] * axes)})"
+
+
+def _pooled(op: str, axes: int) -> Callable[..., str]:
+    def pooled(x: str, kernel_size: str, stride: str = "None", padding: str = "0") -> str:
+        strides = _each(kernel_size if stride == "None" else stride, axes)
+        further = "" if padding == "0" else f", padding={_each(padding, axes)}"
+        return f"t.{op}({x}, kernel={_each(kernel_size, axes)}, strides={strides}{further})"
+
+    return pooled
+
+
+def _convolved(axes: int) -> Callable[..., str]:
+    def convolved(_: str, channels: str, kernel_size: str, stride: str = "1", padding: str = "0") -> str:
+        further = "" if stride == "1" else f", strides={_each(stride, axes)}"
+        if padding != "0":
+            further += f", padding={_each(padding, axes)}"
+        return f't.convolution(x, {channels}, {_each(kernel_size, axes)}{further}, name="conv")'
+
+    return convolved
+
+
 _CALLS: dict[str, Callable[..., str | None]] = {
+    **{f"max_pool{n}d": _pooled("max_pool", n) for n in (1, 2)},
+    **{f"avg_pool{n}d": _pooled("average_pool", n) for n in (1, 2)},
+    **{f"Conv{n}d": _convolved(n) for n in (1, 2)},
+    **{f"MaxPool{n}d": partial(_pooled("max_pool", n), "x") for n in (1, 2)},
+    **{f"AvgPool{n}d": partial(_pooled("average_pool", n), "x") for n in (1, 2)},
     "cat concatenate": _joined,
     "hstack": lambda tensors: _joined(tensors, "1"),
     "vstack": lambda tensors: _joined(tensors, "0"),
     "stack": _stacked,
     "gather": lambda x, dim, index: f"t.take_along_axis({x}, {index}, axis={dim})",
+    "unfold": lambda x, dim, size, step: f"t.windows({x}, axis={dim}, size={size}, stride={step})",
+    "scatter_add": lambda x, dim, index, src: f"t.scatter_add({x}, {index}, {src}, axis={dim})",
+    "index_add": lambda x, dim, index, source: f"t.index_add({x}, {index}, {source}, axis={dim})",
     "astype": lambda x, dtype: f"{x}.cast({_dtype(dtype)})",
     "var": lambda x, dim="None", keepdim="False": f"{x}.var({_along(dim, keepdim, 'correction=0')})",
     "std": lambda x, dim="None", keepdim="False": f"{x}.std({_along(dim, keepdim, 'correction=0')})",

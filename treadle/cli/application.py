@@ -58,7 +58,7 @@ class _Command(TyperCommand):
             rest = super().parse_args(ctx, args)
         except Exception as error:
             if hasattr(error, "possibilities"):  # of typer or of click, depending on typer's version
-                point_to_meant(error, str(self.name), self.get_params(ctx))
+                point_to_meant(error, str(self.name), self.get_params(ctx), given)
             raise
         if not ctx.resilient_parsing:
             refuse_several_values(self.make_parser(ctx).parse_args(given)[2], ctx)
@@ -74,6 +74,9 @@ class _Group(TyperGroup):
             return super().resolve_command(ctx, args)
         except Exception as error:
             other = OTHER_COMMANDS.get(args[0])
+            if args[0] in ("help", "version") and hasattr(error, "format_message"):
+                command = " ".join(["treadle", *(word for word in args[1:2] if word in self.commands)])
+                error.message = f"No such command '{args[0]}'; {command} --{args[0]}"  # type: ignore[attr-defined]
             if other is not None and hasattr(error, "format_message"):
                 message = (
                     f"No such command '{args[0]}'; treadle {other}: {self.commands[other].get_short_help_str(200)}"

@@ -20,12 +20,20 @@ def options_by_name(params: Sequence[Any]) -> Mapping[str, str]:
     return {**arguments, **{flag[2:].replace("-", "_"): flag for flag in flags}}
 
 
-def point_to_meant(error: Any, name: str, params: Sequence[Any]) -> None:
+def point_to_meant(error: Any, name: str, params: Sequence[Any], words: Sequence[str]) -> None:
     """Complete typer's error for an unknown option of the command `name`: name the option that is meant, with its help,
-    if there is one.
+    if there is one. A name of the model's configuration is set with --set.
+
+    words  the arguments of the command
     """
+    from treadle.program.places import options_of
+
     known = options_by_name(params)
     given = error.option_name.lstrip("-").replace("-", "_")
+    if "set" in known and any(given in options_of(word) for word in words):
+        error.possibilities = None
+        error.message += f"; {given} is an option of the model: --set {given}=..."
+        return
     meant = given if given in known else meant_option(_SHORT.get(given, given), known, 0.6)
     error.possibilities = None
     if meant is None:

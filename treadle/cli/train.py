@@ -93,6 +93,8 @@ def train_model(
         run.compile()
     for line in [] if resume is None else change_lines(run.changed):
         _say(line)
+    if run.data.note is not None:
+        _say(run.data.note)
     if not as_json:
         print(data_text(run.data), flush=True)
 

@@ -144,7 +144,7 @@ class _Parser:
             find_op(name)
         except GraphError:
             self.at = start
-            near = NearestNames([*QUANTITIES, *OPS]).of(name, 3, 0.5)
+            near = NearestNames([*QUANTITIES, *OPS]).of(name, 3, 0.7)
             known = f"one of {', '.join(QUANTITIES)}, or an op"
             hint = f"did you mean {' or '.join(near)}?" if near else known
             self._fail(f"unknown quantity {printable(name)}", hint)

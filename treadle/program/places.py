@@ -6,16 +6,19 @@ import difflib
 import inspect
 import os
 import sys
+from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from treadle.fetching import fetched_model
 from treadle.files.nearest_names import argument_hint, nearest_path, nearest_path_hint
 from treadle.files.shown_names import shown_path
+from treadle.frontends.declaration_files import declared_models
 from treadle.frontends.model_folder import CONFIG
 from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import Hint, UsageError
-from treadle.models.registry import family_names
+from treadle.models.registry import family_names, find_family
 from treadle.wheels.pinned_models import PINNED
 
 GGUF_SUFFIX = ".gguf"
@@ -23,6 +26,10 @@ ONNX_SUFFIX = ".onnx"
 ARTIFACT_SUFFIX = ".treadle"
 MODEL_SUFFIXES = (GGUF_SUFFIX, ONNX_SUFFIX, ARTIFACT_SUFFIX)
 """The endings of files that are models."""
+
+
+_MOST_FILES = 50
+"""The number of Python files in the working directory in which a declaration is looked up."""
 
 
 def is_fetched(name: str) -> bool:
@@ -85,8 +92,8 @@ def find_place(name: str) -> Path:
 
 
 def _declaration_hint(name: str) -> Hint | None:
-    """Return the hint for a declaration that is named as a module, `models:my_gpt`, `models.my_gpt` or `models`, in
-    place of `models.py:my_gpt`; None if there is no such file.
+    """Return the hint for a declaration that is named as a module, `models:my_gpt`, `models.my_gpt` or `models`, or
+    without its file, `my_gpt`, in place of `models.py:my_gpt`; None if there is no such file.
     """
     before, mark, function = name.rpartition(":") if ":" in name else name.rpartition(".")
     modules = {before.rstrip(":"): function} if mark else {}
@@ -95,7 +102,20 @@ def _declaration_hint(name: str) -> Hint | None:
         for file in (f"{stem}.py", f"{stem.replace('.', '/')}.py"):
             if stem and Path(file).is_file():
                 return argument_hint(name, f"{file}:{declared}")
-    return None
+    if not name.isidentifier():
+        return None
+    files = (path for path in islice(sorted(Path().glob("*.py")), _MOST_FILES) if name in declared_models(path))
+    return next((argument_hint(name, f"{path}:{name}") for path in files), None)
+
+
+def options_of(model: str) -> Collection[str]:
+    """Return the names of the configuration of a declaration in a file, which is not run, or of a family of the zoo.
+    Empty for other models.
+    """
+    file, _, function = model.rpartition(":")
+    if file.endswith(".py"):
+        return declared_models(Path(file)).get(function, [])
+    return find_family(model).model.defaults if model in family_names() else []
 
 
 def _is_model(path: str) -> bool:

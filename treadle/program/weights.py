@@ -33,7 +33,7 @@ def weights_of(
     Raises UsageError for weights that do not fit, as `compile` does.
     """
     if weights is not None:
-        _refuse_unknown(weights, resolved.graph.parameters)
+        _refuse_unknown({*map(str, weights)}.difference(resolved.unused), resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
     if given is not None:
         if resolved.new_weights:

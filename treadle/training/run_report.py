@@ -14,6 +14,9 @@ from treadle.training.saving import SavedModel
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, perplexity_of
 
+_RISEN = 1.0
+"""The rise of the loss in nats that a report mentions: the targets have become less probable by a factor of e."""
+
 
 @dataclass
 class RunReport:
@@ -98,6 +101,9 @@ class RunReport:
             what, of = ("loss", float) if self.has_teacher else ("perplexity", perplexity_of)
             after = "" if self.after is None else f" before, {of(self.after):.4f} after"
             found.append(f"{what} of {counted(len(self.data.heldout), 'held-out block')} {of(self.before):.4f}{after}")
+        if self.lines and self.lines[-1].loss > self.lines[0].loss + _RISEN:
+            losses = f"{self.lines[0].loss:.4g} to {self.lines[-1].loss:.4g}"
+            found.append(f"the loss rose from {losses}: try a smaller --learning-rate, or a longer --warmup")
         found += self.written()
         if self.saved is not None:
             found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")

@@ -48,6 +48,12 @@ LENGTH = 128
 """Default number of tokens per block. A model with a smaller maximum gets blocks of its maximum length."""
 
 
+_CAUSAL_MASKS = (
+    "the model is causal: it predicts a masked token from the tokens before it alone; the objective of such a model is "
+    f"{NEXT_TOKEN}"
+)
+
+
 @dataclass(frozen=True)
 class TextData:
     """Blocks of tokens and a training objective.
@@ -56,6 +62,7 @@ class TextData:
     heldout   held-out blocks [N, S], from the end of the texts; N may be 0
     digest    SHA-256 of the texts, in hexadecimal
     texts     the tokenizer, for the folder of the trained model; None: that of a checkpoint's own folder
+    note      a remark on the objective for this model, or None
     """
 
     objective: Objective
@@ -63,6 +70,7 @@ class TextData:
     heldout: Tokens
     digest: str = ""
     texts: TextFiles | None = None
+    note: str | None = None
 
     @property
     def length(self) -> int:
@@ -144,7 +152,8 @@ class TextData:
         texts = _text_files(source, opened, end, vocab)
         if texts is not None and objective == MASKED_TOKEN:
             texts = replace(texts, mask=opened.mask)
-        return cls(asked, batches, blocks[kept:], _digest(documents), texts)
+        note = _CAUSAL_MASKS if objective == MASKED_TOKEN and _is_causal(resolved.graph) else None
+        return cls(asked, batches, blocks[kept:], _digest(documents), texts, note)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class GraphForm(SeparateWeightsForm):
             raise UsageError("a graph takes no configuration", received=received)
         model = self.model
         if isinstance(model, TorchModel):
-            found = ReadModel(model.name, model.graph, None, model.weights, learned=model.learned)
+            found = ReadModel(model.name, model.graph, None, model.weights, learned=model.learned, unused=model.unused)
         else:
             found = ReadModel(model.name, model)
         return found if self.path is None else read_graph(found, self.checkpoint, options)
