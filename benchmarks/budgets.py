@@ -90,7 +90,7 @@ def one(
         bound = int(str(error.within).rpartition("than ")[2].replace(",", ""))
         return {"refused": str(error.within), "bound": bound, "holds": bound > budget}
     compiled = time.perf_counter() - started
-    assert kept.memory is not None
+    assert kept.memory_fit is not None
     made = kept(**inputs)
     equal = all(np.array_equal(made[key], whole[key]) for key in whole)
     reached = measured(kept, inputs)
@@ -99,7 +99,7 @@ def one(
         before, after = timed(free, inputs), timed(kept, inputs)
         ratios.append(after / before)
     ratio = statistics.median(ratios)
-    fit = kept.memory
+    fit = kept.memory_fit
     close = abs(ratio / fit.ratio - 1) <= 0.15
     return {
         "peak": fit.peak,

@@ -228,9 +228,9 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
     report = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=MOST, **WIDE)
     assert report.arena is not None and report.arena < report.peak / 2
     kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=report.arena, sizes=MOST, **WIDE)
-    assert kept.memory is not None and kept.memory.ratio == 1.0 and not kept.memory.chunks
-    assert kept.memory.peak == kept.memory.before == report.arena and kept.memory.host == "logits"
-    assert "temporaries that are dead before logits is written use the memory of logits" in str(kept.memory)
+    assert kept.memory_fit is not None and kept.memory_fit.ratio == 1.0 and not kept.memory_fit.chunks
+    assert kept.memory_fit.peak == kept.memory_fit.before == report.arena and kept.memory_fit.host == "logits"
+    assert "temporaries that are dead before logits is written use the memory of logits" in str(kept.memory_fit)
     r = Random(0)
     drawn = [(r.randint(1, MOST["B"]), r.randint(1, MOST["S"])) for _ in range(4)]
     for b, s in [(MOST["B"], MOST["S"]), (1, 1), (2, 1), (1, MOST["S"]), *drawn]:
@@ -238,9 +238,8 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
         assert report.arena - 64 < measured(kept, tokens=tokens(b, s)) <= report.arena if (b, s) == (2, 60) else True
         assert measured(kept, tokens=tokens(b, s)) <= report.arena
     free.save(tmp_path / "free.treadle")
-    assert (
-        t.load_artifact(tmp_path / "free.treadle", target=ALONE, memory=report.arena, sizes=MOST).memory == kept.memory
-    )
+    loaded = t.load_artifact(tmp_path / "free.treadle", target=ALONE, memory=report.arena, sizes=MOST)
+    assert loaded.memory_fit == kept.memory_fit
     sizes = [{"B": b, "S": s} for b in (1, 2) for s in range(1, MOST["S"] + 1)]
     assert max(needs_of(kept, **each) for each in sizes) == report.arena
 
@@ -266,13 +265,13 @@ def test_parts_of_what_comes_before_lie_in_the_output_too() -> None:
     """At many positions a block needs more than an output of 600 words; a block in parts fits into it."""
     config, most = WIDE | {"vocab": 600}, {"B": 1, "S": 256}
     kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=100_000, sizes=most, **config)
-    assert kept.memory is not None and kept.memory.host == "logits" and kept.memory.chunks
-    assert all(needs_of(kept, B=1, S=s) <= kept.memory.peak <= 100_000 for s in range(1, 257, 15))
+    assert kept.memory_fit is not None and kept.memory_fit.host == "logits" and kept.memory_fit.chunks
+    assert all(needs_of(kept, B=1, S=s) <= kept.memory_fit.peak <= 100_000 for s in range(1, 257, 15))
     free = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, **config)
     for s in (1, 29, 256):
         given = tokens(1, s) % 600
         assert np.array_equal(free(tokens=given)["logits"], kept(tokens=given)["logits"])
-        assert measured(kept, tokens=given) <= kept.memory.peak
+        assert measured(kept, tokens=given) <= kept.memory_fit.peak
 
 
 @needs_tvm
@@ -303,17 +302,17 @@ def test_an_output_that_is_too_small_at_smaller_sizes_hosts_nothing_there() -> N
     arena = explain_memory(looked_up, backend="tvm", target=ALONE, sizes=most).arena
     assert arena is not None
     kept = t.compile(looked_up, backend="tvm", target=ALONE, memory="1MB", sizes=most)
-    assert kept.memory is not None and not kept.memory.chunks
-    assert arena == needs_of(kept, **most) < needs_of(kept, S=64, T=1) <= kept.memory.peak == kept.memory.before
-    assert max(needs_of(kept, S=s, T=n) for s in (1, 31, 64) for n in range(1, 65)) <= kept.memory.peak
-    tight = t.compile(looked_up, backend="tvm", target=ALONE, memory=kept.memory.peak, sizes=most)
-    assert tight.memory is not None and not tight.memory.chunks
+    assert kept.memory_fit is not None and not kept.memory_fit.chunks
+    assert arena == needs_of(kept, **most) < needs_of(kept, S=64, T=1) <= kept.memory_fit.peak == kept.memory_fit.before
+    assert max(needs_of(kept, S=s, T=n) for s in (1, 31, 64) for n in range(1, 65)) <= kept.memory_fit.peak
+    tight = t.compile(looked_up, backend="tvm", target=ALONE, memory=kept.memory_fit.peak, sizes=most)
+    assert tight.memory_fit is not None and not tight.memory_fit.chunks
     kept(x=np.ones((64, 64), np.float32), y=np.ones((1, 8), np.float32))
     (plan,) = kept.executable.machine.plans.values()  # type: ignore[attr-defined]
-    assert plan.host is None and arena < plan.arena <= kept.memory.peak
+    assert plan.host is None and arena < plan.arena <= kept.memory_fit.peak
     with pytest.raises(BackendError, match="does not fit") as refused:
         t.compile(looked_up, backend="tvm", target=ALONE, memory=arena, sizes=most)
-    report = f"{kept.memory.peak:,} bytes without a budget, {arena:,} at these sizes alone"
+    report = f"{kept.memory_fit.peak:,} bytes without a budget, {arena:,} at these sizes alone"
     assert report in str(refused.value.within)
 
 
@@ -329,7 +328,7 @@ def test_an_output_that_comes_back_in_a_donated_input_hosts_nothing() -> None:
         assert report.arena is not None
         needed.append(report.arena)
         kept = t.compile(refined, backend="tvm", target=ALONE, memory=report.arena, sizes={"S": 9}, donate=donate)
-        assert kept.memory is not None and kept.memory.peak == kept.memory.before == report.arena
+        assert kept.memory_fit is not None and kept.memory_fit.peak == kept.memory_fit.before == report.arena
         x = np.ones((9, 64), np.float32)
         (made,) = kept(x=x).values()
         assert np.shares_memory(x, made) is bool(donate)
