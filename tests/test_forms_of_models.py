@@ -41,7 +41,7 @@ FORMS = {
     "artifact": {"generate": "lm.treadle", "embed": "enc.treadle", "classify": "cls.treadle"},
 }  # fmt: skip
 """The small models of each form by task; other tasks take the one that generates."""
-ELSEWHERE = {("checkpoint folder", "translate")}
+ELSEWHERE = {("checkpoint folder", "translate"), ("artifact", "translate")}
 """Cells that other tests cover, with a larger model."""
 
 

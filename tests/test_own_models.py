@@ -949,7 +949,7 @@ def test_a_model_without_a_task_for_texts_stores_no_tokenizer(trained: Treadle) 
 def test_a_damaged_tokenizer_in_an_artifact(damage: dict[str, bytes], trained: Treadle) -> None:
     exe = t.compile(OWN, weights="out")
     texts = {**exe.text_files, **damage, "../outside": b"x"}
-    replace(exe, texts=lambda graph: texts).save("a.treadle")
+    replace(exe, _texts=lambda graph: texts).save("a.treadle")
     refused(trained("generate a.treadle the"), "a.treadle")
     assert trained("run a.treadle --input tokens=1,2").code == 0
     assert not Path("..", "outside").exists()

@@ -160,7 +160,7 @@ def test_damaged_settings_in_an_artifact(data: bytes, tmp_path: Path) -> None:
     save(tmp_path / "folder", "BertForTokenClassification", wordpiece(), id2label=NAMES)
     made = t.compile(tmp_path / "folder", backend="numpy")
     files = {**made.text_files, "config.json": data}
-    replace(made, texts=lambda graph: files).save(tmp_path / "model.treadle")
+    replace(made, _texts=lambda graph: files).save(tmp_path / "model.treadle")
     with pytest.raises((CheckpointError, UsageError)):
         t.load(tmp_path / "model.treadle").tag(TEXTS)
     assert t.load_artifact(tmp_path / "model.treadle")(tokens=np.array([[1, 2]]))["logits"].shape == (1, 2, 3)

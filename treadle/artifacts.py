@@ -132,7 +132,7 @@ def compile_artifact(
         artifact.weights,
         seed=artifact.seed,
         options=artifact.options,
-        texts=lambda graph: artifact.files,
+        _texts=lambda graph: artifact.files,
     )
 
 

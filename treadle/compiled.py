@@ -56,7 +56,7 @@ class Compiled:
     unread      the keys of config.json that the model's family does not know
     options     the options that were set when the model was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
-    texts       returns the files of the model's tokenizer and settings by name, for its graph
+    _texts      returns the files of the model's tokenizer and settings by name, for its graph
 
     If the values of some inputs determine shapes, `treadle.compile` returns the subclass
     `treadle.specializing.Specializing`, which has a graph for each combination of these values.
@@ -72,7 +72,7 @@ class Compiled:
     seed: int | None = None
     unread: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    texts: Callable[[Graph], Mapping[str, bytes]] = field(default=lambda graph: {}, compare=False)
+    _texts: Callable[[Graph], Mapping[str, bytes]] = field(default=lambda graph: {}, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))
@@ -87,7 +87,7 @@ class Compiled:
         """The files that an artifact stores for tasks, by name: the tokenizer, the pooling, and the settings of a head;
         an empty mapping if the model has no task, or none of these files.
         """
-        return self.texts(self.graph)
+        return self._texts(self.graph)
 
     @property
     def log(self) -> PassLog:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node
 from treadle.ir.ops.convolution import Conv
+from treadle.ir.ops.shapes import Rearrange
 from treadle.passes.cleanup.canonicalize import TidyLayout
 from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.manager import Pass
@@ -41,7 +42,7 @@ class PointsAsProducts(SiteRewrite[Site]):
                 before = before.inputs[0].node
             readers = work.readers(node.result)
             after = readers[0] if len(readers) == 1 else None
-            if any(each is not None and each.op.name == "rearrange" for each in (before, after)):
+            if any(each is not None and isinstance(each.op, Rearrange) for each in (before, after)):
                 yield Site(node, tuple(activations))
             else:
                 work.refuse(self.name, Refusal("neither its operand nor its result is rearranged", node))

@@ -194,7 +194,7 @@ def memory_of_lowered(
 
     Raises UsageError for a backend that does not plan storage, and for sizes outside their bounds.
     """
-    found = find_backend(backend)
+    found = None if lowered is None or lowered.plan is None else find_backend(backend)
     if lowered is None or lowered.plan is None or not isinstance(found, StagedBackend):
         raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
     frames, chosen = found.frames(lowered.graph, target, lowered.plan), choose_sizes(lowered.graph, sizes)
