@@ -15,7 +15,8 @@ class Hint(str):
 
     replaces  an argument of the command line: the suggestion is the same command line with `words` in its place
     without   options that this command line leaves out
-    before    text before this command line, such as a pipe
+    before    text before this command line, such as a pipe; after: text that follows it
+    renamed   another argument of this command line, and the one in its place
     """
 
     command: str
@@ -23,6 +24,8 @@ class Hint(str):
     words: tuple[str, ...]
     without: tuple[str, ...]
     before: str
+    after: str
+    renamed: tuple[str, str] | None
 
     def __new__(
         cls,
@@ -33,10 +36,12 @@ class Hint(str):
         words: tuple[str, ...] = (),
         without: tuple[str, ...] = (),
         before: str = "",
+        after: str = "",
+        renamed: tuple[str, str] | None = None,
     ) -> Hint:
         made = super().__new__(cls, text)
         made.command, made.replaces, made.words = command, replaces, words
-        made.without, made.before = without, before
+        made.without, made.before, made.after, made.renamed = without, before, after, renamed
         return made
 
     def on_command_line(self, words: Sequence[str]) -> str:
@@ -51,7 +56,10 @@ class Hint(str):
         for at in places:
             name = words[at].removesuffix(str(self.replaces))  # "NAME=", or nothing
             made[at] = name + self.words[0]
-        return self.before + shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]])
+        if self.renamed is not None:
+            old, new = self.renamed
+            made = [word.removesuffix(old) + new if old in (word, word.partition("=")[2]) else word for word in made]
+        return self.before + shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]]) + self.after
 
 
 class TreadleError(Exception):

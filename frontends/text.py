@@ -169,6 +169,7 @@ class TextTokenizer:
         """Return texts as one padded array. Raises UsageError if there are none, for a text that is not valid
         Unicode, and as `for_model` says.
         """
+        _refuse_one_text(texts, "batch")
         if not texts:
             raise UsageError("there is no text")
         for text in texts:
@@ -194,6 +195,7 @@ class TextTokenizer:
 
         Raises UsageError for a text that is not valid Unicode, and if windows leave no room for the second text.
         """
+        _refuse_one_text(texts, "encode")
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
                 if not part.isascii():
@@ -228,6 +230,7 @@ class TextTokenizer:
 
         Raises UsageError for a text that is not valid Unicode.
         """
+        _refuse_one_text(texts, "ids")
         for text in texts:
             if not text.isascii():
                 _refuse_surrogates(text)
@@ -384,6 +387,17 @@ def read_text_files(folder: PathLike | ModelFolder) -> dict[str, bytes]:
     if FILE not in found and any(map(place.has, OLDER)):
         found[FILE] = TextTokenizer.open(place, cut=False).serialized()
     return found
+
+
+def _refuse_one_text(texts: Sequence[object], method: str) -> None:
+    """Raise UsageError for a text in place of a list of texts."""
+    if isinstance(texts, str):
+        shown = texts if len(texts) < 40 else "the cat"
+        raise UsageError(
+            f"{method} takes a list of texts",
+            received="a text",
+            hint=f"{method}([{shown!r}])" + "[0]" * (method != "batch"),
+        )
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -129,6 +129,8 @@ def test_the_hint_leads_to_a_file(words: str, what: str, treadle_command: Treadl
         ("compile ll -o o.onnx --backend numpy --threads 2 --dtype f32", "export ll -o o.onnx --dtype f32"),
         ("compile ll -o o.dot --memory 3MB --backend numpy --sizes B=1", "export --to dot ll -o o.dot --backend numpy"),
         ("export ll -o o.safetensors", "compile ll -o o.treadle"),
+        ("export ll -o o.safetensors --quantize int4 --seed 3", "compile ll -o o.treadle --quantize int4 --seed 3"),
+        ("export ll --output=o.bin --opset 18 --dtype f32", "compile ll --output=o.treadle --dtype f32"),
         ("report ll -o o.pt", "compile ll -o o.treadle"),
     ],
 )

@@ -41,6 +41,12 @@ def test_the_head_is_drawn_and_the_others_are_read(command: Treadle) -> None:
     np.testing.assert_array_equal(made.weights["logits.weight"], trainer.weights["logits.weight"])
 
 
+def test_one_pattern_is_a_list(command: Treadle) -> None:
+    with pytest.raises(UsageError, match="new_weights= is a list of patterns") as caught:
+        t.Trainer(MODEL, weights="encoder", new_weights="logits.*", backend="numpy")
+    assert str(caught.value.hint) == "new_weights=['logits.*']"
+
+
 def test_arrays_may_lack_the_new_weights(command: Treadle) -> None:
     table = t.compile("encoder.py:my_encoder", weights="encoder", backend="numpy").weights["wte.weight"]
     trainer = t.Trainer(MODEL, weights={"wte.weight": table}, new_weights=["logits.*"], backend="numpy")

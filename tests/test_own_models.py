@@ -435,6 +435,15 @@ def test_the_command_at_the_end_of_masked_training_works(model: str, treadle_com
     assert scores[0] == pytest.approx(scores[1], abs=1e-6), "no result depends on the other texts"
 
 
+def test_labels_of_tokens_are_not_trained_on_texts(treadle_command: Treadle) -> None:
+    """Neither objective has their targets, so the hint is the trainer."""
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    for objective in ("next-token", "masked-token"):
+        said = treadle_command(f"train models.py:my_tagger corpus.txt -o out --objective {objective} {TRAIN}")
+        refused(said, "cannot be trained on texts: its logits are not of all tokens", "3 classes, 300 tokens")
+        assert "t.Trainer with batches and targets of your own" in hint_of(said)
+
+
 SHIFTED = (
     DECLARATION.partition("@t.model")[0]
     + """

@@ -33,6 +33,17 @@ def test_rows_are_padded_and_what_is_cut_is_told(tmp_path: Path) -> None:
     assert batch.cut.tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("method", ["ids", "encode", "batch"])
+def test_a_text_in_place_of_a_list_is_refused(method: str, tmp_path: Path) -> None:
+    """A text is a sequence, too: of letters. The hint's call works."""
+    tokenizer = opened(tmp_path)
+    with pytest.raises(UsageError, match=f"{method} takes a list of texts") as caught:
+        getattr(tokenizer, method)("a cat")
+    found = eval(f"tokenizer.{caught.value.hint}", {"tokenizer": tokenizer})
+    ids = {"ids": lambda: found, "encode": lambda: list(found[0].ids), "batch": lambda: found.ids[0].tolist()}
+    assert ids[method]() == [A, CAT, END]
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "most"),
     [

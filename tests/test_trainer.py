@@ -575,3 +575,17 @@ def test_a_loss_that_the_model_does_not_have_leads_to_one_that_it_may_have(loss:
     with pytest.raises(UsageError, match="so it cannot be a loss") as caught:
         Trainer(measured, loss=loss)
     assert 'return {"loss": ...}' in str(caught.value.hint) and 'loss="mse"' in str(caught.value.hint)
+
+
+@t.model
+def summed(x: Annotated[t.Tensor, t.f32["B 4"]]):  # type: ignore[no-untyped-def]
+    return t.linear(x, 1, name="out")[:, 0]
+
+
+def test_an_output_without_classes_is_not_trained_as_one() -> None:
+    """Its last axis is the batch. The hint names the loss for numbers."""
+    with pytest.raises(UsageError, match="has no classes along its last axis") as caught:
+        Trainer(summed, backend="numpy")
+    assert 'loss="mse" for numbers' in str(caught.value.hint)
+    trainer = Trainer(summed, loss="mse", backend="numpy")
+    assert np.isfinite(trainer.step(x=np.ones((2, 4), np.float32), targets=np.ones(2)).loss)

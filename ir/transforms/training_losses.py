@@ -94,8 +94,10 @@ def with_own_loss(graph: Graph, output: str) -> Graph:
 def _scored(graph: Graph, output: str) -> tuple[Builder, Expr, Expr]:
     b = Builder(clone_graph(graph))
     scores = _output(b, output)
-    if not scores.rank or scores.dtype is not f32:
-        raise UsageError(f"output {output} has no classes along its last axis", received=str(scores.type))
+    if not scores.rank or scores.dtype is not f32 or scores.shape[-1].constant is None:
+        raise UsageError(
+            f"output {output} has no classes along its last axis", received=str(scores.type), hint=_BUILT_IN
+        )
     targets = b.input(_free(graph, TARGETS), Type(i64, scores.type.dims[:-1]))
     return b, scores, targets
 

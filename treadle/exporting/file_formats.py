@@ -35,7 +35,6 @@ def writing_hint(path: PathLike, model: str, *, of: str = "compile") -> Hint | N
     file, suffix = shown_path(path), Path(path).suffix.lower()
     artifact = f"{file.removesuffix(Path(path).suffix)}.treadle"
     quoted, model = shlex.quote(file), shlex.quote(model)
-    instead = artifact if of == "compile" else f"treadle compile {model} -o {shlex.quote(artifact)}"
     hint: Hint | None = None
 
     def in_place(code: str, command: str, *more: str) -> Hint:
@@ -44,6 +43,13 @@ def writing_hint(path: PathLike, model: str, *, of: str = "compile") -> Hint | N
         without = OF_PROGRAMS if (command, *more) == ("export",) else ()
         return Hint(code, f"{text} {model} -o {quoted}", replaces=of, words=(command, *more), without=without)
 
+    def artifact_in_place(code: str, after: str = "") -> Hint:
+        """Return the hint for an artifact in place of the file, which keeps the options of the command line."""
+        if of == "compile":
+            return Hint(code, artifact + after)
+        text = f"treadle compile {model} -o {shlex.quote(artifact)}{after}"
+        return Hint(code, text, replaces=of, words=("compile",), renamed=(file, artifact), after=after)
+
     if suffix == ".treadle" and not model.endswith(".treadle"):
         hint = in_place(f"exe.save({file!r})", "compile")
     elif suffix == ".onnx":
@@ -51,10 +57,10 @@ def writing_hint(path: PathLike, model: str, *, of: str = "compile") -> Hint | N
         hint = in_place(code, "export")
     elif suffix == ".gguf":
         export = f"`treadle export FOLDER --to gguf -o {quoted}`, for a model of the Llama family"
-        hint = Hint(f"exe.save({artifact!r}); or {export}", f"{instead}; or {export}")
+        hint = artifact_in_place(f"exe.save({artifact!r}); or {export}", f"; or {export}")
     elif suffix == ".safetensors":
         code = f"from treadle.training.weight_files import write_weights; write_weights({file!r}, exe.weights)"
-        hint = Hint(code, f"{instead}, which holds the weights")
+        hint = artifact_in_place(code)
     elif suffix in (".html", ".htm"):
         hint = in_place(f"exe.report().save({file!r})", "report")
     elif suffix in (".dot", ".gv"):
@@ -62,5 +68,5 @@ def writing_hint(path: PathLike, model: str, *, of: str = "compile") -> Hint | N
     elif suffix == ".json":
         hint = in_place(f"exe.save({artifact!r}); `treadle export` writes JSON", "export", "--to", "json")
     elif suffix in PICKLE_SUFFIXES:
-        hint = Hint(f"exe.save({artifact!r}): no pickle is ever written", f"{instead}: no pickle is ever written")
+        hint = artifact_in_place(f"exe.save({artifact!r}): no pickle is ever written")
     return hint

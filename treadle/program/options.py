@@ -169,6 +169,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         reading |= {"as_stored": self.quantize == AS_STORED, "new_weights": self.new_weights}
+        if isinstance(self.new_weights, str):
+            what, hint = "new_weights= is a list of patterns", f"new_weights={[self.new_weights]!r}"
+            raise UsageError(what, received=printable(repr(self.new_weights)), hint=hint)
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
             return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)

@@ -240,6 +240,13 @@ def _check_model(resolved: Resolved, objective: str) -> None:
             received=", ".join(f"{name}: {type}" for name, type in outputs.items()),
             hint=_MASKED_HEAD if _has_masked_head(resolved) else _IN_PYTHON,
         )
+    classes, count = outputs[scored].shape[-1].constant, count_token_ids(graph.main, "tokens")
+    if classes is not None and count is not None and classes < count:
+        raise UsageError(
+            f"{shown} cannot be trained on texts: its logits are not of all tokens",
+            received=f"{classes:,} classes, {count:,} tokens",
+            hint=_IN_PYTHON,
+        )
     if objective == NEXT_TOKEN and not _is_causal(graph):
         raise UsageError(
             f"{shown} sees the tokens that it must predict: it is not a causal language model",
