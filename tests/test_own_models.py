@@ -893,6 +893,14 @@ def test_an_artifact_has_the_perplexity_of_its_model(trained: Treadle) -> None:
     refused(trained("perplexity a.treadle corpus.txt --quantize int8"), "does not accept --quantize")
 
 
+def test_the_perplexity_of_a_file_is_that_of_its_text(trained: Treadle) -> None:
+    model = t.load(OWN, weights="out", backend="numpy")
+    with pytest.raises(UsageError, match="takes a text, not the name of a file") as caught:
+        model.perplexity("corpus.txt")
+    found = eval(f"model.{caught.value.hint}", {"model": model})
+    assert found.tokens > 100
+
+
 def test_an_artifact_has_its_own_backend(trained: Treadle) -> None:
     pytest.importorskip("torch")
     assert trained(f"compile {OWN} --weights out -o a.treadle --backend torch").code == 0

@@ -201,7 +201,12 @@ class LoadedModel:
         """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens: 512,
         or the model's maximum. A quantized or reduced-precision model is compared with the model in its original
         precision.
+
+        Raises UsageError for the name of a file in place of its text.
         """
+        if len(text) < 200 and os.path.isfile(text):
+            hint = f"perplexity(open({text!r}, encoding='utf-8').read())"
+            raise UsageError("perplexity takes a text, not the name of a file", received=text, hint=hint)
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
     def stream(
