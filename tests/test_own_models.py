@@ -897,7 +897,7 @@ def test_the_perplexity_of_a_file_is_that_of_its_text(trained: Treadle) -> None:
     model = t.load(OWN, weights="out", backend="numpy")
     with pytest.raises(UsageError, match="takes a text, not the name of a file") as caught:
         model.perplexity("corpus.txt")
-    found = eval(f"model.{caught.value.hint}", {"model": model})
+    found = eval(f"model.{caught.value.hint}", {"model": model, "Path": Path})
     assert found.tokens > 100
 
 

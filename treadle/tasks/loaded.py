@@ -205,7 +205,7 @@ class LoadedModel:
         Raises UsageError for the name of a file in place of its text.
         """
         if len(text) < 200 and os.path.isfile(text):
-            hint = f"perplexity(open({text!r}, encoding='utf-8').read())"
+            hint = f"perplexity(Path({text!r}).read_text())"
             raise UsageError("perplexity takes a text, not the name of a file", received=text, hint=hint)
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
