@@ -178,8 +178,10 @@ def test_a_plan_splits_heads_and_hidden_axes_of_joined_products() -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8-weights"])
 def test_parts_of_ranks_are_parts_of_the_whole_weights(quantize: str | None, tmp_path: Path) -> None:
-    """Also if weights are drawn: a seed gives the numbers of the unsplit model."""
-    whole = t.compile(joined, seed=3, backend="numpy").weights["h.2.qkv.weight"]
+    """Also if weights are drawn or quantized: a seed gives the numbers of the unsplit model."""
+    unsplit = t.compile(joined, seed=3, backend="numpy", quantize=quantize)
+    whole, kind = unsplit.weights["h.2.qkv.weight"], unsplit.graph.parameters["h.2.qkv.weight"].type.encoding
+    whole = whole if kind is None else kind.decode(np.asarray(whole))
     made = sharded(joined, "tp=2", recipe="megatron", seed=3, quantize=quantize)
     made.save(tmp_path / "m.treadle")
     again = load_sharded(tmp_path / "m.treadle")
@@ -188,12 +190,8 @@ def test_parts_of_ranks_are_parts_of_the_whole_weights(quantize: str | None, tmp
             rows = whole[part * DIM : (part + 1) * DIM][rank * DIM // 2 : (rank + 1) * DIM // 2]
             for held in (made, again):
                 found = held.parts(rank)[f"h.2.qkv.weight.{part}"]
-                if quantize is None:
-                    np.testing.assert_array_equal(found, rows)
-                else:
-                    encoding = held.plan.graph.parameters[f"h.2.qkv.weight.{part}"].type.encoding
-                    assert encoding is not None
-                    np.testing.assert_allclose(encoding.decode(np.asarray(found)), rows, atol=1e-3)
+                encoding = held.plan.graph.parameters[f"h.2.qkv.weight.{part}"].type.encoding
+                np.testing.assert_array_equal(found if encoding is None else encoding.decode(np.asarray(found)), rows)
     assert load_part(made.plan, 1, None)[0].keys() >= {"h.2.qkv.weight.2"}
 
 

@@ -268,7 +268,7 @@ def test_an_artifact_matches_as_its_folder_does(clip: Path, images: list[str], t
     t.compile(clip, backend="numpy").save(file)
     with pytest.raises(UsageError, match="has no input lengths") as caught:
         t.load(file).match(images[:3], labels)
-    assert str(caught.value.hint) == 'compile it again, with inputs=["lengths"]'
+    assert str(caught.value.hint) == "compile it again, with inputs=['lengths']"
 
 
 # -- files that are not images -----------------------------------------------------------------------------------------

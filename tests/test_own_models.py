@@ -955,9 +955,9 @@ def test_an_artifact_of_a_head_has_the_task_of_its_declaration(
 
 
 def test_a_model_without_a_task_for_texts_stores_no_tokenizer(trained: Treadle) -> None:
-    assert not t.compile(OWN, weights="out", outputs=("hidden[:, 0]",)).text_files
-    assert t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",)).text_files
-    assert t.compile(OWN, weights="out").text_files
+    assert not t.compile(OWN, weights="out", outputs=("hidden[:, 0]",)).task_files
+    assert t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",)).task_files
+    assert t.compile(OWN, weights="out").task_files
 
 
 @pytest.mark.parametrize(
@@ -965,8 +965,8 @@ def test_a_model_without_a_task_for_texts_stores_no_tokenizer(trained: Treadle) 
 )
 def test_a_damaged_tokenizer_in_an_artifact(damage: dict[str, bytes], trained: Treadle) -> None:
     exe = t.compile(OWN, weights="out")
-    texts = {**exe.text_files, **damage, "../outside": b"x"}
-    replace(exe, _texts=lambda graph: texts).save("a.treadle")
+    texts = {**exe.task_files, **damage, "../outside": b"x"}
+    replace(exe, _stored_files=lambda graph: texts).save("a.treadle")
     refused(trained("generate a.treadle the"), "a.treadle")
     assert trained("run a.treadle --input tokens=1,2").code == 0
     assert not Path("..", "outside").exists()

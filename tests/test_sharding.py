@@ -33,6 +33,7 @@ from treadle.passes.sharding.recipes import RECIPES, shard
 from treadle.passes.sharding.wanted import Wanted
 from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
+from treadle.sharding.lab_trials import _difference
 
 LARGE = ("megatron", "megatron-fsdp")
 
@@ -281,3 +282,10 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     with pytest.raises(UsageError, match="the lab cannot draw random weights in q8_0") as error:
         try_in_lab(shard(read, "dp=2", recipe="dp"))
     assert "widen=" in str(error.value)
+
+
+def test_an_output_of_nan_alone_is_not_equal() -> None:
+    """Else a trial of a model whose results are all NaN would pass, whatever the plan is."""
+    some, none = np.array([np.nan, 1.0]), np.full(2, np.nan)
+    assert _difference(some, some) == 0 and _difference(np.array([1.0, 1.0]), some) != 0
+    assert _difference(none, none) == float("inf")

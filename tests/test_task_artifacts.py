@@ -114,7 +114,7 @@ def test_pairs_need_the_input_by_which_the_model_distinguishes_texts(tmp_path: P
         UsageError, match="has no input token_types, by which the model distinguishes two texts"
     ) as caught:
         model.classify([PAIRS[0]])
-    assert str(caught.value.hint) == 'compile it again, with inputs=["lengths", "token_types"]'
+    assert str(caught.value.hint) == "compile it again, with inputs=['lengths', 'token_types']"
     t.compile(tmp_path / "folder", backend="numpy", **BOTH).save(tmp_path / "model.treadle")
     assert flat(classified_pairs(t.load(tmp_path / "model.treadle"))) == pytest.approx(
         flat(classified_pairs(t.load(tmp_path / "folder", backend="numpy"))), abs=1e-6
@@ -124,7 +124,7 @@ def test_pairs_need_the_input_by_which_the_model_distinguishes_texts(tmp_path: P
 def test_an_artifact_without_the_output_of_the_head(tmp_path: Path) -> None:
     save(tmp_path / "folder", "BertForMaskedLM", wordpiece())
     made = t.compile(tmp_path / "folder", backend="numpy", outputs=["logits[:, 0]"])
-    assert not made.text_files
+    assert not made.task_files
     made.save(tmp_path / "model.treadle")
     with pytest.raises(UsageError, match="has no tokenizer"):
         t.load(tmp_path / "model.treadle")
@@ -151,16 +151,16 @@ def test_the_files_of_a_head_hold_no_path_of_the_machine(tmp_path: Path) -> None
     place = tmp_path / "folder" / "config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "_name_or_path": "/home/someone/model"}))
     made = t.compile(tmp_path / "folder", backend="numpy")
-    assert json.loads(made.text_files["config.json"])["architectures"] == ["BertForMaskedLM"]
-    assert not any(b"/home/someone" in data for data in made.text_files.values())
+    assert json.loads(made.task_files["config.json"])["architectures"] == ["BertForMaskedLM"]
+    assert not any(b"/home/someone" in data for data in made.task_files.values())
 
 
 @pytest.mark.parametrize("data", [b"", b"[", b"[1]", b"[" * 100_000, b'{"a": 1, "a": 2}', b'{"id2label": {"0": 1}}'])
 def test_damaged_settings_in_an_artifact(data: bytes, tmp_path: Path) -> None:
     save(tmp_path / "folder", "BertForTokenClassification", wordpiece(), id2label=NAMES)
     made = t.compile(tmp_path / "folder", backend="numpy")
-    files = {**made.text_files, "config.json": data}
-    replace(made, _texts=lambda graph: files).save(tmp_path / "model.treadle")
+    files = {**made.task_files, "config.json": data}
+    replace(made, _stored_files=lambda graph: files).save(tmp_path / "model.treadle")
     with pytest.raises((CheckpointError, UsageError)):
         t.load(tmp_path / "model.treadle").tag(TEXTS)
     assert t.load_artifact(tmp_path / "model.treadle")(tokens=np.array([[1, 2]]))["logits"].shape == (1, 2, 3)

@@ -40,7 +40,7 @@ def write_artifact(
 
     plan     the sharding plan of the optimized graph
     options  the options that the model was compiled with (`CompileOptions.record`)
-    files    the files of the model's tokenizer by name (`treadle.artifact_texts`)
+    files    the files of the model's tokenizer by name (`treadle.artifact_tasks`)
 
     Raises UsageError if the file's name does not end in .treadle, since it would not be read as an artifact, or if the
     file cannot be written.

@@ -132,7 +132,7 @@ def compile_artifact(
         artifact.weights,
         seed=artifact.seed,
         options=artifact.options,
-        _texts=lambda graph: artifact.files,
+        _stored_files=lambda graph: artifact.files,
     )
 
 

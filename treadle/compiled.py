@@ -56,7 +56,7 @@ class Compiled:
     unread      the keys of config.json that the model's family does not know
     options     the options that were set when the model was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
-    _texts      returns the files of the model's tokenizer and settings by name, for its graph
+    _stored_files  returns the files of the model's tokenizer and settings by name, for its graph
 
     If the values of some inputs determine shapes, `treadle.compile` returns the subclass
     `treadle.specializing.Specializing`, which has a graph for each combination of these values.
@@ -72,7 +72,7 @@ class Compiled:
     seed: int | None = None
     unread: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    _texts: Callable[[Graph], Mapping[str, bytes]] = field(default=lambda graph: {}, compare=False)
+    _stored_files: Callable[[Graph], Mapping[str, bytes]] = field(default=lambda graph: {}, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))
@@ -83,11 +83,11 @@ class Compiled:
         return self.optimized.graph
 
     @cached_property
-    def text_files(self) -> Mapping[str, bytes]:
+    def task_files(self) -> Mapping[str, bytes]:
         """The files that an artifact stores for tasks, by name: the tokenizer, the pooling, and the settings of a head;
         an empty mapping if the model has no task, or none of these files.
         """
-        return self._texts(self.graph)
+        return self._stored_files(self.graph)
 
     @property
     def log(self) -> PassLog:
@@ -291,7 +291,7 @@ class Compiled:
                 hint=Hint("compile without memory=, save that, and pass memory= to load", "leave out --memory"),
             )
         what = self.name, self.backend, str(self.target), self.optimized, self.weights, self.seed
-        return write_artifact(path, *what, options=self.options, files=self.text_files)
+        return write_artifact(path, *what, options=self.options, files=self.task_files)
 
     def __repr__(self) -> str:
         takes = ", ".join(str(p) for p in self.inputs)

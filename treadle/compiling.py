@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_texts import stored_files
+from treadle.artifact_tasks import stored_files
 from treadle.artifacts import compile_artifact
 from treadle.backends.staged import build
 from treadle.compiled import Compiled

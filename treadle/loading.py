@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from treadle.artifact_reading import is_artifact, open_artifact
-from treadle.artifact_texts import takes_text, tasks_of
+from treadle.artifact_tasks import takes_text, tasks_of
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_call

@@ -346,7 +346,7 @@ class StopGradient(Rewrite):
 
 @dataclass(frozen=True)
 class Canonicalize(RewriteSet):
-    """Many small equations, applied until none matches:
+    """Many small equations, applied until none matches.
 
      0. constants move to the right, and through elementwise ops: see `moved_numbers`
      1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x

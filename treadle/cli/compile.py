@@ -30,7 +30,7 @@ def compile_model(
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifact_reading import SUFFIX
-    from treadle.artifact_texts import tasks_of
+    from treadle.artifact_tasks import tasks_of
     from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted
@@ -69,8 +69,8 @@ def compile_model(
         print("", fitted(str(made.memory_fit), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
-        if tasks := tasks_of(made.graph, made.text_files):
-            stored = "its tokenizer is" if FILE in made.text_files else "its settings are"
+        if tasks := tasks_of(made.graph, made.task_files):
+            stored = "its tokenizer is" if FILE in made.task_files else "its settings are"
             served = ["serve"] if {"generate", "embed"} & {*tasks} else []
             *others, last = [f"`{task}`" for task in [*tasks, *served]]
             named = f"{', '.join(others)} and {last} take" if others else f"{last} takes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,14 @@ def try_in_lab(
 
 def _difference(found: Array, wanted: Array) -> float:
     """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller.
-    Elements that are NaN in both, or the same infinity, do not differ.
+    Elements that are NaN in both, or the same infinity, do not differ; but an output of NaN alone compares nothing, so
+    that it counts as different.
     """
     if not wanted.size:
         return 0.0
     ours, theirs = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    if np.isnan(theirs).all():
+        return math.inf
     same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     scale = float(np.max(np.abs(theirs), initial=1.0, where=np.isfinite(theirs)))
     apart = np.subtract(ours, theirs, where=~same, out=np.zeros_like(ours))

@@ -17,7 +17,7 @@ from treadle.ir.errors import UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.heads import HEADS
-from treadle.tasks.opening import OpenedModel, decide_by_outputs
+from treadle.tasks.opening import OpenedModel, outputs_decide
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +72,7 @@ class MaskFiller:
         UsageError if a declaration's logits are not of all tokens.
         """
         opened = OpenedModel.open(program, HEAD, ["logits[:, asked]"])
-        is_declared = decide_by_outputs(program.source)
+        is_declared = outputs_decide(program.source)
         mask = opened.tokenizer.need_mask(lambda: _TRAINED if is_declared else "a folder with a mask token")
         classes, tokens = opened.model.outputs[0].type.shape[-1].constant, opened.tokenizer.size
         if is_declared and classes is not None and classes < tokens:

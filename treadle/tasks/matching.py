@@ -17,14 +17,14 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile_program
 from treadle.files.contained_files import PathLike
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, Hint, UsageError
+from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.heads import HEADS
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
-from treadle.tasks.opening import checked_folder, token_positions
+from treadle.tasks.opening import checked_folder, token_positions, without_input
 from treadle.tasks.scoring import Scored, best_first, softmax
 
 Array = np.ndarray[Any, Any]
@@ -78,13 +78,7 @@ class ImageMatcher:
         kind = str(config.get("model_type"))
         made = compile_program(program, ["lengths"])
         if program.source.kind == "artifact" and all(port.name != "lengths" for port in made.inputs):
-            raise UsageError(
-                f"the artifact of {made.name} has no input lengths, by which texts of several lengths are matched",
-                hint=Hint(
-                    'compile it again, with inputs=["lengths"]',
-                    "treadle compile MODEL --inputs lengths -o FILE.treadle",
-                ),
-            )
+            raise without_input(made.name, "lengths, by which texts of several lengths are matched")
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         context, source = token_positions(made), program.source
         if kind != "siglip":

@@ -66,7 +66,7 @@ class OpenedModel:
         of `compile`.
         """
         source = program.source
-        by_outputs = decide_by_outputs(source)
+        by_outputs = outputs_decide(source)
         if by_outputs:
             declared, config = _checked_outputs(program, head)
         else:
@@ -96,13 +96,7 @@ class OpenedModel:
             if not len(text):
                 raise no_tokens(number, len(texts))
             if self.lacks_types and any(text.types):
-                raise UsageError(
-                    f"the artifact of {self.name} has no input token_types, by which the model distinguishes two texts",
-                    hint=Hint(
-                        'compile it again, with inputs=["lengths", "token_types"]',
-                        "treadle compile MODEL --inputs lengths,token_types -o FILE.treadle",
-                    ),
-                )
+                raise without_input(self.name, "token_types, by which the model distinguishes two texts", "token_types")
         for chosen in batches_by_length([len(text) for text in texts], BATCH if "lengths" in takes else 1):
             lengths = np.array([len(texts[i]) for i in chosen], np.int64)
             tokens = np.zeros((len(chosen), int(lengths.max())), np.int64)
@@ -123,6 +117,22 @@ class OpenedModel:
                 yield number, out[row, : counts[row]] if out.ndim == 3 else out[row]
 
 
+def without_input(name: str, lacking: str, *inputs: str) -> UsageError:
+    """Return the error for an artifact without an optional input that a task needs.
+
+    lacking   the input, with its purpose
+    inputs    the names of the inputs to compile it with, besides lengths
+    """
+    names = ("lengths", *inputs)
+    return UsageError(
+        f"the artifact of {name} has no input {lacking}",
+        hint=Hint(
+            f"compile it again, with inputs={[*names]}",
+            f"treadle compile MODEL --inputs {','.join(names)} -o FILE.treadle",
+        ),
+    )
+
+
 def trained_in_python(error: UsageError) -> UsageError:
     """Return the error for a declaration without weights, with a hint for a model that `treadle train` cannot train: it
     trains logits over the vocabulary.
@@ -132,7 +142,7 @@ def trained_in_python(error: UsageError) -> UsageError:
     return error
 
 
-def decide_by_outputs(source: ModelSource) -> bool:
+def outputs_decide(source: ModelSource) -> bool:
     """Return True for a model whose inputs and outputs decide the tasks for texts that it supports."""
     return source.kind in ("declaration", "graph") or (source.kind == "artifact" and not _has_classes(source))
 

@@ -1,5 +1,5 @@
-"""The files of a model that its artifact stores: the tokenizer of a model for text, the pooling of an embedding model,
-and the labels and settings of a model with a head.
+"""The tasks of an artifact, and the files that it stores for them: the tokenizer of a model for text, the pooling of an
+embedding model, and the labels and settings of a model with a head.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _GENERATION = "generation_config.json"
 _HEAD_FILES = (CONFIG, _GENERATION, "preprocessor_config.json", "processor_config.json")
 """The files with the settings of a head, without those of the tokenizer."""
 _WITHOUT_TOKENIZER = ("label",)
+"""The tasks that need no tokenizer."""
 _PATHS = ("name_or_path", "_name_or_path")
 """Keys whose value may be a path of the machine on which a tokenizer or a checkpoint was saved."""
 
