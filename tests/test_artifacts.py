@@ -25,10 +25,10 @@ from tests.fuzz.artifacts import Parts, judge, mutations, put, sealed
 from tests.fuzz.safetensors_files import header_and_data, split
 from tests.op_checks import BACKENDS
 from tests.test_models import ZOO, in_turns
-from treadle import artifact_reading
-from treadle.artifact_file import write_sections
-from treadle.artifact_reading import ArtifactLimits, open_artifact
-from treadle.artifacts import load_artifact
+from treadle.artifacts import reading
+from treadle.artifacts.file import write_sections
+from treadle.artifacts.loading import load_artifact
+from treadle.artifacts.reading import ArtifactLimits, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
@@ -454,7 +454,7 @@ def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.Monke
     """
     limits = ArtifactLimits().graph
     assert limits.nodes < TextLimits().nodes
-    monkeypatch.setattr(artifact_reading, "GRAPH_LIMITS", dataclasses.replace(limits, nodes=2000))
+    monkeypatch.setattr(reading, "GRAPH_LIMITS", dataclasses.replace(limits, nodes=2000))
     path = tmp_path / "x.treadle"
     save_small(path)
     with pytest.raises(ParseError, match="too many nodes"):

@@ -13,7 +13,7 @@ import pytest
 
 import treadle.cli
 from tests.command_line import SMALL, Treadle, commands_in, line_of, refused
-from treadle.artifact_reading import open_artifact
+from treadle.artifacts.reading import open_artifact
 from treadle.ir.errors import TreadleError
 from treadle.ir.text.parser import parse_graph
 from treadle.reporting.counts import human

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import treadle
 from tests.golden import FOLDER, Golden
-from treadle.artifacts import load_artifact
+from treadle.artifacts.loading import load_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli.application import app
 from treadle.explaining.layouts import explain_layouts

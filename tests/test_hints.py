@@ -168,7 +168,7 @@ FOR_PYTHON = (  # raised for objects and calls that only Python code has, or for
     "passes/memory/placement.py",
     "passes/sharding/",
     "runtime/",
-    "treadle/artifact_reading.py",  # load_artifact; commands open other models
+    "treadle/artifacts/reading.py",  # load_artifact; commands open other models
     "treadle/compiled.py",
     "treadle/held_weights.py",
     "treadle/loading.py",

@@ -12,8 +12,8 @@ import pytest
 
 from tests.fuzz.artifacts import hostile_file
 from tests.fuzz.hostile_artifacts import SHAPES
-from treadle.artifact_reading import GRAPH_LIMITS, ArtifactLimits, open_artifact
-from treadle.artifacts import load_artifact
+from treadle.artifacts.loading import load_artifact
+from treadle.artifacts.reading import GRAPH_LIMITS, ArtifactLimits, open_artifact
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.artifact_reading import ArtifactLimits, open_artifact
-from treadle.artifact_writing import write_artifact
+from treadle.artifacts.reading import ArtifactLimits, open_artifact
+from treadle.artifacts.writing import write_artifact
 from treadle.entry_functions import compile
 from treadle.frontends.model_folder import ModelFolder
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits

@@ -20,8 +20,8 @@ import pytest
 
 import treadle as t
 from tests.stepped_models import MODELS
-from treadle.artifact_file import write_sections
-from treadle.artifact_reading import ArtifactLimits
+from treadle.artifacts.file import write_sections
+from treadle.artifacts.reading import ArtifactLimits
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port

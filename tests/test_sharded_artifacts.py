@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import treadle
 from tests.sharded_models import FAMILIES, recognized
-from treadle.artifact_reading import open_artifact
-from treadle.artifact_writing import write_artifact
+from treadle.artifacts.reading import open_artifact
+from treadle.artifacts.writing import write_artifact
 from treadle.cli.application import app
 from treadle.files.errors import CheckpointError
 from treadle.ir import composites
@@ -281,7 +281,7 @@ def test_a_file_with_a_wrong_plan_is_refused_with_its_section(
             return change(record) or record
 
         with monkeypatch.context() as patch:
-            patch.setattr("treadle.artifact_writing.plan_record", changed)
+            patch.setattr("treadle.artifacts.writing.plan_record", changed)
             made.save(path)
 
     write(set_in("weights", "wte.weight", "[-, tp]"))

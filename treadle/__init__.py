@@ -52,8 +52,8 @@ from treadle.runtime.distributed.rank_reports import report_uncaught_once as _re
 _report_uncaught_once()
 
 if TYPE_CHECKING:
-    from treadle.artifacts import load_artifact as load_artifact
-    from treadle.artifacts import save as save
+    from treadle.artifacts.loading import load_artifact as load_artifact
+    from treadle.artifacts.loading import save as save
     from treadle.compiled import Compiled as Compiled
     from treadle.entry_functions import Trainer as Trainer
     from treadle.entry_functions import compile as compile
@@ -90,8 +90,8 @@ _LAZY = {
     "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",
     "load": "treadle.loading",
-    "load_artifact": "treadle.artifacts",
-    "save": "treadle.artifacts",
+    "load_artifact": "treadle.artifacts.loading",
+    "save": "treadle.artifacts.loading",
 }
 
 

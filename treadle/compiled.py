@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 
-from treadle.artifact_writing import write_artifact
+from treadle.artifacts.writing import write_artifact
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_tasks import stored_files
-from treadle.artifacts import compile_artifact
+from treadle.artifacts.loading import compile_artifact
+from treadle.artifacts.tasks import stored_files
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from treadle.artifact_reading import is_artifact, open_artifact
-from treadle.artifact_tasks import takes_text, tasks_of
+from treadle.artifacts.reading import is_artifact, open_artifact
+from treadle.artifacts.tasks import takes_text, tasks_of
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_call

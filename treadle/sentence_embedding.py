@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_tasks import embeds_text
+from treadle.artifacts.tasks import embeds_text
 from treadle.compiled import Compiled
 from treadle.compiling import compile_program
 from treadle.files.shown_names import printable

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.artifacts.reading import is_artifact, open_artifact
 from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.transforms.balances import balances_of

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 import treadle
-from treadle.artifacts import load_artifact, save
+from treadle.artifacts.loading import load_artifact, save
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph

@@ -139,8 +139,8 @@ def open_treadle(spec: Spec) -> Opened:
 
 def compiled(spec: Spec) -> Any:
     """Return our compiled model, a `treadle.compiled.Compiled`."""
-    from treadle.artifact_reading import is_artifact
-    from treadle.artifacts import load_artifact
+    from treadle.artifacts.loading import load_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.benching.workload import Workload
     from treadle.compiling import compile_model
     from treadle.ir.target import Target

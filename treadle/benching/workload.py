@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.artifacts.reading import is_artifact, open_artifact
 from treadle.fetching import fetched_model
 from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.graph import Graph

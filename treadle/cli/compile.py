@@ -29,8 +29,8 @@ def compile_model(
     as_json: AsJson = False,
 ) -> None:
     """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
-    from treadle.artifact_reading import SUFFIX
-    from treadle.artifact_tasks import tasks_of
+    from treadle.artifacts.reading import SUFFIX
+    from treadle.artifacts.tasks import tasks_of
     from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix
     from treadle.fitting import fit_prose, fitted

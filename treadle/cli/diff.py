@@ -73,7 +73,7 @@ def diff_builds(
     or one of ops, added, removed, changed, lost (fusions), peak, flops, bytes, weights, bits, widened (weights stored
     in more bits), kernels, generic (kernels that run element by element).
     """
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.comparing.builds import open_build, split_pass
     from treadle.comparing.conditions import check_conditions, parse_conditions
     from treadle.comparing.differences import compare

@@ -170,7 +170,7 @@ def _export_graph(
 
 def _measured(model: str, sizes: dict[str, int], keywords: dict[str, Any]) -> dict[int, float]:
     import treadle
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.comparing.builds import split_pass
     from treadle.exporting.kernel_times import node_times
 
@@ -185,7 +185,7 @@ def _measured(model: str, sizes: dict[str, int], keywords: dict[str, Any]) -> di
 def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str, Any], as_json: bool) -> None:
     """Write a folder with a page that runs a model in a browser."""
     import treadle
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.backends.tvm.executable import KernelExecutable
     from treadle.exporting.web_folders import export_web
     from treadle.files.shown_names import printable
@@ -222,7 +222,7 @@ def _write(path: Path, text: str) -> None:
 
 def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any], as_json: bool) -> None:
     """Write a model's weights and texts as a GGUF file or a compressed-tensors folder."""
-    from treadle.artifact_reading import is_artifact, open_artifact
+    from treadle.artifacts.reading import is_artifact, open_artifact
     from treadle.exporting.compressed_folders import export_compressed
     from treadle.exporting.format_hints import as_onnx, rounds_activations, source_of
     from treadle.exporting.gguf_models import export_gguf
@@ -262,7 +262,7 @@ def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any],
 def _export_onnx(
     model: str, output: Path, opset: int, external_above: int, keywords: dict[str, Any], as_json: bool
 ) -> None:
-    from treadle.artifact_reading import is_artifact, open_artifact
+    from treadle.artifacts.reading import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx, weights_alone
     from treadle.exporting.format_hints import source_of
     from treadle.files.shown_names import printable

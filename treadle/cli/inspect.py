@@ -123,7 +123,7 @@ def _optimized(model: str, options: CompileOptions, raw: bool, after: str | None
     """Return an optimized model or an artifact's graphs, and the graph to be printed: the declared one if `raw`, the
     one after the pass `after`, or else the optimized one.
     """
-    from treadle.artifact_reading import is_artifact, open_artifact
+    from treadle.artifacts.reading import is_artifact, open_artifact
     from treadle.program.program import Program
 
     if is_artifact(model):

@@ -163,7 +163,7 @@ def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Itera
 
     also  names of the options that the command reads itself
     """
-    from treadle.artifacts import load_artifact
+    from treadle.artifacts.loading import load_artifact
 
     CompileOptions.of("compile", keywords).refuse_for_artifact(artifact, also=["widen", *also])
     return load_artifact(artifact, **{name: value for name, value in keywords.items() if name not in also})

@@ -26,7 +26,7 @@ def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
 
 def refuse_artifact(model: str) -> None:
     """Raise UsageError for an artifact: each rank compiles its part from the model."""
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
 
     if is_artifact(model):
         shown = printable(model)

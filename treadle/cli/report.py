@@ -45,7 +45,7 @@ def report_command(
     """Write a report that a browser opens without a network: the graph after every pass, fusions and the reasons
     against them, memory, storage, weights, and the decoding step.
     """
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.explaining.sharding import explain_sharding
     from treadle.exporting.file_formats import writing_hint
     from treadle.files.nearest_names import check_suffix

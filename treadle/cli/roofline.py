@@ -47,7 +47,7 @@ def show_roofline(
     For a GPU, such as --target h100, which need not be here, predict the least time of each kernel from the record of
     the hardware: its memory's bandwidth and its rate in f32.
     """
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.backends.registry import find_backend
     from treadle.benching.measured_roofline import measure_roofline, measure_step_roofline
     from treadle.benching.predicted_roofline import predict_roofline, predict_step_roofline

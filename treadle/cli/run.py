@@ -61,7 +61,7 @@ def run_model(
     refuse_without_mesh(recipe, axis or ())
     import numpy as np
 
-    from treadle.artifact_reading import is_artifact
+    from treadle.artifacts.reading import is_artifact
     from treadle.npy_files import write_npy
     from treadle.program.flag_values import input_names, parse_inputs
     from treadle.progress import working

@@ -43,7 +43,7 @@ def shard_command(
 
     For a .treadle file written by -o, print the plan in it.
     """
-    from treadle.artifact_reading import SUFFIX, is_artifact, open_artifact
+    from treadle.artifacts.reading import SUFFIX, is_artifact, open_artifact
     from treadle.files.nearest_names import check_suffix
     from treadle.files.shown_names import printable
     from treadle.fitting import fit_graph, fit_prose, fitted

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.artifacts.reading import is_artifact, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import KernelUse, StagedBackend
 from treadle.explaining.memory import MemoryReport, memory_of

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.artifact_reading import is_artifact
+from treadle.artifacts.reading import is_artifact
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.ir.analysis.run_counts import count_calls, count_run_ops
 from treadle.ir.composites import body_of

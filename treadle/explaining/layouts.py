@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treadle.artifact_reading import is_artifact, open_artifact
+from treadle.artifacts.reading import is_artifact, open_artifact
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.run_counts import count_calls

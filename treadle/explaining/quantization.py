@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from treadle.artifact_reading import is_artifact
+from treadle.artifacts.reading import is_artifact
 from treadle.ir.errors import UsageError
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import plan_quantization

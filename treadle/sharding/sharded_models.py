@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_reading import SUFFIX, ArtifactLimits, open_artifact
-from treadle.artifact_writing import write_artifact
+from treadle.artifacts.reading import SUFFIX, ArtifactLimits, open_artifact
+from treadle.artifacts.writing import write_artifact
 from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
@@ -109,7 +109,7 @@ def load_sharded(
 
     check  compare every weight with its hash, which reads the whole file once
 
-    The plan is always checked. Raises as `treadle.artifact_reading.open_artifact` does, PassError for a plan that is
+    The plan is always checked. Raises as `treadle.artifacts.reading.open_artifact` does, PassError for a plan that is
     wrong, and UsageError for a file without a plan.
     """
     held = open_artifact(path, limits=limits, check=check)

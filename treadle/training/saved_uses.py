@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from treadle.artifact_tasks import continues_text
+from treadle.artifacts.tasks import continues_text
 from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
 from treadle.ir.analysis.causality import is_causal
 from treadle.ir.analysis.following import follow

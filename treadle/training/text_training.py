@@ -149,8 +149,8 @@ class TextTraining:
 
     def _teacher(self) -> dict[str, Any]:
         """Compile the teacher, and return the arguments of `Trainer` for it: a dict that is empty without a teacher."""
-        from treadle.artifact_reading import is_artifact
-        from treadle.artifacts import load_artifact
+        from treadle.artifacts.loading import load_artifact
+        from treadle.artifacts.reading import is_artifact
         from treadle.compiling import compile_model
 
         settings = self.settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from treadle.artifact_reading import Artifact, open_artifact
+from treadle.artifacts.reading import Artifact, open_artifact
 from treadle.files.shown_names import printable
 from treadle.frontends.model_folder import MemoryFolder, ModelFolder
 from treadle.frontends.text import TextTokenizer

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from treadle.artifact_reading import Artifact, ArtifactLimits, open_artifact
+from treadle.artifacts.reading import Artifact, ArtifactLimits, open_artifact
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike

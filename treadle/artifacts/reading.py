@@ -1,4 +1,4 @@
-"""Read and check the contents of an artifact: a `.treadle` file, which `treadle.artifact_writing` writes.
+"""Read and check the contents of an artifact: a `.treadle` file, which `treadle.artifacts.writing` writes.
 
     artifact = open_artifact("gpt2.treadle")
     artifact.optimized.graph
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from treadle.artifact_file import SectionFile
+from treadle.artifacts.file import SectionFile
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path

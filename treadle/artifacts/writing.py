@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from treadle.artifact_file import write_sections
+from treadle.artifacts.file import write_sections
 from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import check_suffix
 from treadle.ir.analysis.narrow_reads import read_only_in
@@ -32,7 +32,7 @@ def write_artifact(
     options: Mapping[str, Any] = MappingProxyType({}),
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
-    """Write the contents of an artifact (`treadle.artifact_reading.Artifact`). Return the file's seal, 64 hexadecimal
+    """Write the contents of an artifact (`treadle.artifacts.reading.Artifact`). Return the file's seal, 64 hexadecimal
     digits that identify the content.
 
     Equal arguments give equal bytes: the file holds no times and no local paths. An existing file is replaced
@@ -40,7 +40,7 @@ def write_artifact(
 
     plan     the sharding plan of the optimized graph
     options  the options that the model was compiled with (`CompileOptions.record`)
-    files    the files of the model's tokenizer by name (`treadle.artifact_tasks`)
+    files    the files of the model's tokenizer by name (`treadle.artifacts.tasks`)
 
     Raises UsageError if the file's name does not end in .treadle, since it would not be read as an artifact, or if the
     file cannot be written.
