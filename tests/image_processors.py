@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from treadle.frontends.model_folder import ModelFolder
-from treadle.tasks.image_patches import PatchReader
-from treadle.tasks.image_tiles import TileReader
-from treadle.tasks.images import ImageReader, open_image
+from treadle.tasks.images.patches import PatchReader
+from treadle.tasks.images.reading import ImageReader, open_image
+from treadle.tasks.images.tiles import TileReader
 
 PROCESSORS: Sequence[tuple[str, dict[str, Any]]] = (
     ("llava", {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}),

@@ -27,9 +27,9 @@ from treadle.models.siglip import siglip_vision
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
 from treadle.serving.models import ServedWriter
-from treadle.tasks.image_prompts import _FAMILIES, ImagePrompts
-from treadle.tasks.image_tiles import TileReader
-from treadle.tasks.images import ImageReader, ImageSettings
+from treadle.tasks.images.prompts import _FAMILIES, ImagePrompts
+from treadle.tasks.images.reading import ImageReader, ImageSettings
+from treadle.tasks.images.tiles import TileReader
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 for package in ("torch", "tokenizers", "PIL", "jinja2", "gguf"):

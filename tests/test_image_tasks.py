@@ -23,9 +23,9 @@ from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.frontends.model_folder import ModelFolder
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.tasks.image_patches import PatchReader
-from treadle.tasks.image_tiles import TileReader
-from treadle.tasks.images import ImageReader
+from treadle.tasks.images.patches import PatchReader
+from treadle.tasks.images.reading import ImageReader
+from treadle.tasks.images.tiles import TileReader
 
 SIZES = {
     "hidden_size": 24,

@@ -411,8 +411,12 @@ SPELLERS = (
     "passes/memory/instances.py",  # columns of files
     "treadle/tasks/option_hints.py",  # options of other libraries
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
-    *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
-    *("treadle/tasks/image_tiles.py", "treadle/tasks/image_patches.py"),
+    *(
+        "treadle/serving/answers.py",
+        "treadle/serving/requests.py",
+        "treadle/tasks/images/reading.py",
+    ),  # members of their JSON
+    *("treadle/tasks/images/tiles.py", "treadle/tasks/images/patches.py"),
     *(
         f"treadle/report/{name}.py" for name in ("box_contents", "building", "comparison", "tabs")
     ),  # members of the page's data

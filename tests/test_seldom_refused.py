@@ -99,7 +99,7 @@ from treadle.tasks.classifying import HEAD, TextClassifier
 from treadle.tasks.decoding_settings import DecodingSettings
 from treadle.tasks.filling import MaskFiller
 from treadle.tasks.generation_settings import FolderRules
-from treadle.tasks.images import ImageReader
+from treadle.tasks.images.reading import ImageReader
 from treadle.tasks.labelling import ImageLabeller, image_sides
 from treadle.tasks.matching import ImageMatcher
 from treadle.tasks.opening import OpenedModel, checked_folder

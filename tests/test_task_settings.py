@@ -19,7 +19,7 @@ from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 from treadle.tasks import rewriting
 from treadle.tasks.generation_settings import GenerationSettings
-from treadle.tasks.images import ImageReader, _middle, open_image
+from treadle.tasks.images.reading import ImageReader, _middle, open_image
 from treadle.tasks.labelling import ImageLabeller, image_kind
 from treadle.tasks.opening import read_labels
 

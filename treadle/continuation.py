@@ -34,11 +34,11 @@ from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
 from treadle.tasks.fitted_tokenizers import are_logits, fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
-from treadle.tasks.image_prompts import ImagePrompts, ReadImage, without_images
+from treadle.tasks.images.prompts import ImagePrompts, ReadImage, without_images
 
 if TYPE_CHECKING:
     from treadle.chatting.templates import ChatTemplate, Message
-    from treadle.tasks.images import Image
+    from treadle.tasks.images.reading import Image
 
 _CAUSAL = "a causal language model, such as smollm2"
 _OTHER_KINDS = f"{_CAUSAL}; treadle embed, classify, fill, ... run other kinds"

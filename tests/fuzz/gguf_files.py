@@ -33,7 +33,7 @@ from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.errors import CheckpointError
 from treadle.program.source import ModelSource
-from treadle.tasks.image_prompts import ImagePrompts
+from treadle.tasks.images.prompts import ImagePrompts
 
 Array = np.ndarray[Any, Any]
 

@@ -28,8 +28,8 @@ from treadle.runtime.token_rules import TokenRules
 from treadle.tasks.option_hints import with_task_calls
 
 if TYPE_CHECKING:
-    from treadle.tasks.image_prompts import ReadImage
-    from treadle.tasks.images import Image
+    from treadle.tasks.images.prompts import ReadImage
+    from treadle.tasks.images.reading import Image
 
 Array = np.ndarray[Any, Any]
 

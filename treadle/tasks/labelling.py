@@ -16,7 +16,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.heads import HEADS
-from treadle.tasks.images import DEFAULTS, ImageReader
+from treadle.tasks.images.reading import DEFAULTS, ImageReader
 from treadle.tasks.opening import checked_folder, read_labels
 from treadle.tasks.scoring import Scored, best_first, label_scores
 

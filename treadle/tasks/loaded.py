@@ -274,7 +274,7 @@ class LoadedModel:
         self, images: PathLike | Sequence[PathLike], question: str = "Describe this image.", *, most: int = 256
     ) -> str:
         """Answer a question about an image file, or several, with a chat model that reads images."""
-        from treadle.tasks.image_prompts import ImagePrompts
+        from treadle.tasks.images.prompts import ImagePrompts
 
         ImagePrompts.check(self.program.source)
         talk = self.chat()

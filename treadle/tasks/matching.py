@@ -22,7 +22,7 @@ from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.heads import HEADS
-from treadle.tasks.images import ImageReader
+from treadle.tasks.images.reading import ImageReader
 from treadle.tasks.labelling import image_sides
 from treadle.tasks.opening import checked_folder, token_positions, without_input
 from treadle.tasks.scoring import Scored, best_first, softmax

@@ -67,7 +67,7 @@ def talk_with_model(
     from treadle.progress import working
     from treadle.runtime.sampling import Sampling
     from treadle.tasks.generation_settings import FolderRules
-    from treadle.tasks.image_prompts import ImagePrompts
+    from treadle.tasks.images.prompts import ImagePrompts
     from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)

@@ -30,7 +30,7 @@ def describe_image(
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import need_for_text
     from treadle.progress import working
-    from treadle.tasks.image_prompts import ImagePrompts
+    from treadle.tasks.images.prompts import ImagePrompts
     from treadle.tasks.loaded import LoadedModel
 
     ImagePrompts.check(program.source)

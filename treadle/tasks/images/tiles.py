@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import CheckpointError
-from treadle.tasks.images import MOST_SIDE, ImagePlace, ImageReader, ImageSettings, Pixels, number_from
+from treadle.tasks.images.reading import MOST_SIDE, ImagePlace, ImageReader, ImageSettings, Pixels, number_from
 
 _LONGEST = 4096  # the longest side of a resized image
 _MOST_TILES = 1024

@@ -27,9 +27,9 @@ from treadle.program.image_inputs import ImageModel
 from treadle.program.source import ModelSource
 from treadle.reporting.counts import counted
 from treadle.tasks.heads import HEADS, classes_of
-from treadle.tasks.image_patches import PatchReader
-from treadle.tasks.image_tiles import TileReader
-from treadle.tasks.images import Image, ImagePlace, ImageReader, ImageSettings, open_image
+from treadle.tasks.images.patches import PatchReader
+from treadle.tasks.images.reading import Image, ImagePlace, ImageReader, ImageSettings, open_image
+from treadle.tasks.images.tiles import TileReader
 
 Array = npt.NDArray[Any]
 Message = Mapping[str, Any]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import UsageError
-from treadle.tasks.images import ImagePlace, ImageReader, ImageSettings, Pixels, number_from
+from treadle.tasks.images.reading import ImagePlace, ImageReader, ImageSettings, Pixels, number_from
 
 _MOST_RATIO = 200
 _MOST_PIXELS = 1 << 26

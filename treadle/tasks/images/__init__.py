@@ -1,0 +1,1 @@
+"""Images as inputs of models: reading image files, patches, tiles, and prompts with images (docs/vision.md)."""
