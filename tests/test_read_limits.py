@@ -41,7 +41,7 @@ READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = 
         lambda m, p: m.ModelFolder.find(p).read_settings("generation_config.json"),
         {"bytes": 4 * MIB, "nesting": 32, "values": 200_000},
     ),
-    ("tasks.images", "a.png", lambda m, p: m.open_image(p / "a.png"), {"bytes": 256 * MIB}),
+    ("tasks.images.reading", "a.png", lambda m, p: m.open_image(p / "a.png"), {"bytes": 256 * MIB}),
     ("tasks.sound", "a.wav", lambda m, p: m.read_sound(p / "a.wav", rate=16_000), {"bytes": 1024 * MIB}),
     (
         "explaining.memory",
