@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from functools import cache
+from pathlib import Path
 
 # Set before NumPy and PyTorch are imported, because they read the variables once. Tests run in parallel on small
 # arrays, so more threads would only compete for the cores. A test about threads sets its own number.
@@ -25,6 +28,10 @@ from tests.known_certificates import remember
 from treadle.passes.framework import manager
 from treadle.passes.framework.manager import PassManager
 from treadle.reporting import errors as error_reports
+
+MOST_GARBAGE = 1 << 29  # bytes
+_RESIDENT = [0]
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0) if sys.platform == "linux" else lambda _: 0
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("treadle")  # a busy machine must not fail a test
@@ -69,6 +76,28 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """After the last test of a module, free the memory that models in reference cycles and the allocator hold, if much
+    was added since the last time.
+    """
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        now = _resident_bytes()
+        if now > _RESIDENT[-1] + MOST_GARBAGE:
+            gc.collect()
+            _TRIM(0)
+            _RESIDENT[:] = [_resident_bytes()]
+
+
+def _resident_bytes() -> int:
+    """Return the bytes of this process in memory, or 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _updates(config: pytest.Config) -> bool:

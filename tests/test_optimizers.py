@@ -33,6 +33,8 @@ Steps = Sequence[Mapping[str, Array]]
 """The gradients of each step, by weight."""
 
 SHAPES: Shapes = {"scale": (), "h.0.bias": (5,), "h.0.weight": (5, 7), "h.1.weight": (5, 7), "odd": (2, 1, 33)}
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
 DECAYED = ("h.0.weight", "odd")
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": AdamW(),

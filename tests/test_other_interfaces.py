@@ -27,6 +27,8 @@ from treadle.ir.wording.other_spellings import OTHER_WORDS
 from treadle.program.program import Program
 from treadle.tasks.loaded import LoadedModel
 
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
 TOKENS = np.array([[1, 2, 3]])
 
 

@@ -39,6 +39,8 @@ from treadle.serving.models import Opening, ServedWriter
 from treadle.training.saving import saver_for
 from treadle.training.text_data import TextData, TextFiles
 
+pytestmark = pytest.mark.usefixtures("quickly_planned")
+
 DECLARATION = dict(first_hour.steps())["models.py"]
 TRAIN = "--vocab 300 --steps 2 --length 16 --batch 2 --learning-rate 0.01 --backend numpy"
 OWN = "models.py:my_gpt"
