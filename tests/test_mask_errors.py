@@ -35,6 +35,22 @@ WRONG: list[tuple[Callable[[t.Tensor], Any], str, str]] = [
     (lambda x: ~t.causal, "masks have no complement", 't.boolean_mask(x, "s t")'),
     (lambda x: True & t.causal, "masks intersect with masks only", ""),
     (lambda x: t.alibi(np.ones(2)) & t.causal, "biases add up, and do not intersect", "attention takes both"),
+    (
+        lambda x: attended(x, mask=np.tril(np.ones((3, 3)))),
+        "masks intersect with masks only",
+        'mask=t.causal for a lower triangle; t.boolean_mask(x, "s t")',
+    ),
+    (lambda x: attended(x, mask=x[:, :, 0]), "masks intersect with masks only", 't.boolean_mask(x, "b t")'),
+    (
+        lambda x: attended(x, mask=t.boolean_mask(np.tril(np.ones((3, 3))), "s t")),
+        "the mask has 3 positions, but the model takes any number of them, S",
+        'mask=t.causal, or t.boolean_mask(x, "s t")',
+    ),
+    (
+        lambda x: t.boolean_mask(np.triu(np.full((3, 3), -np.inf), 1), "s t"),
+        "a mask is true or false",
+        'bias=t.tensor_bias(x, "s t"), where -inf masks a key',
+    ),
     (lambda x: 1.0 + t.alibi(np.ones(2)), "biases add to biases only", ""),
     (lambda x: -t.alibi(np.ones(2)), "biases have no negative", 't.tensor_bias(x, "h s t")'),
     (lambda x: t.window("8"), "window: size must be an integer", "size=8"),  # type: ignore[arg-type]
@@ -75,3 +91,24 @@ def test_the_hints_work() -> None:
     assert traced(lambda x: attended(x, mask=t.causal & t.window(8)))
     assert traced(lambda x: t.linear(x, "4*2", name="l"))
     assert traced(lambda x: [t.linear(x, 8, name="l") for _ in t.stack("h", 2)][-1])
+
+
+def test_masks_and_biases_may_be_tensors_of_pytorch() -> None:
+    torch = pytest.importorskip("torch")
+    triangle = torch.tril(torch.ones(3, 3))
+
+    def of(**masks: Any) -> np.ndarray[Any, Any]:
+        @t.model
+        def tiny(x: Annotated[t.Tensor, t.f32["B 3 8"]]) -> t.Tensor:
+            return attended(x, **masks)
+
+        x = np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)
+        return t.compile(tiny, backend="numpy")(x=x)["output"]  # type: ignore[no-any-return]
+
+    causal = of(mask=t.causal)
+    np.testing.assert_allclose(of(mask=t.boolean_mask(triangle, "s t")), causal, atol=1e-6)
+    np.testing.assert_allclose(of(mask=t.boolean_mask(triangle.bool(), "s t")), causal, atol=1e-6)
+    added = torch.where(triangle > 0, 0.0, float("-inf"))
+    np.testing.assert_allclose(of(bias=t.tensor_bias(added, "s t")), causal, atol=1e-6)
+    slopes = of(bias=t.alibi([0.5, 0.25]))
+    np.testing.assert_allclose(of(bias=t.alibi(torch.tensor([0.5, 0.25]))), slopes, atol=1e-6)

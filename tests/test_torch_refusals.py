@@ -288,9 +288,21 @@ def test_a_dimension_that_the_code_fixes_is_found_at_its_line() -> None:
     treadle.from_torch(Applied(lambda x: x + torch.ones(x.shape[0], 1)), (torch.randn(3, 4),), dynamic={"x": "B _"})
 
 
-def test_it_takes_modules_alone() -> None:
-    with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module"):
-        treadle.from_torch(lambda x: x, (torch.ones(2),))
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (lambda x: x, "an instance of a subclass of torch.nn.Module, whose forward calls the function"),
+        (torch.nn.Linear, "an instance: Linear(...)"),
+        ("net.pth", "a module of your class, with these weights: module.load_state_dict(...)"),
+        (torch.nn.Linear(2, 2).state_dict(), "a module of your class, with these weights: module.load_state_dict(...)"),
+        (torch.jit.trace(torch.nn.ReLU(), torch.ones(2)), "the module that was given to torch.jit.script or"),
+    ],
+)
+@pytest.mark.parametrize("example", [(torch.ones(2),), {"input": torch.ones(2)}])
+def test_it_takes_modules_alone(given: Any, hint: str, example: Any) -> None:
+    with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module") as caught:
+        treadle.from_torch(given, example)
+    assert str(caught.value.hint).startswith(hint)
 
 
 X, WHOLE, TRUE, PLACES = (

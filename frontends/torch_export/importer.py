@@ -27,6 +27,8 @@ from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_d
 from treadle.frontends.torch_export.sizes import Symbols, Traced, UnknownSize
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
+    check_example,
+    check_module,
     decomposed,
     exported,
     name_symbols,
@@ -98,9 +100,9 @@ def from_torch(
             received=f"torch {torch.__version__}",
             hint=f"pip install 'torch>={wanted}'",
         )
-    arguments = (
-        named_arguments(module, example) if hasattr(module, "forward") and isinstance(example, tuple | Mapping) else {}
-    )
+    check_module(module)
+    check_example(example)
+    arguments = named_arguments(module, example)
     opened = open_dimensions(arguments, dynamic)
     program = exported(module, example, opened)
     try:

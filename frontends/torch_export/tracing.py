@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
@@ -30,6 +31,32 @@ if TYPE_CHECKING:
 
 Example = tuple[Any, ...] | Mapping[str, Any]
 Dynamic = Mapping[str, "str | Mapping[int, str]"]
+
+
+def check_module(module: Any) -> None:
+    """Raise UsageError for anything but a module of PyTorch with Python code."""
+    import torch
+
+    if isinstance(module, torch.nn.Module) and not isinstance(module, torch.jit.ScriptModule):
+        return
+    received, hint = type(module).__name__, None
+    if isinstance(module, torch.jit.ScriptModule):
+        hint = "the module that was given to torch.jit.script or torch.jit.trace"
+    elif isinstance(module, type) and issubclass(module, torch.nn.Module):
+        received, hint = f"the class {module.__name__}", f"an instance: {module.__name__}(...)"
+    elif isinstance(module, str | os.PathLike | Mapping):
+        hint = "a module of your class, with these weights: module.load_state_dict(...)"
+    elif callable(module):
+        hint = "an instance of a subclass of torch.nn.Module, whose forward calls the function"
+    raise UsageError("from_torch takes a torch.nn.Module", received=received, hint=hint)
+
+
+def check_example(example: Any) -> None:
+    """Raise UsageError for anything but a tuple or a dict of arguments."""
+    if not isinstance(example, tuple | Mapping):
+        what = "the example must be a tuple of arguments, or a dict of them"
+        hint = "a tuple of one argument is (x,)" if hasattr(example, "ndim") else None
+        raise UsageError(what, received=type(example).__name__, hint=hint)
 
 
 def named_arguments(module: Any, example: Example) -> dict[str, Any]:
@@ -162,12 +189,6 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
     """Return the module's program. Raises FrontendError, with the module's own line, if it cannot be traced."""
     import torch
 
-    if not isinstance(module, torch.nn.Module):
-        raise UsageError("from_torch takes a torch.nn.Module", received=type(module).__name__)
-    if not isinstance(example, tuple | Mapping):
-        what = "the example must be a tuple of arguments, or a dict of them"
-        hint = "a tuple of one argument is (x,)" if isinstance(example, torch.Tensor | np.ndarray) else None
-        raise UsageError(what, received=type(example).__name__, hint=hint)
     arguments = named_arguments(module, example)
     arrays = [name for name, x in arguments.items() if isinstance(x, np.ndarray)]
     if arrays:

@@ -8,8 +8,10 @@ Masks intersect (`&`), biases add up (`+`); `treadle.ir.attention.attention_term
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -26,7 +28,10 @@ from treadle.ir.attention.attention_terms import (
 )
 from treadle.ir.builder import Builder, Expr, ExprLike
 from treadle.ir.errors import GraphError, Hint
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.source_lines import user_line
+
+_POSITIONS = 2  # the axis of positions of q [b, h, s, d] and k [b, h, t, d]
 
 
 @dataclass(frozen=True)
@@ -137,16 +142,26 @@ class Biases(_Applied):
     __rand__ = __and__
 
 
-_AXES = {2: ("s t", "s t"), 4: ("b h s t", "b h s t")}
+_AXES = {3: ("b s t", "h s t"), 4: ("b h s t", "b h s t")}
 """The axes that a mask and a bias of a rank have in PyTorch."""
+
+
+def _tensor_hint(x: Any) -> str:
+    """Return the hint for a tensor of the model, of NumPy or of PyTorch in place of a mask or a bias."""
+    shape = x.type.shape if isinstance(x, Expr) else x.shape
+    if len(shape) == 1:
+        return "mask=t.padding(x), with a length for each row; bias=t.alibi(x), with a slope for each head"
+    of_rows = len(shape) == 2 and shape[0] != shape[1]  # such as the attention_mask of Hugging Face
+    mask, bias = _AXES.get(len(shape), ("b t", "b t") if of_rows else ("s t", "s t"))
+    hint = f't.boolean_mask(x, "{mask}") as a mask, t.tensor_bias(x, "{bias}") as a bias, with the axes of x'
+    return hint if mask != "s t" or isinstance(x, Expr) else f"mask=t.causal for a lower triangle; {hint}"
 
 
 def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
     if hint is None and isinstance(other, _Applied):
         hint = "attention takes both: mask=..., bias=..."
-    elif hint is None and hasattr(other, "ndim"):  # a tensor of the model, of NumPy or of PyTorch
-        mask, bias = _AXES.get(other.ndim, ("b s t", "h s t"))
-        hint = f't.boolean_mask(x, "{mask}") as a mask, t.tensor_bias(x, "{bias}") as a bias, with the axes of x'
+    elif hint is None and hasattr(other, "ndim"):
+        hint = _tensor_hint(other)
     elif hint is None and other is True:
         hint = "mask=t.causal"
     elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
@@ -175,8 +190,8 @@ _INCLUDED = Hint(
 
 def _given(x: object, what: str) -> ExprLike:
     """Return the tensor or array of a mask or bias. Raises GraphError if an optional input was left out."""
-    if isinstance(x, Expr | np.ndarray | list | tuple):
-        return x
+    if isinstance(x, Expr | np.ndarray | list | tuple) or hasattr(x, "__array__"):
+        return x  # type: ignore[return-value]  # a tensor of PyTorch becomes a constant as NumPy's arrays do
     raise GraphError(
         f"{what} must be a tensor of the model, or an array",
         received="None" if x is None else type(x).__name__,
@@ -202,7 +217,18 @@ def segments(queries: ExprLike, keys: ExprLike | None = None) -> Masks:
 
 def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
     """Keys where mask is true. mask: bool, with some of the axes b, h, s and t. Raises GraphError."""
+    if _adds(mask):
+        raise _mismatch("a mask is true or false", mask, f'bias=t.tensor_bias(x, "{axes}"), where -inf masks a key')
     return Masks(((BooleanMask(axes), (_given(mask, "a mask"),)),))
+
+
+def _adds(mask: object) -> bool:
+    """Return True for an array of other numbers than 0 and 1, such as the masks that PyTorch adds to the scores."""
+    if not isinstance(mask, Expr):
+        with suppress(RuntimeError, TypeError, ValueError):  # reported with the model's other constants
+            array = np.asarray(mask)
+            return array.dtype.kind == "f" and not np.isin(array, (0, 1)).all()
+    return False
 
 
 # -- biases --------------------------------------------------------------------------------------------------
@@ -244,7 +270,7 @@ def attend(
     The op's terms are the masks, then the biases, in their order. Raises RuleError if shapes do not match, GraphError
     if biases are passed as masks or masks as biases.
     """
-    terms, operands = _applied(masks, biases)
+    terms, operands = _applied(masks, biases, q, k)
     return b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
 
 
@@ -260,13 +286,33 @@ def attend_with_probabilities(
     softcap: float | None = None,
 ) -> tuple[Expr, Expr]:
     """Return the result of `attend`, and the probabilities [b, h, s, t]. Raises the same errors."""
-    terms, operands = _applied(masks, biases)
+    terms, operands = _applied(masks, biases, q, k)
     return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap)
 
 
-def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[ExprLike]]:
+def _applied(masks: Masks | None, biases: Biases | None, q: Expr, k: Expr) -> tuple[tuple[Term, ...], list[ExprLike]]:
     """Return the terms, and their operands in order."""
     # `&` and `+` check the types.
     entries = () if masks is None else (Masks() & masks).entries
     entries += () if biases is None else (Biases() + biases).entries
+    for term, given in entries:
+        if isinstance(term, BooleanMask | TensorBias):
+            _check_positions(term, given[0], {"s": q.type.shape[_POSITIONS], "t": k.type.shape[_POSITIONS]})
     return tuple(term for term, _ in entries), [x for _, given in entries for x in given]
+
+
+def _check_positions(term: BooleanMask | TensorBias, x: ExprLike, positions: Mapping[str, Size]) -> None:
+    """Raise GraphError if x has a fixed number of positions along an axis that may have any number of them.
+
+    positions  the numbers of queries and keys, by their axes "s" and "t"
+    """
+    shape = x.type.shape if isinstance(x, Expr) else [Size.of(size) for size in np.shape(x)]  # type: ignore[arg-type]
+    for axis, size in zip(term.axes.split(), shape, strict=False):
+        wanted = positions.get(axis, size)
+        if size.constant not in (None, 1) and wanted.constant is None:
+            raise GraphError(
+                f"the {term.name} has {size} positions, but the model takes any number of them, {wanted}",
+                received=f"axis {axis} of {term.axes!r}",
+                source=str(user_line() or "") or None,
+                hint=f"mask=t.causal, or {Masks.by_tensor}",
+            )
