@@ -268,6 +268,11 @@ def numpy_taken(port: Port, value: Any) -> Array:
         ) from error
 
 
+def gives_tensors(kinds: Iterable[type]) -> bool:
+    """Return True if a caller passed tensors of PyTorch, whose types are `kinds`: then the results are tensors, too."""
+    return any(kind.__module__.partition(".")[0] == "torch" and hasattr(kind, "data_ptr") for kind in kinds)
+
+
 def _readable(port: Port, value: Any) -> str:
     """Return a hint that converts a PyTorch tensor to one that NumPy can read: dense, of a NumPy dtype, in
     CPU memory.

@@ -15,7 +15,7 @@ row does not depend on other rows. A session holds the states of the decoding st
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
@@ -575,6 +575,9 @@ def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
-        raise UsageError(
-            f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint="integers"
-        ) from error
+        hint = "integers"
+        if not isinstance(tokens, Sized):
+            hint = f"a sequence of integers, such as [{tokens}]"
+        elif len(tokens) and isinstance(tokens[0], Sized) and not isinstance(tokens, str):
+            hint = "the ids of one row: tokens[0]"
+        raise UsageError(f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint=hint) from error

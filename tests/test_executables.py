@@ -257,16 +257,16 @@ def test_results_are_the_callers_own(backend: str) -> None:
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_tensors_in_tensors_out() -> None:
+@each_backend
+def test_tensors_in_tensors_out(backend: str) -> None:
     torch = pytest.importorskip("torch")
     graph, weights = block_model()
-    exe = compiled("torch", graph, weights)
+    exe = compiled(backend, graph, weights)
     ids = torch.arange(6).reshape(2, 3)
     out = exe(tokens=ids).logits
     assert isinstance(out, torch.Tensor)
     assert isinstance(exe(tokens=ids.numpy()).logits, np.ndarray)
     np.testing.assert_array_equal(out.numpy(), exe(tokens=ids.numpy()).logits)
-    assert isinstance(compiled("numpy", graph, weights)(tokens=ids).logits, np.ndarray)
 
 
 BF16_BACKENDS = ["torch", pytest.param("tvm", marks=needs_tvm)]  # NumPy has no bf16

@@ -434,3 +434,14 @@ def test_a_page_is_written(treadle_command: Treadle, tmp_path: Path) -> None:
 )
 def test_wrong_options_are_refused(treadle_command: Treadle, words: tuple[str, ...], part: str) -> None:
     refused(treadle_command("export", SMALL, *words), part)
+
+
+@pytest.mark.parametrize(
+    ("needs", "form"),
+    [("onnx", ("-o", "made.onnx")), ("tvm", ("-o", "made", "--to", "web", "--sizes", "B=1,S=4"))],
+)
+def test_random_weights_are_reported(treadle_command: Treadle, needs: str, form: tuple[str, ...]) -> None:
+    pytest.importorskip(needs)
+    words = ("export", SMALL, "--seed", "3", *form)
+    assert "weights drawn from seed 3: --weights FOLDER names trained ones" in treadle_command(*words).out
+    assert json.loads(treadle_command(*words, "--json").out)["weights"] == "drawn from seed 3"

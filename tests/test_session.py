@@ -282,6 +282,7 @@ def test_errors_are_raised_before_anything_is_appended(exe: Compiled) -> None:
         (lambda: session.step({row: 2.5}), "a value that is not a token id"),
         (lambda: session.step({row: None}), "a value that is not a token id"),
         (lambda: session.prefill({row: 3}), "a value that is not a token id"),
+        (lambda: session.prefill({row: np.array([[3]])}), "a value that is not a token id"),
         (lambda: session.prefill([[3]]), "tokens must be a mapping from integers to lists of integers"),
     ):
         with pytest.raises(UsageError, match=what):

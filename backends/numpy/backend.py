@@ -19,7 +19,7 @@ from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import EntryCall, Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes, refuse_target
-from treadle.backends.signature import numpy_taken
+from treadle.backends.signature import gives_tensors, numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.ir.errors import Hint
 from treadle.ir.graph import Graph, Node
@@ -188,9 +188,14 @@ class _NumpyArrays:
         assert dtype.numpy is not None
         return arena[offset : offset + math.prod(shape) * dtype.numpy.itemsize].view(dtype.numpy).reshape(shape)
 
-    def give(self, array: Any, given: Collection[type], shared: bool) -> Array:
+    def give(self, array: Any, given: Collection[type], shared: bool) -> Any:
         result = np.asarray(array)
-        return result.copy() if shared or not result.flags.writeable else result
+        result = result.copy() if shared or not result.flags.writeable else result
+        if gives_tensors(given):
+            import torch
+
+            return torch.from_numpy(result)
+        return result
 
     def enter(self, arguments: Sequence[Any]) -> Sequence[Any]:
         return arguments

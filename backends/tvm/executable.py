@@ -12,7 +12,7 @@ from treadle.backends.bfloat16 import bf16_given, bf16_taken
 from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
 from treadle.backends.protocol import Outputs, Port, ports
-from treadle.backends.signature import Signature, numpy_taken
+from treadle.backends.signature import Signature, gives_tensors, numpy_taken
 from treadle.backends.states import ARRAYS, StateKinds, States
 from treadle.backends.tvm.host_machine import HostMachine
 from treadle.backends.tvm.kernels.devices.cuda_compiler import architecture_of, compile_ptx
@@ -174,7 +174,7 @@ class _KernelEntry:
         call = self._call(given, states)
         self._donated.check(self.inputs, given, list(call.inputs.values()), self._machine.lasting(call.states))
         made = self._machine.run(call)
-        tensors = any(_is_tensor(value) for value in given.values())
+        tensors = gives_tensors(map(type, given.values()))
         outputs = Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
         return self._donated.returned(given, outputs)
 
@@ -222,7 +222,3 @@ def give(port: Port, array: Array, tensors: bool) -> Any:
 
         return torch.from_numpy(array)
     return array
-
-
-def _is_tensor(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "data_ptr")

@@ -192,6 +192,7 @@ def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str,
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
+    from treadle.reporting.compilations import weights_text
     from treadle.reporting.counts import counted, human
 
     fixed = {"backend": "tvm", "target": "webgpu"}
@@ -206,11 +207,21 @@ def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str,
         at = choose_sizes(made.graph, parse_sizes(sizes))
         files = export_web(made.name, made.graph, made.executable, at, output)
     if as_json:
-        print_json({"model": made.name, "format": "web", "files": list(map(str, files)), "sizes": at})
+        facts = {"model": made.name, "format": "web", "files": list(map(str, files)), "sizes": at}
+        print_json({**facts, "weights": weights_text(made.seed)})
         return
     print(f"wrote {counted(len(files), 'file')} to {output}, {human(sum(f.stat().st_size for f in files), 'B')}")
+    _print_drawn(made.seed)
     shown = ", ".join(f"{name}={size}" for name, size in at.items())
     print(f"{printable(made.name)} at {shown or 'its only sizes'}; serve it with: python -m http.server -d {output}")
+
+
+def _print_drawn(seed: int | None) -> None:
+    """Print that the weights are random, if they are."""
+    from treadle.reporting.compilations import weights_text
+
+    if seed is not None:
+        print(f"weights {weights_text(seed)}: --weights FOLDER names trained ones")
 
 
 def _write(path: Path, text: str) -> None:
@@ -231,6 +242,7 @@ def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any],
     from treadle.program.program import Program
     from treadle.program.weights import weights_of
     from treadle.progress import working
+    from treadle.reporting.compilations import weights_text
     from treadle.reporting.counts import human
 
     options = CompileOptions.of("export", keywords)
@@ -245,16 +257,18 @@ def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any],
     with working(f"exporting {model}", shown=not as_json):
         program = Program(model, options).optimize()
         resolved, graph = program.resolved, program.optimized.graph
-        weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
+        weights, seed = weights_of(resolved, graph, options.arrays, options.seed)
         if to == "gguf":
             files, notes = [output], export_gguf(resolved, graph, weights, output)
         else:
             files, notes = export_compressed(resolved, graph, weights, output)
     if as_json:
-        print_json({"model": graph.name, "format": to, "files": list(map(str, files)), "notes": notes})
+        facts = {"model": graph.name, "format": to, "files": list(map(str, files)), "notes": notes}
+        print_json({**facts, "weights": weights_text(seed)})
         return
     for path in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    _print_drawn(seed)
     for note in notes:
         print(printable(note))
 
@@ -270,6 +284,7 @@ def _export_onnx(
     from treadle.program.program import Program
     from treadle.program.weights import weights_of
     from treadle.progress import working
+    from treadle.reporting.compilations import weights_text
     from treadle.reporting.counts import counted, human
 
     options = CompileOptions.of("export", keywords)
@@ -277,12 +292,12 @@ def _export_onnx(
         if is_artifact(model):
             options.refuse_for_artifact(model)
             held = open_artifact(model, limits=options.limits)
-            graph, weights = held.optimized.graph, held.weights
+            graph, weights, seed = held.optimized.graph, held.weights, None
         else:
             program = Program(model, options).optimize()
             resolved, optimized = program.resolved, program.optimized
             graph = optimized.graph
-            weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
+            weights, seed = weights_of(resolved, graph, options.arrays, options.seed)
         try:
             made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
         except BackendError as error:
@@ -292,13 +307,14 @@ def _export_onnx(
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:
         facts = {"model": graph.name, "opset": made.opset, "files": list(map(str, files)), "operators": made.operators}
-        print_json({**facts, "inputs": made.inputs, "outputs": made.outputs})
+        print_json({**facts, "weights": weights_text(seed), "inputs": made.inputs, "outputs": made.outputs})
         return
     for name, inside in (*made.inputs.items(), *made.outputs.items()):
         if name != inside:
             print(f"{printable(name)} is called {printable(inside)} in the file")
     for path in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    _print_drawn(seed)
     counts = sorted(made.operators.items(), key=lambda each: -each[1])
     operators = ", ".join(f"{count} {name}" for name, count in counts)
     print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {operators}")

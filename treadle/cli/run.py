@@ -88,7 +88,7 @@ def run_model(
                 "model": made.name,
                 "backend": made.backend,
                 "target": str(made.target),
-                "weights": weights_text(made),
+                "weights": weights_text(made.seed),
                 "seconds": seconds,
                 "outputs": facts,
                 "files": list(map(str, files)),
@@ -100,6 +100,6 @@ def run_model(
         if "values" in fact:
             print(f"\n{name} = {json.dumps(fact['values'])}")
     where = f"in {made.backend} on {made.target}"
-    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}, its weights {weights_text(made)}")
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}, its weights {weights_text(made.seed)}")
     for file in files:
         print(f"wrote {file}")

@@ -32,7 +32,7 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
         "inputs": [port_facts(p) for p in compiled.inputs],
         "outputs": [port_facts(p) for p in compiled.outputs],
         "parameters": parameter_count(compiled.graph),
-        "weights": weights_text(compiled),
+        "weights": weights_text(compiled.seed),
         "unused": list(compiled.unused),
         "unread": list(compiled.unread),
         "ops": dict(ops.most_common()),
@@ -41,8 +41,9 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
     }
 
 
-def weights_text(compiled: Compiled) -> str:
-    return "read from the checkpoint" if compiled.seed is None else f"drawn from seed {compiled.seed}"
+def weights_text(seed: int | None) -> str:
+    """Return where weights come from. seed: that of random weights, or None."""
+    return "read from the checkpoint" if seed is None else f"drawn from seed {seed}"
 
 
 def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
@@ -54,7 +55,7 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
     yield f"compiled in {seconds:.2f} s, of which {passes * 1e3:.0f} ms in passes"
     yield _place_text(compiled.backend, compiled.target)
     yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
-    yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
+    yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled.seed)}"
     for record in compiled.log:
         plan = record.product(QuantizationPlan)
         yield from plan.summary if plan is not None else ()
