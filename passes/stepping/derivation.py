@@ -38,7 +38,7 @@ from treadle.ir.verifier import verify
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.stepping.demands import Extent
-from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
+from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions, unused_symbol
 from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.last_position import with_all_positions
 from treadle.passes.stepping.prologue import Prologue
@@ -72,8 +72,11 @@ class DerivedStep:
     port_names  the entries' names for `rows`, `start`, `last` and the inputs and the output of sampling, numbered if
                 the model has an input of that name
     context   the greatest number of positions of the model, or None
+    slots     the symbol of the number of slots of a state
+    capacity  the symbol of the number of positions of a cache
     windows   by the symbol of a ring's capacity: the number of positions that the ring must hold in addition to a chunk
-    memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
+    memories  by the symbol of the number of positions that a slot holds: the name of the size, which each row has of
+              its own
     generated the values, for generated tokens, of inputs that are passed at every step
     may_be_empty  the names of prologue inputs of which a row may have none: an axis of theirs may be empty
     carries   True if a sum over the tokens is carried along, so that a token cannot be taken back
@@ -87,8 +90,10 @@ class DerivedStep:
     prologue: tuple[str, ...]
     port_names: Mapping[str, str]
     context: int | None
+    slots: str
+    capacity: str
     windows: Mapping[str, int]
-    memories: tuple[str, ...]
+    memories: Mapping[str, str]
     generated: Mapping[str, GeneratedValue]
     may_be_empty: tuple[str, ...]
     carries: bool
@@ -135,10 +140,10 @@ def derive_step(
     # Rows are independent, and tokens of the following ones: one row or token has the results that it has among more.
     made.symbols |= {s: Bounds(1, graph.symbols[s].upper) for s in (rows, axis) if graph.symbols[s].lower > 1}
     context = context_of(graph, axis)
-    _refuse_symbols(graph, (SLOTS, CAPACITY))
-    made.bound(SLOTS, Bounds())
-    made.bound(CAPACITY, Bounds(1, context))
-    states = StepStates(Size.symbol(SLOTS))
+    slots, capacity = unused_symbol(SLOTS, graph.symbols), unused_symbol(CAPACITY, graph.symbols)
+    made.bound(slots, Bounds())
+    made.bound(capacity, Bounds(1, context))
+    states = StepStates(Size.symbol(slots), capacity)
     functions = StepFunctions(survey, made, states, held)
     chooser = None
     if sampling is not None:
@@ -153,11 +158,11 @@ def derive_step(
     for symbol, size in states.capacities.items():
         made.bound(symbol, Bounds(1, size.bounds(graph.symbols).upper))
     verify(made)
+    start = f"{capacity}_"
     symbols = sorted({s for value in made.states.values() for s in value.type.symbols})
-    _refuse_symbols(graph, symbols)
-    capacities = [s for s in symbols if s.startswith(f"{CAPACITY}_")]
-    windows = {s: int(s[2:]) - 1 for s in capacities if s[2:].isdigit()}
-    memories = tuple(s for s in capacities if s not in windows)
+    ends = {s: s.removeprefix(start) for s in symbols if s.startswith(start)}
+    windows = {s: int(end) - 1 for s, end in ends.items() if end.isdigit()}
+    memories = {s: end for s, end in ends.items() if s not in windows}
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
     inputs = {v.name for v in graph.main.inputs}
     port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last", *OPTIONS, SAMPLED)}
@@ -170,6 +175,8 @@ def derive_step(
         prologue=tuple(kept),
         port_names=port_names,
         context=context,
+        slots=slots,
+        capacity=capacity,
         windows=windows,
         memories=memories,
         generated=made.generated,
@@ -314,15 +321,6 @@ def _fixed_sizes(graph: Graph) -> NoStep:
     )
     error.is_fixed = True
     return error
-
-
-def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:
-    """Raise PassError if the model has a symbol with one of these names, which the states of a step use."""
-    for name in names:
-        if name in graph.symbols:
-            raise PassError(
-                f"the model has a symbol {name}, but a step uses a symbol of that name", hint=f"rename {name}"
-            )
 
 
 def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:
