@@ -415,8 +415,9 @@ class _Model:
         graph = SimpleNamespace(name="m", states={}, symbols={}, functions={"verify": entry, "prologue": entry})
         port_names = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
-            **{"context": 100, "windows": {}, "memories": {}, "slots": SLOTS, "capacity": CAPACITY, "graph": graph, "port_names": port_names, "prologue": (),
-               "has_prologue": False, "carries": False, "generated": {}, "may_be_empty": (), "sampling": None, **facts}
+            **{"context": 100, "windows": {}, "memories": {}, "slots": SLOTS, "capacity": CAPACITY, "graph": graph,
+               "port_names": port_names, "prologue": (), "has_prologue": False, "carries": False, "generated": {},
+               "may_be_empty": (), "sampling": None, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []
         self.exact_rows = True

@@ -487,6 +487,15 @@ def test_a_state_that_cannot_be_written_does_not_cost_the_model(
     assert ("the loss is nan after 3 updates" in said.err) == bool(fail_at)
 
 
+@pytest.mark.parametrize("saving", ["", "-o out", "--state s"])
+def test_a_run_that_saves_nothing_says_so_before_it_begins(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch, saving: str
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 1)
+    said = train(f"gpt2 texts.txt {SMALL} {saving}")
+    assert said.out.startswith("nothing is saved: -o FOLDER saves the model") == (not saving)
+
+
 def test_ctrl_c_before_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(self: FakeTrainer, **arrays: Tokens) -> float:
         signal.raise_signal(signal.SIGINT)
