@@ -67,7 +67,8 @@ def train_model(
 ) -> None:
     """Train a language model on texts, and save it in its original format.
 
-    Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails.
+    Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails,
+    unless the loss or a gradient is NaN or infinite.
     """
     from treadle.program.options import CompileOptions
     from treadle.progress import counting, working

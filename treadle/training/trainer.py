@@ -59,7 +59,7 @@ from treadle.reporting.counts import counted
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
-from treadle.training.states import TrainingState, read_state, write_state
+from treadle.training.states import DivergedError, TrainingState, read_state, write_state
 
 if TYPE_CHECKING:
     from treadle.training.saving import SavedModel
@@ -420,7 +420,7 @@ class Trainer:
             self._torn = False
         return float(found["norm"])
 
-    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
+    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> DivergedError:
         """Return the error for a loss or gradient that is NaN or infinite. It names the first input or weight with a
         NaN or infinite value, if any.
         """
@@ -433,7 +433,7 @@ class Trainer:
             if self.steps and "inf at" in place:  # an infinite weight or input may be intended
                 hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
         received = place or "inputs and weights are finite"
-        return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
+        return DivergedError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryReport:
         """Return a report on the memory of a step at these sizes, in addition to weights, moments and gradients.
