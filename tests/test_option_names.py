@@ -63,7 +63,7 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
         ("classify", "--top-k", "--top"),
         ("compile", "-q", "has --quantize"),
         ("compile", "-b", "has --backend"),
-        ("serve", "-p", "has --passes, --port, --prefix-cache"),
+        ("serve", "-p", "has --port, --prefix-cache, --passes"),
         ("train", "-lr", "has --learning-rate"),
         ("run", "-o", "has --output"),
         ("explain", "-o", "has --svg"),

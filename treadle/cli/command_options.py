@@ -51,7 +51,7 @@ def point_to_meant(error: Any, name: str, params: Sequence[Any], words: Sequence
     if meant is None:
         alike = [flag for flag in known.values() if flag.startswith(f"-{error.option_name}")]
         if len(error.option_name) == 2 and alike:
-            error.message += f"; treadle {name} has {', '.join(initial)}"
+            error.message += f"; treadle {name} has {', '.join(alike)}"
         return
     flag = known[meant]
     if not flag.startswith("--"):
