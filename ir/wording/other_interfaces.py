@@ -230,3 +230,28 @@ SESSION_ATTRIBUTES = _by_word(
     }
 )
 """Attributes of a session of other libraries, which a session of rows lacks."""
+
+GRAPH_ATTRIBUTES = _by_word(
+    {
+        "nodes ops operations operators": "graph.main.nodes  # graph.walk() has the nodes of all functions",
+        "inputs input": "graph.main.inputs",
+        "outputs output": "graph.main.outputs",
+        "code print_tabular print_readable print summary": "print(graph)",
+        "weights initializers state_dict": "exe.weights  # graph.parameters are names and types",
+    }
+)
+"""Attributes of a graph of PyTorch or ONNX, which a graph lacks."""
+
+TOKENIZER_ATTRIBUTES = _by_word(
+    {
+        "decode batch_decode detokenize": "tokenizer.text([4, 3])",
+        "encode_batch batch_encode_plus encode_plus": 'tokenizer.batch(["a", "b"])',
+        "tokenize convert_ids_to_tokens id_to_token": '[tokenizer.token(n) for n in tokenizer.ids(["a b"])[0]]',
+        "convert_tokens_to_ids token_to_id": 'tokenizer.id_of("a")',
+        "vocab_size get_vocab_size": "tokenizer.size",
+        "vocab get_vocab": "tokenizer.vocabulary()",
+        "all_special_tokens special_tokens_map": "tokenizer.special_tokens()",
+        "model_max_length": "tokenizer.max_tokens",
+    }
+)
+"""Attributes of a tokenizer of Hugging Face, which a tokenizer lacks."""
