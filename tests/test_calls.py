@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,36 @@ def test_the_form_of_onnx_runtime(exe: t.Compiled) -> None:
 def test_runs_that_do_not_match_are_refused(names: Any, inputs: Any, words: str) -> None:
     with pytest.raises(BackendError, match=words):
         t.compile(scaled).run(names, inputs)
+
+
+@t.model
+def of_fixed_rows(x: t.f32["2 8"]):
+    return {"y": t.linear(x, 3, name="w")}
+
+
+@t.model
+def of_any_rows(x: t.f32["B 8"]):
+    return {"y": t.linear(x, 3, name="w")}
+
+
+def test_a_fixed_size_names_the_declaration_that_takes_any_size() -> None:
+    exe = t.compile(of_fixed_rows, backend="numpy")
+    with pytest.raises(BackendError, match="dimension 0 must be 2, is 3") as caught:
+        exe(x=np.ones((3, 8), np.float32))
+    assert 'x: t.f32["B 8"] in a declaration, dynamic={"x": "B 8"} in from_torch' in str(caught.value.hint)
+    assert t.compile(of_any_rows, backend="numpy")(x=np.ones((3, 8), np.float32))["y"].shape == (3, 3)
+    with pytest.raises(BackendError, match="dimension 1 must be 8, is 9") as caught:
+        exe(x=np.ones((2, 9), np.float32))
+    assert caught.value.hint is None, "a weight has this size"
+
+
+def test_a_torch_module_with_the_names_of_sizes_that_its_hint_gives() -> None:
+    torch = pytest.importorskip("torch")
+    module, example = torch.nn.Linear(8, 3).eval(), (torch.ones(2, 8),)
+    exe = t.compile(t.from_torch(module, example), backend="numpy")
+    with pytest.raises(BackendError) as caught:
+        exe(input=np.ones((3, 8), np.float32))
+    dynamic = re.search(r"dynamic=(\{.*?\}) in from_torch", str(caught.value.hint))
+    assert dynamic is not None
+    again = t.compile(t.from_torch(module, example, dynamic=eval(dynamic[1])), backend="numpy")
+    assert again(input=np.ones((3, 8), np.float32))["output"].shape == (3, 3)

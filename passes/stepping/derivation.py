@@ -35,6 +35,7 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.text_signature import without_padding
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
+from treadle.ir.wording.fixed_sizes import named_sizes_hint
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.stepping.demands import Extent
@@ -312,12 +313,7 @@ def _fixed_sizes(graph: Graph) -> NoStep:
     error = NoStep(
         f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
         received=", ".join(f"{v.name}: {v.type}" for v in inputs),
-        hint=Hint(
-            f'names of the sizes, as "B S": {first}: t.i64["B S"] in a declaration, dynamic={{"{first}": "B S"}} in '
-            "from_torch, dynamic axes in the export of an ONNX file",
-            f'names of the sizes, as "B S": in the declaration of {first}, or as dynamic axes in the export of an '
-            "ONNX file",
-        ),
+        hint=named_sizes_hint(first, "i64", "B S"),
     )
     error.is_fixed = True
     return error
