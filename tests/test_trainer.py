@@ -558,6 +558,16 @@ def test_the_mean_squared_error(tmp_path: Path) -> None:
     assert trainer.evaluate(x=x, targets=y) == pytest.approx(float(best), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.bool_])
+def test_targets_with_a_number_for_each_class_lead_to_their_indices(dtype: Any) -> None:
+    x, y = np.ones((3, 4), np.float32), np.eye(2, dtype=dtype)[[0, 1, 1]]
+    trainer = Trainer(measured, output="y", backend="numpy")
+    with pytest.raises(UsageError, match="targets are class indices, from 0 to 1, not a number for each") as caught:
+        trainer.step(x=x, targets=y)
+    assert caught.value.hint == "targets.argmax(-1)"
+    assert np.isfinite(trainer.step(x=x, targets=y.argmax(-1)).loss)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any) -> None:
     x, y = np.ones((2, 4), np.float32), np.array([[0.5, 1.5], [2, 3]], dtype)

@@ -365,6 +365,13 @@ class Trainer:
             except BackendError as error:
                 error.what = f"the teacher does not accept this batch: {error.what}"
                 raise
+        rank = next((port.type.rank for port in self._signature.ports if port.name == TARGETS), 0)
+        if self._classes is not None and _are_shares(given.get(TARGETS), rank + 1, self._classes):
+            raise UsageError(
+                f"targets are class indices, from 0 to {self._classes - 1}, not a number for each class",
+                received=f"targets of {given[TARGETS].dtype}[{', '.join(map(str, given[TARGETS].shape))}]",
+                hint="targets.argmax(-1)",
+            )
         if self._classes is not None and _are_numbers(given.get(TARGETS)):
             raise UsageError(
                 f"targets are class indices, from 0 to {self._classes - 1}",
@@ -508,6 +515,16 @@ def _are_numbers(targets: Any) -> bool:
         return False
     array = np.asarray(targets)
     return array.dtype.kind == "f" and bool((array != np.round(array)).any())
+
+
+def _are_shares(targets: Any, rank: int, classes: int) -> bool:
+    """Return True for an array of this rank with a share of each class along its last axis: one-hot, or
+    probabilities.
+    """
+    if not hasattr(targets, "__array__") or np.ndim(targets) != rank or np.shape(targets)[-1] != classes:
+        return False
+    array = np.asarray(targets)
+    return bool((array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3))
 
 
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
