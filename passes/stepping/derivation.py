@@ -123,7 +123,7 @@ def derive_step(
     Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype or way of sampling,
     and if there are no logits to sample from.
     """
-    held = None if cache is None else _cache_dtype(cache)
+    held = None if cache is None else cache_dtype(cache)
     if sampling not in (None, *SAMPLING):
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
@@ -220,7 +220,8 @@ def may_be_empty(value: Value, graph: Graph) -> bool:
     return any(size.constant is None and size.bounds(graph.symbols).lower < 1 for size in value.type.shape)
 
 
-def _cache_dtype(name: str | DType) -> DType:
+def cache_dtype(name: str | DType) -> DType:
+    """Return the dtype of a cache by its name. Raises UsageError for a dtype in which a cache cannot store values."""
     found = DTYPES.get(str(name))
     if found not in CACHE_DTYPES:
         raise UsageError(f"a cache cannot store {name}", hint="one of " + ", ".join(map(str, CACHE_DTYPES)))
