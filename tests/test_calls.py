@@ -154,3 +154,25 @@ def test_a_torch_module_with_the_names_of_sizes_that_its_hint_gives() -> None:
     assert dynamic is not None
     again = t.compile(t.from_torch(module, example, dynamic=eval(dynamic[1])), backend="numpy")
     assert again(input=np.ones((3, 8), np.float32))["output"].shape == (3, 3)
+
+
+@t.model
+def padded(tokens: t.i64["B S"], lengths: t.i64["B"]):
+    x = t.embed(tokens, 20, 8, name="wte")
+    for _ in t.stack("h", 2):
+        x = t.self_attention(x, 2, mask=t.padding(lengths), name="attn")
+    return {"y": x}
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_a_length_that_is_not_within_the_row(wrong: int, dtype: Any) -> None:
+    exe = t.compile(padded, backend="numpy")
+    tokens = np.zeros((2, 4), np.int64)
+    with raises_freely(
+        BackendError, match=rf"input lengths has a length of {wrong}, but rows of tokens have 4"
+    ) as caught:
+        exe(tokens=tokens, lengths=np.array([3, wrong], dtype))
+    assert caught.value.hint == "lengths from 0 to 4"
+    assert exe(tokens=tokens, lengths=np.array([0, 4], dtype))["y"].shape == (2, 4, 8)
+    assert exe(tokens=tokens.tolist(), lengths=[3, 4])["y"].shape == (2, 4, 8)
