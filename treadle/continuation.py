@@ -231,7 +231,7 @@ class TextWriter:
         return self.model.session(rows=rows, capacity=capacity, memory=memory, resumes=resumes)
 
     def read_images(self, images: Sequence[Image]) -> list[ReadImage]:
-        """Convert the images of a message, from their files or their bytes. Raises UsageError if the model reads no
+        """Convert the images of a message. Raises UsageError if the model reads no
         images, or a file is not an image.
         """
         if not images:
