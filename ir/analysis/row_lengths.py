@@ -16,7 +16,7 @@ def row_lengths(graph: Graph) -> dict[str, Size]:
     """Return the size of the axis whose positions a row's length counts, by the name of the input with the lengths."""
     found: dict[str, Size] = {}
 
-    def visit(function: Function, inputs: Mapping[Value, str]) -> None:
+    def visit(function: Function, inputs: Mapping[Value | None, str]) -> None:
         for node in function.nodes:
             callee = graph.callee(node)
             if callee is not None:

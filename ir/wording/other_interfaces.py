@@ -35,8 +35,20 @@ _COMPARE = (
 )
 _BENCH = "leave it out: the command `treadle bench` compares a model with other tools"
 _ROOFLINE = "leave it out: the command `treadle roofline` compares each kernel's time with the hardware's peak"
-_TASKS = ("answer", "chat", "classify", "describe", "fill", "label", "match", "perplexity", "summarize", "tag")
-_TASKS += ("transcribe", "translate")
+_TASKS = [
+    "answer",
+    "chat",
+    "classify",
+    "describe",
+    "fill",
+    "label",
+    "match",
+    "perplexity",
+    "summarize",
+    "tag",
+    "transcribe",
+    "translate",
+]
 _NO_MODES = "leave it out: a compiled model has no dropout, and computes no gradients"
 _NO_MODULES = '@t.model  # on a function: x = t.linear(x, 64, name="f")'
 _NUMBERS = "np.random.default_rng(0).standard_normal(8)  # outside of a model: a graph has no random numbers"

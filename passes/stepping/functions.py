@@ -50,12 +50,12 @@ class _Made:
     gives: list[tuple[int, Extent, bool]] = field(default_factory=list)
 
 
-def unused_symbol(symbol: str, taken: Collection[str]) -> str:
+def unused_symbol(symbol: str, symbols: Collection[str]) -> str:
     """Return a symbol, or repetitions of it, such that no symbol of the model is equal or begins with it and "_"."""
-    found = symbol
-    while any(each == found or each.startswith(f"{found}_") for each in taken):
-        found += symbol
-    return found
+    unused = symbol
+    while any(each == unused or each.startswith(f"{unused}_") for each in symbols):
+        unused += symbol
+    return unused
 
 
 class StepFunctions:

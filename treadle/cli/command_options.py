@@ -61,13 +61,13 @@ def point_to_meant(error: Any, name: str, params: Sequence[Any], words: Sequence
     error.message += f"; treadle {name} has {flag}: {param.help}"
 
 
-def _typed_name(option: str, words: Sequence[str], known: Collection[str]) -> str:
+def _typed_name(option: str, words: Sequence[str], options: Collection[str]) -> str:
     """Return the name of an unknown option: "lr" for -lr, of which the parser reports -l, and "output" for -o."""
     name = option.lstrip("-").replace("-", "_")
     if option.startswith("--"):
         return name
     typed = [word[1:].partition("=")[0].replace("-", "_") for word in words if word.startswith(option)]
-    return next((each for each in typed if len(each) > 1 and each in {*known, *OTHER_NAMES}), _SHORT.get(name, name))
+    return next((each for each in typed if len(each) > 1 and each in {*options, *OTHER_NAMES}), _SHORT.get(name, name))
 
 
 def refuse_several_values(order: Sequence[Any], context: Any) -> None:

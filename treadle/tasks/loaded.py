@@ -284,13 +284,9 @@ class LoadedModel:
         from treadle.tasks.images.prompts import ImagePrompts
 
         ImagePrompts.check(self.program.source)
+        shown: Any = [*images] if isinstance(images, list | tuple) else [images]
         talk = self.chat()
-        return "".join(
-            piece.text
-            for piece in talk.say(
-                question, images=[*images] if isinstance(images, list | tuple) else [images], most=most
-            )
-        )
+        return "".join(piece.text for piece in talk.say(question, images=shown, most=most))
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 

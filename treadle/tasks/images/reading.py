@@ -257,7 +257,7 @@ class ImageReader:
         return made
 
 
-def open_image(given: Image) -> Any:
+def open_image(image: Image) -> Any:
     """Return an image, or the image in a file, as an RGB image of Pillow, rotated as its EXIF orientation specifies.
 
     Raises UsageError if the file is not an image or is too large, and for an array of another shape or dtype.
@@ -265,9 +265,10 @@ def open_image(given: Image) -> Any:
     import PIL.Image
     import PIL.ImageOps
 
-    is_file = isinstance(given, str | os.PathLike)
-    shown = shown_path(given) if is_file else "the image"
-    data = read_regular(given, _IMAGE_BYTES, shown) if is_file else given
+    shown, data = "the image", image
+    if isinstance(image, str | os.PathLike):
+        shown = shown_path(image)
+        data = read_regular(image, _IMAGE_BYTES, shown)
     if isinstance(data, np.ndarray) and (data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3):
         raise UsageError(
             "an array is an image if it has the shape [height, width, 3] and the dtype uint8",
@@ -276,17 +277,18 @@ def open_image(given: Image) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            opened: Any = data
             if isinstance(data, bytes):
-                image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-            else:
-                image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else data
-            if image.width * image.height > _IMAGE_PIXELS:
+                opened = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+            elif isinstance(data, np.ndarray):
+                opened = PIL.Image.fromarray(data)
+            if opened.width * opened.height > _IMAGE_PIXELS:
                 raise UsageError(
                     "the image has more pixels than the limit",
-                    received=f"{image.width} x {image.height}, limit {_IMAGE_PIXELS}",
+                    received=f"{opened.width} x {opened.height}, limit {_IMAGE_PIXELS}",
                     within=shown,
                 )
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
     except UsageError:
         raise
     except Exception as error:  # Pillow's readers may raise any exception
