@@ -51,11 +51,11 @@ from treadle.runtime.not_finite import FiniteWatch
 from treadle.runtime.roundings import Moved, changed, first_choice, moved_by_rounding
 from treadle.runtime.verification_report import (
     BackendReport,
-    Choice,
     Difference,
     NotFinite,
     OpFault,
     ReportLayout,
+    UndecidedOp,
     VerificationReport,
 )
 
@@ -152,10 +152,10 @@ class _Reference:
         )
 
     @cached_property
-    def choice(self) -> Choice | None:
+    def choice(self) -> UndecidedOp | None:
         """The first op that chooses otherwise if ops round; None if there is none."""
         node = first_choice(self.graph, self.inputs, self.weights)
-        return None if node is None else Choice(node.op.name, node.scope, str(node.source or ""))
+        return None if node is None else UndecidedOp(node.op.name, node.scope, str(node.source or ""))
 
     def compare(self, outputs: Arrays) -> Difference:
         worst = Difference()

@@ -64,7 +64,7 @@ class OpFault:
 
 
 @dataclass(frozen=True)
-class Choice:
+class UndecidedOp:
     """An op whose integers or booleans change if ops round, such as `top_k`; `scope` and `line`: its place in the
     user's model.
     """
@@ -141,7 +141,7 @@ class BackendReport:
     difference: Difference = Difference()
     failure: str | None = None
     fault: OpFault | None = None
-    choice: Choice | None = None
+    choice: UndecidedOp | None = None
 
     @property
     def passed(self) -> bool | None:

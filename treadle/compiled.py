@@ -15,7 +15,7 @@ from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights, stored_weights
-from treadle.ir.analysis.row_lengths import row_lengths
+from treadle.ir.analysis.length_inputs import row_lengths
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
