@@ -14,8 +14,10 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Function, Graph, Node
 from treadle.ir.interpreter import solve_sizes
+from treadle.ir.naming import free_name
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.wording.fixed_sizes import named_sizes_hint
 
 Array = np.ndarray[Any, Any]
 Convert = Callable[[Port, Any], Any]
@@ -98,7 +100,7 @@ class Signature:
                 if wrong is not None and again:
                     sources = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in first_in if f"{s} = " in wrong]
                     sources += [f"{s} is {sizes[s]} in the states" for s in known if f"{s} = " in wrong]
-                    hint = ", ".join(sources) or _transposed(port, shape, known)
+                    hint = ", ".join(sources) or _transposed(port, shape, known) or _fixed_size(port, shape)
                     raise self._refusal(port, f": {wrong}", shapes, hint)
                 for symbol in sizes:
                     if symbol not in known:
@@ -143,7 +145,7 @@ class Signature:
                 hint=f"an input with a dimension {undetermined[0]}",
             )
 
-    def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:
+    def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str | None) -> BackendError:
         return BackendError(
             f"input {port.name}{wrong}",
             received=_shown(shapes, self.ports),
@@ -161,6 +163,20 @@ def _transposed(port: Port, shape: Sequence[int], sizes: Mapping[str, int]) -> s
         if solve_sizes(port.type, tuple(shape[axis] for axis in order), dict(sizes)) is None:
             return f"{port.name}.transpose({', '.join(map(str, order))}), if the axes of the array are in another order"
     return ""
+
+
+def _fixed_size(port: Port, shape: Sequence[int]) -> Hint | None:
+    """Return the hint for another number of rows or positions than the fixed number in the input's type, or None. The
+    other sizes mostly are those of weights.
+    """
+    pairs = zip(port.type.shape, shape, strict=True)
+    wrong = [n for n, (size, given) in enumerate(pairs) if size.constant not in (None, given)]
+    positions = 1 if port.type.dtype.is_int or port.type.rank == 3 else 0
+    if not wrong or wrong[0] > positions:
+        return None
+    axes = list(port.axes)
+    axes[wrong[0]] = free_name("BS"[wrong[0]], axes)
+    return named_sizes_hint(port.name, port.type.dtype, " ".join(axes))
 
 
 def _to_give(names: Sequence[str]) -> Hint | None:

@@ -37,6 +37,8 @@ from treadle.frontends.vocabularies.folder_vocabulary import (
 )
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.ir.wording.other_interfaces import TOKENIZER_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _UNLIMITED = 1 << 31  # files say 10^30 for no limit
@@ -91,6 +93,7 @@ class EncodedText:
         return len(self.ids)
 
 
+@with_attribute_hints("a tokenizer", TOKENIZER_ATTRIBUTES)
 class TextTokenizer:
     """The tokenizer of a model's folder."""
 

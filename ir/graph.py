@@ -29,6 +29,8 @@ from treadle.ir.literals import Literal as Literal
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
+from treadle.ir.wording.other_interfaces import GRAPH_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 if TYPE_CHECKING:
     import networkx
@@ -235,6 +237,7 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     return found[::-1]
 
 
+@with_attribute_hints("a graph", GRAPH_ATTRIBUTES)
 class Graph:
     """A whole program: its functions (callees before callers, entries last), symbols and initial values.
 

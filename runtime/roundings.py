@@ -64,6 +64,31 @@ def moved_by_rounding(
     return {name: Moved.between(array, [draw[name] for draw in draws]) for name, array in expected.items()}
 
 
+def first_choice(graph: Graph, inputs: Arrays, weights: Arrays, rounds: int = ROUNDS) -> Node | None:
+    """Return the first node, in program order, whose integers or booleans change if every op rounds: a top_k of nearly
+    equal numbers, for example. None if there is none. The graph has no calls.
+    """
+    exact: dict[Node, Sequence[Array]] = {}
+    found: list[Node] = []
+
+    def keep(node: Node, results: Sequence[Array]) -> None:
+        if any(not value.type.dtype.is_float for value in node.results):
+            exact[node] = results
+
+    def compare(node: Node, results: Sequence[Array]) -> None:
+        pairs = zip(node.results, exact.get(node, ()), results, strict=False)
+        if any(not value.type.dtype.is_float and not np.array_equal(x, y) for value, x, y in pairs):
+            found.append(node)
+
+    interpret(graph, inputs, weights, float64=True, watch=keep)
+    for number in range(rounds):
+        disturb = _rounding(np.random.default_rng(number))
+        interpret(graph, inputs, weights, float64=True, watch=compare, disturb=disturb)
+        if found:
+            return found[0]
+    return None
+
+
 def changed(array: Array, spacing: float, rng: np.random.Generator, least: float = 0.0) -> Array:
     """Return a float array with each element changed up or down by a relative spacing, or by `least` if that is larger.
 

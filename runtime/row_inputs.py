@@ -130,7 +130,7 @@ class RowInputs:
             )
         for size, have in zip(shape, array.shape, strict=True):
             linear = size.as_linear
-            limit = None if linear is None else self.limits.get(f"C_{linear[0]}")
+            limit = None if linear is None else self.limits.get(f"{self.derived.capacity}_{linear[0]}")
             if linear is not None and limit is not None and have > linear[1] * limit + linear[2]:
                 symbol, factor, offset = linear
                 raise UsageError(

@@ -29,7 +29,6 @@ from treadle.ir.wording.checked_calls import with_checked_call, with_checked_met
 from treadle.ir.wording.other_interfaces import SESSION_ATTRIBUTES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.passes.stepping.derivation import DerivedStep
-from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.passes.stepping.sampled import SAMPLED
 from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.language_models import token_ports
@@ -98,27 +97,29 @@ class Session:
             hint = Hint(f"capacity={derived.context} or less", f"--context {derived.context} or less")
             what = f"the model takes {derived.context} positions"
             raise UsageError(what, received=f"capacity={capacity}", hint=hint)
-        sizes = {SLOTS: _positive("rows", rows), CAPACITY: self.capacity}
+        sizes = {derived.slots: _positive("rows", rows), derived.capacity: self.capacity}
         for symbol, window in derived.windows.items():
             sizes[symbol] = _RING * -(-min(window + self.chunk, self.capacity) // _RING)
         self._add_memories(sizes, memory or {})
         held = {s for value in derived.graph.states.values() for s in value.type.symbols}
         self._pads = bool(getattr(executable, "captures_calls", False))
-        slots = sizes | {SLOTS: sizes[SLOTS] + self._pads}  # the last slot is for rows that fill up a call
+        slots = sizes | {
+            derived.slots: sizes[derived.slots] + self._pads
+        }  # the last slot is for rows that fill up a call
         self.states: States = executable.new_states(**{s: size for s, size in slots.items() if s in held})
         self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
         rings = [Ring(sizes[s], reach) for s, reach in derived.windows.items()]
         self._prefaulted = 0
-        self._slots = Slots(self.states, sizes[SLOTS], rings, whole=derived.carries)
+        self._slots = Slots(self.states, sizes[derived.slots], rings, capacity=derived.capacity, whole=derived.carries)
         self._rows = self._slots.rows
         self._inputs = RowInputs(derived, sizes)
         exact = bool(getattr(executable, "exact_rows", False))
         self.resumes = exact if resumes is None else resumes
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
-        wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
+        wanted = {name: symbol for symbol, name in self.derived.memories.items()}
         unknown = [name for name in memory if name not in wanted]
         if unknown:
             raise UsageError(

@@ -15,7 +15,6 @@ import numpy as np
 
 from treadle.backends.states import States
 from treadle.ir.errors import UsageError
-from treadle.passes.stepping.functions import CAPACITY
 from treadle.runtime.prefix_cache import BLOCK, CachedPrefix, Parts, PrefixCache
 from treadle.runtime.row_inputs import RowPrompt, first_difference
 
@@ -75,14 +74,15 @@ class Slots:
     count   number of slots
     states  states in which every slot has a part
     rings   the caches in which old positions are overwritten
+    capacity  the symbol of a cache's number of positions
     whole   True if a row can continue only from a whole text, since running sums cannot be rolled back
     cache   a cache of prefixes that no slot holds; None: such prefixes are dropped
     """
 
-    def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
+    def __init__(self, states: States, count: int, rings: Sequence[Ring], *, capacity: str, whole: bool) -> None:
         self.rows: dict[int, Row] = {}
         self.states, self.rings, self.whole = states, tuple(rings), whole
-        self.count = count
+        self.count, self.capacity = count, capacity
         self._empty = list(range(count))[::-1]
         self._kept: dict[int, Row] = {}  # texts of closed rows, least recently used first
         self.cache: PrefixCache | None = None
@@ -176,7 +176,7 @@ class Slots:
         found = []
         for port in self.states.kinds.ports:
             sizes = [size.as_symbol for size in port.type.shape]
-            part = [positions if size == CAPACITY else slice(None) for size in sizes[1:]]
+            part = [positions if size == self.capacity else slice(None) for size in sizes[1:]]
             found.append((port.name, tuple(part)))
         return found
 

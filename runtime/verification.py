@@ -19,7 +19,8 @@ the error. So the whole graph is evaluated with the operands and results of ever
 evaluation: rounding errors alone may change them.
 
 **Inconclusive results.** If a change of the last bits changes a model's result by half of its size or more, correct and
-incorrect outputs cannot be distinguished, and the report states this. If a result is NaN in the reference itself, equal
+incorrect outputs cannot be distinguished, and the report states this. It names the first op whose integers or booleans
+change, such as a `top_k` of nearly equal numbers, if there is one. If a result is NaN in the reference itself, equal
 results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
 """
 
@@ -28,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,13 +48,14 @@ from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Optimized
 from treadle.runtime.not_finite import FiniteWatch
-from treadle.runtime.roundings import Moved, changed, moved_by_rounding
+from treadle.runtime.roundings import Moved, changed, first_choice, moved_by_rounding
 from treadle.runtime.verification_report import (
     BackendReport,
     Difference,
     NotFinite,
     OpFault,
     ReportLayout,
+    UndecidedOp,
     VerificationReport,
 )
 
@@ -124,6 +127,8 @@ class _Reference:
     types: Mapping[str, Type]
     spacing: float
     not_finite: tuple[NotFinite, ...]
+    graph: Graph
+    weights: Arrays
 
     @staticmethod
     def of(declared: Graph, flat: Graph, weights: Arrays, sizes: Mapping[str, int], inputs: Arrays) -> _Reference:
@@ -142,7 +147,15 @@ class _Reference:
             {name: v.type for name, v in declared.main.outputs.items()},
             coarsest_spacing(flat),
             tuple(finite.found(outputs, sizes)),
+            flat,
+            given,
         )
+
+    @cached_property
+    def choice(self) -> UndecidedOp | None:
+        """The first op that chooses otherwise if ops round; None if there is none."""
+        node = first_choice(self.graph, self.inputs, self.weights)
+        return None if node is None else UndecidedOp(node.op.name, node.scope, str(node.source or ""))
 
     def compare(self, outputs: Arrays) -> Difference:
         worst = Difference()
@@ -173,7 +186,15 @@ def _verify_backend(
             failure = failure or error.what + (f": {error.received}" if error.received else "")
     ops = _OpChecker(backend, flat, weights, target)
     faults = (ops.first_fault(run) for run in runs)
-    return BackendReport(name, None, difference, failure, next((f for f in faults if f is not None), None))
+    choices = (run.choice for run in runs if difference.shows_nothing)
+    return BackendReport(
+        name,
+        None,
+        difference,
+        failure,
+        next((f for f in faults if f is not None), None),
+        next((c for c in choices if c is not None), None),
+    )
 
 
 # -- one op alone ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,23 @@ class OpFault:
 
 
 @dataclass(frozen=True)
+class UndecidedOp:
+    """An op whose integers or booleans change if ops round, such as `top_k`; `scope` and `line`: its place in the
+    user's model.
+    """
+
+    op: str
+    scope: str
+    line: str
+
+    def __str__(self) -> str:
+        return self.op + _placed(self.line, self.scope)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"op": self.op, "scope": self.scope, "source": self.line}
+
+
+@dataclass(frozen=True)
 class NotFinite:
     """An output that is NaN or infinite in the reference itself, and the origin of the NaN or infinity.
 
@@ -116,6 +133,7 @@ class BackendReport:
     difference  the largest difference of an output, over all sizes
     failure     the error if a run failed
     fault       the first op whose error exceeds its tolerance
+    choice      if the comparison is inconclusive: the first op that chooses otherwise if ops round
     """
 
     backend: str
@@ -123,6 +141,7 @@ class BackendReport:
     difference: Difference = Difference()
     failure: str | None = None
     fault: OpFault | None = None
+    choice: UndecidedOp | None = None
 
     @property
     def passed(self) -> bool | None:
@@ -151,13 +170,16 @@ class BackendReport:
         yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {outcome}"
         if self.fault is not None:
             yield f"  {'':<{width}}         first op: {self.fault}"
+        elif self.choice is not None:
+            yield f"  {'':<{width}}         an op chooses otherwise after such a change: {self.choice}"
         elif self.passed is False:
             yield f"  {'':<{width}}         every op alone is correct: the error is in their composition"
 
     def as_dict(self) -> dict[str, Any]:
         facts = {"backend": self.backend, "passed": self.passed, "refused": self.refused, "failure": self.failure}
         measured = _facts(self.difference) if not self.refused else {}
-        return {**facts, **measured, "first_fault": self.fault.as_dict() if self.fault else None}
+        choice = {} if self.choice is None else {"choice": self.choice.as_dict()}
+        return {**facts, **measured, "first_fault": self.fault.as_dict() if self.fault else None, **choice}
 
 
 @dataclass(frozen=True)

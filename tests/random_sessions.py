@@ -157,7 +157,7 @@ class _Game:
     def begin(self) -> None:
         """Open another session."""
         sizes, derived = drawn_sizes(self.rng), self.stepped.derived
-        memory = {symbol.removeprefix("C_"): MEMORY for symbol in derived.memories}
+        memory = dict.fromkeys(derived.memories.values(), MEMORY)
         with patch("treadle.runtime.session._RING", int(self.rng.choice(RINGS))):
             self.session = self.stepped.session(**sizes, memory=memory, resumes=True)
         self.rows, self.closed = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,58 @@ def test_the_form_of_onnx_runtime(exe: t.Compiled) -> None:
 def test_runs_that_do_not_match_are_refused(names: Any, inputs: Any, words: str) -> None:
     with pytest.raises(BackendError, match=words):
         t.compile(scaled).run(names, inputs)
+
+
+@t.model
+def of_fixed_rows(x: t.f32["2 8"]):
+    return {"y": t.linear(x, 3, name="w")}
+
+
+@t.model
+def of_any_rows(x: t.f32["B 8"]):
+    return {"y": t.linear(x, 3, name="w")}
+
+
+def test_a_fixed_size_names_the_declaration_that_takes_any_size() -> None:
+    exe = t.compile(of_fixed_rows, backend="numpy")
+    with pytest.raises(BackendError, match="dimension 0 must be 2, is 3") as caught:
+        exe(x=np.ones((3, 8), np.float32))
+    assert 'x: t.f32["B 8"] in a declaration, dynamic={"x": "B 8"} in from_torch' in str(caught.value.hint)
+    assert t.compile(of_any_rows, backend="numpy")(x=np.ones((3, 8), np.float32))["y"].shape == (3, 3)
+    with pytest.raises(BackendError, match="dimension 1 must be 8, is 9") as caught:
+        exe(x=np.ones((2, 9), np.float32))
+    assert caught.value.hint is None, "a weight has this size"
+
+
+def test_a_torch_module_with_the_names_of_sizes_that_its_hint_gives() -> None:
+    torch = pytest.importorskip("torch")
+    module, example = torch.nn.Linear(8, 3).eval(), (torch.ones(2, 8),)
+    exe = t.compile(t.from_torch(module, example), backend="numpy")
+    with pytest.raises(BackendError) as caught:
+        exe(input=np.ones((3, 8), np.float32))
+    dynamic = re.search(r"dynamic=(\{.*?\}) in from_torch", str(caught.value.hint))
+    assert dynamic is not None
+    again = t.compile(t.from_torch(module, example, dynamic=eval(dynamic[1])), backend="numpy")
+    assert again(input=np.ones((3, 8), np.float32))["output"].shape == (3, 3)
+
+
+@t.model
+def padded(tokens: t.i64["B S"], lengths: t.i64["B"]):
+    x = t.embed(tokens, 20, 8, name="wte")
+    for _ in t.stack("h", 2):
+        x = t.self_attention(x, 2, mask=t.padding(lengths), name="attn")
+    return {"y": x}
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_a_length_that_is_not_within_the_row(wrong: int, dtype: Any) -> None:
+    exe = t.compile(padded, backend="numpy")
+    tokens = np.zeros((2, 4), np.int64)
+    with raises_freely(
+        BackendError, match=rf"input lengths has a length of {wrong}, but rows of tokens have 4"
+    ) as caught:
+        exe(tokens=tokens, lengths=np.array([3, wrong], dtype))
+    assert caught.value.hint == "lengths from 0 to 4"
+    assert exe(tokens=tokens, lengths=np.array([0, 4], dtype))["y"].shape == (2, 4, 8)
+    assert exe(tokens=tokens.tolist(), lengths=[3, 4])["y"].shape == (2, 4, 8)

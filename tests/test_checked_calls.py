@@ -242,8 +242,8 @@ def test_hints_for_arguments_of_another_kind(call: Callable[[Any], Any], what: s
         (lambda m: m.answer([{"question": "a"}]), "question must be a string or a list of pairs of", "answer(question"),
         (
             lambda m: m.label(len),
-            "images must be a path or a list of paths",
-            'the path of a file: image.save("image.png")',
+            "images must be an image or a list of images",
+            "the path of a file, its bytes, an image of Pillow",
         ),
         (lambda m: m.transcribe(np.zeros(3)), "recording must be a path", "the path of a WAV file"),
     ],

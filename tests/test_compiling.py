@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from tests.error_texts import raises_freely
 from treadle.entry_functions import compile
 from treadle.held_weights import HeldWeights
 from treadle.ir.errors import TreadleError, UsageError
@@ -75,6 +76,10 @@ def test_weights_are_for_looking_at() -> None:
         with pytest.raises(UsageError, match="cannot be changed") as caught:
             change()
         assert caught.value.hint == "treadle.compile(model, weights={**exe.weights, 'head.bias': array})"
+    with raises_freely(UsageError, match="the model has no weight head") as caught:
+        weights["head"]
+    assert caught.value.hint == "one of head.weight, head.bias"
+    assert weights.get("head") is None and "head" not in weights
     with pytest.raises(ValueError, match="read-only"):
         weights["head.bias"][0] = 5
     assert given["head.bias"].flags.writeable, "the caller's arrays are unchanged"

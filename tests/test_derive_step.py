@@ -72,7 +72,7 @@ def state_sizes(derived: DerivedStep) -> dict[str, int]:
     inputs.
     """
     rings = {symbol: window + CHUNK for symbol, window in derived.windows.items()}
-    sizes = {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
+    sizes = {derived.slots: SLOTS, derived.capacity: CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
     return {s: size for s, size in sizes.items() if any(s in v.type.symbols for v in derived.graph.states.values())}
 
 
@@ -246,10 +246,10 @@ def test_a_derived_graph_has_no_step_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("symbol", ["R", "C", "C_3"])
-def test_symbols_of_the_states_are_the_steps_own(symbol: str) -> None:
-    graph = parse_graph(re.sub(r"\bS\b", symbol, str(optimized(MODELS["windows"]))))
-    with pytest.raises(PassError, match=f"a symbol {symbol}, but a step uses a symbol of that name"):
-        derive_step(graph)
+@pytest.mark.parametrize("name", ["windows", "bart"])
+def test_a_model_may_name_its_axes_like_the_sizes_of_states(symbol: str, name: str) -> None:
+    graph = parse_graph(re.sub(r"\bS\b", symbol, str(optimized(MODELS[name]))))
+    hold_to_the_whole(graph, np.random.default_rng(5), runs=1)
 
 
 def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:

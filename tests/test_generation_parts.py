@@ -331,7 +331,7 @@ def test_the_number_of_beams_stays_if_each_may_end(ends: tuple[int, ...], shares
 
 def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) -> Slots:
     states: Any = SimpleNamespace(kinds=SimpleNamespace(ports=()))
-    return Slots(states, count, rings, whole=whole)
+    return Slots(states, count, rings, capacity=CAPACITY, whole=whole)
 
 
 @pytest.mark.parametrize(
@@ -415,8 +415,9 @@ class _Model:
         graph = SimpleNamespace(name="m", states={}, symbols={}, functions={"verify": entry, "prologue": entry})
         port_names = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
-            **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": port_names, "prologue": (),
-               "has_prologue": False, "carries": False, "generated": {}, "may_be_empty": (), "sampling": None, **facts}
+            **{"context": 100, "windows": {}, "memories": {}, "slots": SLOTS, "capacity": CAPACITY, "graph": graph,
+               "port_names": port_names, "prologue": (), "has_prologue": False, "carries": False, "generated": {},
+               "may_be_empty": (), "sampling": None, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []
         self.exact_rows = True
@@ -543,7 +544,7 @@ def test_sizes_of_a_session(sizes: dict[str, Any], opened: Any) -> None:
 
 def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
     sizes: dict[str, int] = {}
-    model = _Model(memories=("C_S",), context=None, has_prologue=True, prologue=("source",))
+    model = _Model(memories={"C_S": "S"}, context=None, has_prologue=True, prologue=("source",))
     model.derived.graph.states = {"k": SimpleNamespace(type=SimpleNamespace(symbols=("C_S",)))}
     model.new_states = lambda **given: sizes.update(given)  # type: ignore[assignment, method-assign]
     opened(model, capacity=5, memory={"S": 7})

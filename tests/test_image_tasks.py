@@ -117,6 +117,19 @@ def test_labels_as_hugging_face(
         np.testing.assert_allclose([each.score for each in ours], [each["score"] for each in wanted], atol=1e-5)
 
 
+def test_an_image_may_be_a_path_bytes_an_array_or_an_image_of_pillow(images: list[str], tmp_path: Path) -> None:
+    labelled(tmp_path, "ViT", size={"height": 32, "width": 32})
+    model, path = t.load(tmp_path, backend="numpy"), images[0]
+    wanted = model.label(path)
+    with image_module.open(path) as image:
+        array = np.asarray(image_module.open(path).convert("RGB"))
+        assert model.label(image) == model.label(array) == model.label(Path(path).read_bytes()) == wanted
+        assert model.label([image, array]) == model.label([path, path])
+    for wrong in (array.astype(np.float32), array[..., 0], array[None]):
+        with pytest.raises(UsageError, match=r"an array is an image if it has the shape \[height, width, 3\]"):
+            model.label(wrong)
+
+
 @pytest.mark.parametrize("size", [{"shortest_edge": 32}, {"shortest_edge": 20}])
 def test_pixels_of_the_shorter_side_are_those_of_hugging_face(
     size: dict[str, int], images: list[str], tmp_path: Path

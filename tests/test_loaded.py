@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import treadle as t
 from tests.test_part_loading import written
 from treadle.cli.application import app
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.loading import load
 from treadle.program.program import Program
 from treadle.runtime.beams import Beams
@@ -136,6 +137,29 @@ def test_explanations_match_compilation() -> None:
     assert made.program == Program.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ({"backend": "onnxruntime"}, "there is no backend 'onnxruntime'"),
+        ({"quantize": "int3"}, "unknown quantization scheme 'int3'"),
+        ({"dtype": "f8"}, "unknown computation dtype 'f8'"),
+        ({"widen": "f8"}, "'f8' is not a dtype that can be widened"),
+        ({"without": ["fuse-all"]}, "the pipeline has no pass 'fuse-all'"),
+        ({"cache": "f64"}, "a cache cannot store f64"),
+    ],
+)
+def test_a_value_that_no_model_accepts_is_an_error_of_load(option: dict[str, Any], what: str) -> None:
+    with pytest.raises(TreadleError, match=what):
+        load("minilm", **option)
+
+
+def test_an_option_that_an_artifact_does_not_accept_is_an_error_of_load(tmp_path: Path) -> None:
+    path = tmp_path / "gpt2.treadle"
+    t.compile("gpt2", vocab=20, dim=8, heads=2, layers=1, context=16, backend="numpy").save(path)
+    with pytest.raises(UsageError, match="an artifact is already compiled, and does not accept --quantize"):
+        load(str(path), quantize="int4")
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

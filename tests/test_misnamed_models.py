@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import treadle as t
+from tests.command_line import commands_in, refused
 from tests.error_texts import raises_freely
 from treadle.verifying import verify_model
 
@@ -50,6 +51,17 @@ def test_a_declaration_that_is_named_as_a_module(name: str, meant: str) -> None:
         t.compile(name)
     assert str(caught.value.hint) == f"{meant}?"
     assert t.compile(meant.replace("FUNCTION", "gpt"), backend="numpy").name == "gpt"
+
+
+def test_a_text_before_the_model_is_exchanged_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    for model in ("minilm", "gpt2", "zoo.py:gpt"):
+        said = run("classify", "I like it.", model, "--backend", "numpy")
+        tried = f"treadle classify {model} 'I like it.' --backend numpy: the model comes first"
+        refused(said, "there is no model 'I like it.'", tried)
+    assert "comes first" not in run("classify", "I like it.", "--tokenizer", "gpt2", "--file", "zoo.py").err
 
 
 def test_a_name_without_such_a_file_is_answered_as_before() -> None:

@@ -61,6 +61,14 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
         ("compile", "--batch-size", "--sizes"),
         ("compile", "--trget", "--target"),
         ("classify", "--top-k", "--top"),
+        ("compile", "-q", "has --quantize"),
+        ("compile", "-b", "has --backend"),
+        ("serve", "-p", "has --port, --prefix-cache, --passes"),
+        ("train", "-lr", "has --learning-rate"),
+        ("run", "-o", "has --output"),
+        ("explain", "-o", "has --svg"),
+        ("inspect", "-o", "prints its result: --json > FILE"),
+        ("inspect", "--output", "prints its result: --json > FILE"),
     ],
 )
 def test_names_that_one_reaches_for(command: str, given: str, meant: str) -> None:

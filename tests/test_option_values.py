@@ -240,7 +240,16 @@ def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "hint"),
-    [("300KB", "300kB"), ("300 mb", "300MB"), ("1.5gib", "1.5GiB"), ("3tons", "3MB"), ("lots", "300MB"), (0, "300MB")],
+    [
+        ("300kb", "300kB"),
+        ("10K", "10kB"),
+        ("2g", "2GB"),
+        ("300 mb", "300MB"),
+        ("1.5gib", "1.5GiB"),
+        ("3tons", "3MB"),
+        ("lots", "300MB"),
+        (0, "300MB"),
+    ],
 )
 def test_a_refused_memory_names_the_unit_that_was_meant(memory: int | str, hint: str) -> None:
     error = refusal(lambda: parse_bytes(memory))
@@ -251,8 +260,8 @@ def test_a_refused_memory_names_the_unit_that_was_meant(memory: int | str, hint:
 @pytest.mark.parametrize(
     ("memory", "count"),
     [
-        ("1", 1), (1, 1), (" 2 kB ", 2000), ("3 KiB", 3072), ("1.123456MB", 1_123_456), ("0.5GiB", 2**29),
-        ("2GB", 2 * 10**9), ("9" * 15, 10**15 - 1), (None, None),
+        ("1", 1), (1, 1), (" 2 kB ", 2000), ("10KB", 10_000), ("3 KiB", 3072), ("0.5GiB", 2**29),
+        ("1.123456MB", 1_123_456), ("2GB", 2 * 10**9), ("9" * 15, 10**15 - 1), (None, None),
     ],
 )  # fmt: skip
 def test_memory_in_bytes(memory: int | str | None, count: int | None) -> None:

@@ -15,12 +15,15 @@ import pytest
 
 import treadle as t
 from tests.error_texts import raises_freely
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.wording.other_interfaces import (
     COMPILED_ATTRIBUTES,
     ENTRY_WORDS,
+    GRAPH_ATTRIBUTES,
     LOADED_ATTRIBUTES,
     MODEL_ATTRIBUTES,
     SESSION_ATTRIBUTES,
+    TOKENIZER_ATTRIBUTES,
     TRAINER_ATTRIBUTES,
 )
 from treadle.ir.wording.other_spellings import OTHER_WORDS
@@ -52,6 +55,8 @@ TABLES: dict[str, Mapping[str, str]] = {
     "loaded": LOADED_ATTRIBUTES,
     "trainer": TRAINER_ATTRIBUTES,
     "session": SESSION_ATTRIBUTES,
+    "graph": GRAPH_ATTRIBUTES,
+    "tokenizer": TOKENIZER_ATTRIBUTES,
 }
 HINTS = sorted(
     {(code, kind == "loaded") for kind, table in TABLES.items() for h in table.values() if (code := code_of(h))}
@@ -112,7 +117,8 @@ def test_every_hint_runs(
     for theirs, ours in REPLACED.items():
         code = code.replace(theirs, ours)
     model = t.load("encoder" if "embed" in code else "folder", backend="numpy") if is_loaded else classes
-    exec(code, {**names, "model": model})
+    tokenizer = t.ModelSource.open("folder").tokenizer()
+    exec(code, {**names, "model": model, "tokenizer": tokenizer, "graph": names["exe"].graph})
 
 
 @pytest.mark.parametrize("word", ENTRY_WORDS)
@@ -181,6 +187,8 @@ def objects() -> dict[str, Any]:
         "loaded": loaded,
         "trainer": trainer,
         "session": exe.session(rows=1, capacity=16),
+        "graph": exe.graph,
+        "tokenizer": TextTokenizer(None, None),
     }
 
 

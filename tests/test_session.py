@@ -385,3 +385,16 @@ def test_a_session_tells_its_rows() -> None:
     assert repr(session) == f"<session of gpt2: 0 of 3 rows open, 8 positions each, {mb}>"
     session.prefill({session.open(): [1, 2], session.open(): [1]})
     assert repr(session) == f"<session of gpt2: 2 of 3 rows open (0: 2, 1: 1), 8 positions each, {mb}>"
+
+
+def test_axes_may_have_the_names_of_a_sessions_sizes() -> None:
+    @t.model
+    def rows_and_columns(tokens: Annotated[t.Tensor, t.i64["R C"]], *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+        x = t.embed(tokens, vocab, dim, name="wte")
+        x = x + t.self_attention(x, 3, mask=t.causal & t.window(3), name="attn")
+        return t.unembed(x, tied="wte")
+
+    own = t.compile(rows_and_columns, backend="numpy")
+    tokens = list(range(9))
+    session = own.session(rows=1, capacity=16, chunk=4)
+    near(session.prefill({(row := session.open()): tokens})[row], own(tokens=np.array([tokens]))["logits"][0, -1])

@@ -378,15 +378,16 @@ def test_a_text_is_a_string(method: str, texts: Any) -> None:
 
 
 OTHER_NAMES = [
-    ("generate", "max_new_tokens", "most=64"),
-    ("generate", "max_length", "most=64"),
-    ("generate", "max_new_token", "most=64"),
-    ("generate", "temperature", "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"),
+    ("generate", "max_new_tokens", "most=1"),
+    ("generate", "max_length", "most=1"),
+    ("generate", "max_new_token", "most=1"),
+    ("generate", "temperature", "sampling=t.Sampling(temperature=1)"),
+    ("generate", "do_sample", "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"),
     ("generate", "num_beams", "search(prompts, beams=t.Beams(4, best=2))"),
-    ("generate", "repetition_penalty", "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"),
+    ("generate", "repetition_penalty", "rules=t.TokenRules(repetition_penalty=1)"),
     ("generate", "stop_strings", 'stop=["."]'),
     ("generate", "samplng", "sampling=..."),
-    ("summarize", "max_new_tokens", "most=64"),
+    ("summarize", "max_new_tokens", "most=1"),
     ("summarize", "temperature", "summarize(texts, *, most=None)"),
     ("tag", "groupng", "grouping=..."),
 ]
@@ -405,6 +406,16 @@ def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, opt
         words = {word.arg: eval(ast.unparse(word.value), {"t": t}) for word in call.keywords if word.arg}
         signature = inspect.signature(getattr(model, call.func.id))
         signature.bind("the cat", **words)
+
+
+def test_a_hint_has_the_numbers_of_the_call() -> None:
+    model = LoadedModel(Program.of("no-such-folder"))
+    with pytest.raises(UsageError) as caught:
+        model.generate("the cat", do_sample=True, temperature=0.5, top_k=9, max_new_tokens=5)  # type: ignore[call-overload]
+    assert caught.value.hint == "sampling=t.Sampling(temperature=0.5, top_k=9)"
+    with pytest.raises(UsageError) as caught:
+        model.generate("the cat", max_new_tokens=5)  # type: ignore[call-overload]
+    assert caught.value.hint == "most=5"
 
 
 def test_missing_files_are_reported_with_existing_ones() -> None:

@@ -39,7 +39,7 @@ from treadle.runtime.training.schedules import Schedule
 from treadle.training.interrupts import noting_interrupts
 from treadle.training.objectives import MaskedToken
 from treadle.training.run_report import live_text
-from treadle.training.states import FORMAT, NOTE
+from treadle.training.states import FORMAT, NOTE, DivergedError
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
 from treadle.training.text_training import is_state
@@ -62,7 +62,9 @@ class FakeTrainer:
     """
 
     fail_at = 0
-    """Number of the call of `step` whose loss is NaN; 0: none."""
+    """Number of the call of `step` that fails; 0: none."""
+    failure: type[UsageError] = UsageError
+    """The class of that error. The loss is NaN if it is DivergedError."""
 
     made: list[FakeTrainer] = []
     interrupt_at = 0
@@ -82,7 +84,7 @@ class FakeTrainer:
         self.calls.append(arrays)
         self.done += 1
         if len(self.calls) == self.fail_at:
-            raise UsageError(f"the loss is nan after {self.steps} updates")
+            raise self.failure(f"the loss is nan after {self.steps} updates")
         if len(self.calls) == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
         updates = self.done % self.options["gradient_accumulation_steps"] == 0
@@ -129,6 +131,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTrainer, "made", [])
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 0)
     monkeypatch.setattr(FakeTrainer, "fail_at", 0)
+    monkeypatch.setattr(FakeTrainer, "failure", UsageError)
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +459,15 @@ def test_training_is_saved_after_a_failed_step(train: Treadle, monkeypatch: pyte
         assert said.err.endswith("the loss is nan after 3 updates\n")
 
 
+def test_a_model_that_diverged_is_not_saved(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 4)
+    monkeypatch.setattr(FakeTrainer, "failure", DivergedError)
+    said = train(f"gpt2 texts.txt {SMALL} -o out --state s")
+    assert said.code == 2 and "the loss is nan after 3 updates" in said.err
+    assert only().saved == [3] and not Path("out").exists()
+    assert "the trained model is not saved, since its loss or a gradient is NaN or infinite" in said.err
+
+
 def test_a_failure_within_an_update_saves_the_state_of_the_last_update(
     train: Treadle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,6 +497,15 @@ def test_a_state_that_cannot_be_written_does_not_cost_the_model(
     assert said.code == 2 and "model.safetensors" in os.listdir("out")
     assert "the disk is full" in said.err and "wrote s" not in said.err
     assert ("the loss is nan after 3 updates" in said.err) == bool(fail_at)
+
+
+@pytest.mark.parametrize("saving", ["", "-o out", "--state s"])
+def test_a_run_that_saves_nothing_says_so_before_it_begins(
+    train: Treadle, monkeypatch: pytest.MonkeyPatch, saving: str
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "fail_at", 1)
+    said = train(f"gpt2 texts.txt {SMALL} {saving}")
+    assert said.out.startswith("nothing is saved: -o FOLDER saves the model") == (not saving)
 
 
 def test_ctrl_c_before_the_first_step_saves_nothing(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:

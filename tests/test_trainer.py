@@ -16,7 +16,7 @@ import pytest
 
 import treadle as t
 from treadle.backends.registry import backend_names, find_backend
-from treadle.ir.errors import BackendError, CheckpointError, UsageError
+from treadle.ir.errors import BackendError, CheckpointError, RuleError, UsageError
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
@@ -558,6 +558,16 @@ def test_the_mean_squared_error(tmp_path: Path) -> None:
     assert trainer.evaluate(x=x, targets=y) == pytest.approx(float(best), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.bool_])
+def test_targets_with_a_number_for_each_class_lead_to_their_indices(dtype: Any) -> None:
+    x, y = np.ones((3, 4), np.float32), np.eye(2, dtype=dtype)[[0, 1, 1]]
+    trainer = Trainer(measured, output="y", backend="numpy")
+    with pytest.raises(UsageError, match="targets are class indices, from 0 to 1, not a number for each") as caught:
+        trainer.step(x=x, targets=y)
+    assert caught.value.hint == "targets.argmax(-1)"
+    assert np.isfinite(trainer.step(x=x, targets=y.argmax(-1)).loss)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any) -> None:
     x, y = np.ones((2, 4), np.float32), np.array([[0.5, 1.5], [2, 3]], dtype)
@@ -589,3 +599,15 @@ def test_an_output_without_classes_is_not_trained_as_one() -> None:
     assert 'loss="mse" for numbers' in str(caught.value.hint)
     trainer = Trainer(summed, loss="mse", backend="numpy")
     assert np.isfinite(trainer.step(x=np.ones((2, 4), np.float32), targets=np.ones(2)).loss)
+
+
+@t.model
+def with_columns(x: t.f32["B 4"], labels: t.i64["B 1"]):  # type: ignore[no-untyped-def]
+    return {"loss": t.reduce_sum(t.cross_entropy(t.linear(x, 3, name="w"), labels), axes=(0, 1))}
+
+
+def test_targets_of_another_rank_are_refused_at_the_line_of_the_loss() -> None:
+    with pytest.raises(RuleError, match="target must have rank 1, one class for each row of x, has 2") as caught:
+        Trainer(with_columns, loss="loss")
+    assert str(caught.value.source).startswith("tests/test_trainer.py:")
+    assert caught.value.hint == "target.squeeze(-1)"

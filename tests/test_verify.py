@@ -259,6 +259,22 @@ def test_nothing_is_claimed_if_roundings_decide_the_result() -> None:
     assert "inconclusive" in str(report)
 
 
+def test_the_choice_that_roundings_decide_is_named() -> None:
+    @t.model
+    def routed(x: t.f32["B 8"]):
+        scores = t.linear(x, 4, name="gate") * 1e-8 + 1.0
+        experts = t.rearrange(t.linear(x, 12, name="experts"), pattern="b (e=4 d) -> b e d")
+        chosen = t.top_k(scores, k=1)[1]
+        at = t.expand(t.rearrange(chosen, pattern="b k -> b k 1"), shape=(x.shape[0], 1, 3))
+        return t.take_along_axis(experts, at, axis=1)
+
+    report = verify_model(routed, backends=["numpy"])
+    (backend,) = report.backends
+    assert backend.passed is None and backend.choice is not None and backend.choice.op == "top_k"
+    assert "an op chooses otherwise after such a change: top_k    tests/test_verify.py:" in str(report)
+    assert report.as_dict()["backends"][0]["choice"]["op"] == "top_k"
+
+
 def test_nan_by_rounding_is_undecided_and_constant_exponents_are_exact() -> None:
     expected = np.array([1.0, 2.0])
     assert list(unmoved(expected, np.array([1.0, np.nan])).by) == [0.0, np.inf]

@@ -15,6 +15,7 @@ from treadle.exporting.file_formats import refuse_other_format
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights, stored_weights
+from treadle.ir.analysis.length_inputs import row_lengths
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
@@ -145,9 +146,22 @@ class Compiled:
 
         An array of another dtype of the same kind is converted if no value can change (int32 for i64, float16 for f32).
         In addition, a float64 array is rounded to f32, since float64 is NumPy's default. Raises BackendError if arrays
-        do not match `inputs`.
+        do not match `inputs`, or if a row's length, as `t.padding` takes it, is not within the row.
         """
-        return self.executable(**self._named(ordered, arrays))
+        named = self._named(ordered, arrays)
+        for lengths, (name, axis) in self._lengths.items():
+            given, shape = named.get(lengths), getattr(named.get(name), "shape", ())
+            if isinstance(given, np.ndarray) and axis < len(shape):
+                _check_lengths(lengths, given, shape[axis], name)
+        return self.executable(**named)
+
+    @cached_property
+    def _lengths(self) -> dict[str, tuple[str, int]]:
+        """The inputs that are lengths of rows, by name: an input with the axis whose positions they count, and its
+        number.
+        """
+        axes = {size: (port.name, axis) for port in self.inputs for axis, size in enumerate(port.type.shape)}
+        return {name: axes[size] for name, size in row_lengths(self.graph).items() if size in axes}
 
     @with_checked_call({"run_options": "leave it out"})
     def run(self, output_names: OutputNames, input_feed: Any = None) -> list[Array]:
@@ -337,3 +351,14 @@ class Compiled:
 
     def _to_save(self, path: str) -> str:
         return f'exe.save("{path}")'
+
+
+def _check_lengths(name: str, lengths: Array, size: int, of: str) -> None:
+    """Raise BackendError for a length of a row that is negative, or greater than the size of the axis."""
+    wrong = lengths[(lengths < 0) | (lengths > size)] if lengths.dtype.kind in "iu" else lengths[:0]
+    if wrong.size:
+        raise BackendError(
+            f"input {name} has a length of {wrong.flat[0]}, but rows of {of} have {size} positions",
+            received=f"{name}: {lengths.tolist()}"[:80],
+            hint=f"lengths from 0 to {size}",
+        )

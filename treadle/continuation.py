@@ -226,12 +226,12 @@ class TextWriter:
 
     def session(self, *, rows: int, capacity: int, resumes: bool | None = None) -> Session:
         """Open a session with room for the images of its texts. Raises as `SteppedModel.session` does."""
-        symbols = [symbol.removeprefix("C_") for symbol in self.model.derived.memories]
-        memory = dict.fromkeys(symbols, 1) if self.images is None else self.images.memory(capacity)
+        names = self.model.derived.memories.values()
+        memory = dict.fromkeys(names, 1) if self.images is None else self.images.memory(capacity)
         return self.model.session(rows=rows, capacity=capacity, memory=memory, resumes=resumes)
 
     def read_images(self, images: Sequence[Image]) -> list[ReadImage]:
-        """Convert the images of a message, from their files or their bytes. Raises UsageError if the model reads no
+        """Convert the images of a message. Raises UsageError if the model reads no
         images, or a file is not an image.
         """
         if not images:

@@ -28,7 +28,6 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
-from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.backend_choice import fastest_installed
 from treadle.progress import downloading, working
 from treadle.reporting.arrays import similarity_tables
@@ -174,7 +173,8 @@ def _continue(out: Console, prompt: str, most: int) -> TextWriter:
         out.print(piece.text, end="", soft_wrap=True)
     out.print(f"\n\n{pace.summary()}")
     derived = writer.model.derived
-    size = sum(v.type.substitute({SLOTS: 1, CAPACITY: 1}).bytes_at({}) for v in derived.graph.states.values())
+    single = {derived.slots: 1, derived.capacity: 1}
+    size = sum(v.type.substitute(single).bytes_at({}) for v in derived.graph.states.values())
     _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values per token")
     return writer
 

@@ -155,7 +155,8 @@ def load(
 
     An artifact of a model that continues or embeds text is loaded, too, for these tasks. The model is compiled when its
     first task runs. Raises UsageError if there is no such model, for another artifact, and for an option that only
-    artifacts have.
+    artifacts have; BackendError for an unknown backend; and the errors of `compile` for a value of an option that no
+    model accepts.
     """
 
 class Trainer(_Trainer):

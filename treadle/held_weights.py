@@ -8,11 +8,17 @@ from typing import Any, NoReturn
 import numpy as np
 
 from treadle.files.converted_arrays import ConvertedArray
+from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.source_lines import user_line
 
 Array = np.ndarray[Any, Any]
+_SHOWN = 4  # maximum number of names in an error
+
+
+class UnknownWeightError(UsageError, KeyError):
+    """The error for a weight that a model lacks. The class is also a KeyError, so that `get` returns its default."""
 
 
 class HeldWeights(Mapping[str, Array]):
@@ -29,6 +35,15 @@ class HeldWeights(Mapping[str, Array]):
         self.stored: dict[str, Any] = {name: _unwritable(array) for name, array in stored_weights(arrays).items()}
 
     def __getitem__(self, name: str) -> Array:
+        if name not in self.stored:
+            near = [each for each in self.stored if each.startswith(f"{name}.")] or NearestNames(self.stored).of(
+                str(name)
+            )
+            raise UnknownWeightError(
+                f"the model has no weight {printable(str(name))}",
+                source=str(user_line() or "") or None,
+                hint="one of " + ", ".join((near or list(self.stored))[:_SHOWN]),
+            )
         array = self.stored[name]
         return array.array if isinstance(array, ConvertedArray) else array
 

@@ -34,11 +34,15 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
 
     An artifact of a model that continues or embeds text is loaded, too, for these tasks. The model is compiled when its
     first task runs. Raises UsageError if there is no such model, for another artifact, and for an option that only
-    artifacts have.
+    artifacts have; BackendError for an unknown backend; and the errors of `compile` for a value of an option that no
+    model accepts.
     """
     path = str(os.fspath(model)) if isinstance(model, str | os.PathLike) else None
     program = Program.of(model if path is None else path, **options)  # type: ignore[arg-type]
     name = program.source.label if path is None else path
+    program.options.check_values()
+    if is_artifact(name):
+        program.options.refuse_for_artifact(name, also=("cache", "tokenizer"))
     if program.options.doubtful:  # a misspelled option is reported here, not by the first task
         program = program.declared(deferred=True)
     if is_artifact(name) and os.path.exists(name) and not program.source.has_tokenizer:

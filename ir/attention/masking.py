@@ -130,7 +130,8 @@ class Biases(_Applied):
     def __add__(self, other: object) -> Biases:
         """Return the sum. Raises GraphError if `other` is not biases."""
         if not isinstance(other, Biases):
-            raise _mismatch("biases add to biases only", other)
+            projections = f"projection_bias={other}, for biases of the projections" if isinstance(other, bool) else None
+            raise _mismatch("biases add to biases only", other, projections)
         return Biases(self.entries + other.entries)
 
     __radd__ = __add__

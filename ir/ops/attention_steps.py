@@ -74,7 +74,7 @@ def _along(
     operands: list[Expr | None] = []
     # A term's operand along the keys is indexed by position as the slot, which a ring does not preserve.
     along_keys = any("t" in o.axes.split() for o in taken)
-    ring = f"C_{1 - low}" if low is not None and not along_keys else ""
+    ring = f"{step.capacity}_{1 - low}" if low is not None and not along_keys else ""
     for n, (operand, x) in enumerate(zip(taken, given, strict=True)):
         axes = operand.axes.split()
         if "t" in axes:

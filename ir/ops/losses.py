@@ -14,6 +14,7 @@ from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Demand, Grads, Operand
 from treadle.ir.ops.along_axes import not_empty, wide_array, widened
 from treadle.ir.samples import S
+from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Type, f32
 
 IGNORED = -100
@@ -32,6 +33,17 @@ class CrossEntropy(Composite):
     target = Operand()
     ignored: int = IGNORED
     accumulates = f32
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        """Raise RuleError for a target that would be repeated along an axis of x, or x along an axis of the target."""
+        x, target = (None if type is None else type.shape for type in types)
+        if not x or target is None:
+            return
+        if len(target) != len(x) - 1:
+            what = f"target must have rank {len(x) - 1}, one class for each row of x, has {len(target)}"
+            raise RuleError(what, hint="target.squeeze(-1)" if target[-1:] == (ONE,) else None)
+        if any(ONE in pair and pair[0] != pair[1] for pair in zip(x, target, strict=False)):
+            raise RuleError("target must have the sizes of x without its last axis")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (-1,), "softmax")
@@ -80,6 +92,9 @@ class CrossEntropy(Composite):
         (S("f32[]", "i64[]"), "x must have rank 1 or more"),
         (S("f32[2,0]", "i64[2]"), "an axis of size 0 has no softmax"),
         (S("f32[2,3]", "f32[2]"), "target must be"),
+        (S("f32[2,4,3]", "i64[4]"), "target must have rank 2"),
+        (S("f32[2,3]", "i64[2,1]"), "target must have rank 1"),
+        (S("f32[2,3]", "i64[1]"), "target must have the sizes of x"),
     ]
 
 

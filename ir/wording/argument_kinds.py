@@ -158,6 +158,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_image(value: object) -> bool:
+    """Return True for an image file's path or bytes, an array, and an image of Pillow."""
+    return isinstance(value, str | bytes | os.PathLike | np.ndarray) or hasattr(value, "convert")
+
+
 def _are_texts(value: object) -> bool:
     """Return True for a text or a pair of texts, and for a list of them."""
     listed = value if isinstance(value, list) else [value]
@@ -182,7 +187,7 @@ _NAMED: Mapping[str, _Kind] = {
     "PathLike": _Kind("a path", "paths", lambda value: isinstance(value, str | os.PathLike)),
     "Path": _Kind("a path", "paths", lambda value: isinstance(value, os.PathLike)),
     "Texts": _Kind("a text, a pair of texts, or a list of them", "", _are_texts),
-    "Image": _Kind("an image file", "image files", lambda value: isinstance(value, str | bytes | os.PathLike)),
+    "Image": _Kind("an image", "images", _is_image),
     "RowPrompt": _Kind("a prompt", "prompts", lambda value: type(value).__name__ == "RowPrompt"),
     "Full": _literal(("error", "slide")),
     "Early": _literal((True, False, "never")),

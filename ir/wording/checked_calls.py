@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from inspect import Parameter, Signature
@@ -179,7 +180,9 @@ def check_call(
                 raise UsageError(
                     f"{name} has no option {option!r}",
                     received=f"{option}={value!r}"[:80],
-                    hint=_nearest(option, by_name.difference(filled, options), elsewhere) or instead or call,
+                    hint=_nearest(option, by_name.difference(filled, options), _as_typed(elsewhere, option, options))
+                    or instead
+                    or call,
                 )
     if len(ordered) > len(places) and not any(each.kind is Parameter.VAR_POSITIONAL for each in parameters):
         takes = f"at most {len(places)} argument{'s' * (len(places) != 1)} without a name" if places else "no argument"
@@ -192,6 +195,20 @@ def check_call(
         needed = each.default is Parameter.empty and each.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         if needed and each.name not in filled and each.name not in options:
             raise UsageError(f"{name} needs the argument {each.name}", hint=call)
+
+
+def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return hints with the numbers of a call in place of an example's: `most=5` for `most=64`, and only the options
+    that the call has for `Sampling(temperature=0.7, top_k=50)`.
+    """
+    typed = {name: repr(value) for name, value in options.items() if type(value) in (int, float)}
+    found = {}
+    for other, hint in hints.items():
+        if option in typed:
+            hint = re.sub(r"^(\w+)=[0-9]+(?![.0-9])", rf"\1={typed[option]}", hint)
+        given = [f"{name}={value}" for name, value in typed.items() if re.search(rf"[(, ]{re.escape(name)}=", hint)]
+        found[other] = re.sub(r"\(\w+=[^()]*\)", f"({', '.join(given)})", hint) if given else hint
+    return found
 
 
 def _nearest(option: str, free: Collection[str], elsewhere: Mapping[str, str]) -> str | None:

@@ -24,6 +24,31 @@ _WEIGHTS = "t.compile(model, weights=weights)  # arrays by name, or a folder"
 _TOKENIZER = 't.ModelSource.open("folder").tokenizer()  # t.load("folder") takes texts, and needs none'
 _SAVE = 'exe.save("model.treadle")  # exe = t.compile(model)'
 _PROFILE = 't.compile(model, backend="tvm").report(profile=10)  # times of 10 runs'
+_VERIFY = "from treadle.verifying import verify_model; verify_model(model, emit=print)  # as `treadle verify` does"
+_EXPLAIN = (
+    "from treadle.explaining.fusion import explain_fusion; print(explain_fusion(model).text())  # `treadle explain` "
+    "explains more"
+)
+_COMPARE = (
+    "from treadle.comparing.builds import open_build; from treadle.comparing.differences import compare; "
+    "print(compare(open_build(model), open_build(model)))  # as `treadle diff` does"
+)
+_BENCH = "leave it out: the command `treadle bench` compares a model with other tools"
+_ROOFLINE = "leave it out: the command `treadle roofline` compares each kernel's time with the hardware's peak"
+_TASKS = [
+    "answer",
+    "chat",
+    "classify",
+    "describe",
+    "fill",
+    "label",
+    "match",
+    "perplexity",
+    "summarize",
+    "tag",
+    "transcribe",
+    "translate",
+]
 _NO_MODES = "leave it out: a compiled model has no dropout, and computes no gradients"
 _NO_MODULES = '@t.model  # on a function: x = t.linear(x, 64, name="f")'
 _NUMBERS = "np.random.default_rng(0).standard_normal(8)  # outside of a model: a graph has no random numbers"
@@ -84,8 +109,16 @@ ENTRY_WORDS = _by_word(
         "which is called in a Python loop (docs/dsl.md, What cannot be expressed)",
         "fft rfft ifft irfft stft": "leave it out: a transform is a product with constant matrices (docs/dsl.md, What "
         "cannot be expressed)",
-        "benchmark": "leave it out: the command `treadle bench` compares a model with other tools",
-        "summary": "print(t.compile(model).graph)",
+        **{task: f't.load("folder").{task}  # a method of a loaded model, for a model of this task' for task in _TASKS},
+        "verify": _VERIFY,
+        "explain": _EXPLAIN,
+        "compare": _COMPARE,
+        "bench benchmark": _BENCH,
+        "roofline": _ROOFLINE,
+        "serve": "leave it out: the command `treadle serve` answers over HTTP",
+        "doctor": "leave it out: the command `treadle doctor` lists what is installed",
+        "launch": "leave it out: the command `treadle launch` starts ranks",
+        "inspect summary": "print(t.compile(model).graph)",
         "loss": 't.Trainer(model, loss="cross-entropy")',
         "numpy asnumpy": "leave it out: a compiled model takes and returns NumPy arrays",
         "torch": "t.from_torch(module, (array,))  # module.eval() first; the arguments of its forward",
@@ -127,13 +160,18 @@ _ANY = {
     "load_state_dict": _WEIGHTS,
     "fit backward optimizer": _STEP,
     "compile": _COMPILE,
+    "verify": _VERIFY,
+    "explain": _EXPLAIN,
+    "compare diff": _COMPARE,
+    "bench benchmark": _BENCH,
+    "roofline": _ROOFLINE,
     "generate": f"{_GENERATE}  # t.compile(model).session(capacity=64) takes token ids",
 }
 
 MODEL_ATTRIBUTES = _by_word(
     {
         **_ANY,
-        "summary": "print(t.compile(model).graph)",
+        "inspect summary": "print(t.compile(model).graph)",
         "state_dict parameters named_parameters": "t.compile(model).weights",
         "save save_pretrained": _SAVE,
         "forward predict run": "t.compile(model)(tokens=tokens)",
@@ -145,7 +183,7 @@ COMPILED_ATTRIBUTES = _by_word(
     {
         **_ANY,
         "state_dict parameters named_parameters": "exe.weights",
-        "summary": "print(exe.graph)",
+        "inspect summary": "print(exe.graph)",
         "save_pretrained": 'exe.save("model.treadle")',
         "forward predict": "exe(tokens=tokens)",
         "get_inputs input_names": "[port.name for port in exe.inputs]",
@@ -204,3 +242,28 @@ SESSION_ATTRIBUTES = _by_word(
     }
 )
 """Attributes of a session of other libraries, which a session of rows lacks."""
+
+GRAPH_ATTRIBUTES = _by_word(
+    {
+        "nodes ops operations operators": "graph.main.nodes  # graph.walk() has the nodes of all functions",
+        "inputs input": "graph.main.inputs",
+        "outputs output": "graph.main.outputs",
+        "code print_tabular print_readable print summary": "print(graph)",
+        "weights initializers state_dict": "exe.weights  # graph.parameters are names and types",
+    }
+)
+"""Attributes of a graph of PyTorch or ONNX, which a graph lacks."""
+
+TOKENIZER_ATTRIBUTES = _by_word(
+    {
+        "decode batch_decode detokenize": "tokenizer.text([4, 3])",
+        "encode_batch batch_encode_plus encode_plus": 'tokenizer.batch(["a", "b"])',
+        "tokenize convert_ids_to_tokens id_to_token": '[tokenizer.token(n) for n in tokenizer.ids(["a b"])[0]]',
+        "convert_tokens_to_ids token_to_id": 'tokenizer.id_of("a")',
+        "vocab_size get_vocab_size": "tokenizer.size",
+        "vocab get_vocab": "tokenizer.vocabulary()",
+        "all_special_tokens special_tokens_map": "tokenizer.special_tokens()",
+        "model_max_length": "tokenizer.max_tokens",
+    }
+)
+"""Attributes of a tokenizer of Hugging Face, which a tokenizer lacks."""

@@ -257,7 +257,15 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "num_heads": ("heads",),
     "num_groups": ("groups",),
     "activation": ("act",),
-    "out_features": ("out",),
+    **dict.fromkeys(("out_features", "units", "output_size"), ("out",)),
+    **dict.fromkeys(("vocab", "vocab_size", "input_dim"), ("count", "vocab")),
+    **dict.fromkeys(("d_model", "output_dim", "embed_dim"), ("dim",)),
+    **dict.fromkeys(("intermediate_size", "dim_feedforward", "ffn_dim", "d_ff"), ("hidden",)),
+    **dict.fromkeys(("filters", "num_filters"), ("channels",)),
+    **dict.fromkeys(("num_layers", "n_layers", "depth"), ("count",)),
+    "hidden_size": ("dim", "hidden"),
+    "size": ("count",),
+    "n_head": ("heads",),
     "dtype": ("to",),
 }
 """For each option name in other libraries, the possible names in Treadle, or an argument in place of `True`."""
@@ -286,8 +294,10 @@ _LEFT_OUT_OPTIONS = {
     "device": 'target="cuda" of t.compile chooses the device',
     "memory_format": "values have no layout in memory",
     "enable_gqa": "fewer heads of k and v are repeated for the heads of q",
-    "in_features normalized_shape embed_dim": "the size is that of the last axis of x",
+    "in_features normalized_shape embed_dim input_size": "the size is that of the last axis of x",
     "in_channels num_channels": "their number is the size of axis 1 of x",
+    "elementwise_affine affine": "a norm has a weight, and a bias unless bias=False",
+    "padding_idx": "mask=t.padding(lengths) of attention excludes padding",
     "need_weights": "the probabilities are not returned",
 }
 

@@ -35,10 +35,11 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.text_signature import without_padding
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
+from treadle.ir.wording.fixed_sizes import named_sizes_hint
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.stepping.demands import Extent
-from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
+from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions, unused_symbol
 from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.last_position import with_all_positions
 from treadle.passes.stepping.prologue import Prologue
@@ -72,8 +73,11 @@ class DerivedStep:
     port_names  the entries' names for `rows`, `start`, `last` and the inputs and the output of sampling, numbered if
                 the model has an input of that name
     context   the greatest number of positions of the model, or None
+    slots     the symbol of the number of slots of a state
+    capacity  the symbol of the number of positions of a cache
     windows   by the symbol of a ring's capacity: the number of positions that the ring must hold in addition to a chunk
-    memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
+    memories  by the symbol of the number of positions that a slot holds: the name of the size, which each row has of
+              its own
     generated the values, for generated tokens, of inputs that are passed at every step
     may_be_empty  the names of prologue inputs of which a row may have none: an axis of theirs may be empty
     carries   True if a sum over the tokens is carried along, so that a token cannot be taken back
@@ -87,8 +91,10 @@ class DerivedStep:
     prologue: tuple[str, ...]
     port_names: Mapping[str, str]
     context: int | None
+    slots: str
+    capacity: str
     windows: Mapping[str, int]
-    memories: tuple[str, ...]
+    memories: Mapping[str, str]
     generated: Mapping[str, GeneratedValue]
     may_be_empty: tuple[str, ...]
     carries: bool
@@ -117,7 +123,7 @@ def derive_step(
     Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype or way of sampling,
     and if there are no logits to sample from.
     """
-    held = None if cache is None else _cache_dtype(cache)
+    held = None if cache is None else cache_dtype(cache)
     if sampling not in (None, *SAMPLING):
         raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
@@ -135,10 +141,10 @@ def derive_step(
     # Rows are independent, and tokens of the following ones: one row or token has the results that it has among more.
     made.symbols |= {s: Bounds(1, graph.symbols[s].upper) for s in (rows, axis) if graph.symbols[s].lower > 1}
     context = context_of(graph, axis)
-    _refuse_symbols(graph, (SLOTS, CAPACITY))
-    made.bound(SLOTS, Bounds())
-    made.bound(CAPACITY, Bounds(1, context))
-    states = StepStates(Size.symbol(SLOTS))
+    slots, capacity = unused_symbol(SLOTS, graph.symbols), unused_symbol(CAPACITY, graph.symbols)
+    made.bound(slots, Bounds())
+    made.bound(capacity, Bounds(1, context))
+    states = StepStates(Size.symbol(slots), capacity)
     functions = StepFunctions(survey, made, states, held)
     chooser = None
     if sampling is not None:
@@ -153,11 +159,11 @@ def derive_step(
     for symbol, size in states.capacities.items():
         made.bound(symbol, Bounds(1, size.bounds(graph.symbols).upper))
     verify(made)
+    start = f"{capacity}_"
     symbols = sorted({s for value in made.states.values() for s in value.type.symbols})
-    _refuse_symbols(graph, symbols)
-    capacities = [s for s in symbols if s.startswith(f"{CAPACITY}_")]
-    windows = {s: int(s[2:]) - 1 for s in capacities if s[2:].isdigit()}
-    memories = tuple(s for s in capacities if s not in windows)
+    ends = {s: s.removeprefix(start) for s in symbols if s.startswith(start)}
+    windows = {s: int(end) - 1 for s, end in ends.items() if end.isdigit()}
+    memories = {s: end for s, end in ends.items() if s not in windows}
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
     inputs = {v.name for v in graph.main.inputs}
     port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last", *OPTIONS, SAMPLED)}
@@ -170,6 +176,8 @@ def derive_step(
         prologue=tuple(kept),
         port_names=port_names,
         context=context,
+        slots=slots,
+        capacity=capacity,
         windows=windows,
         memories=memories,
         generated=made.generated,
@@ -212,7 +220,8 @@ def may_be_empty(value: Value, graph: Graph) -> bool:
     return any(size.constant is None and size.bounds(graph.symbols).lower < 1 for size in value.type.shape)
 
 
-def _cache_dtype(name: str | DType) -> DType:
+def cache_dtype(name: str | DType) -> DType:
+    """Return the dtype of a cache by its name. Raises UsageError for a dtype in which a cache cannot store values."""
     found = DTYPES.get(str(name))
     if found not in CACHE_DTYPES:
         raise UsageError(f"a cache cannot store {name}", hint="one of " + ", ".join(map(str, CACHE_DTYPES)))
@@ -305,24 +314,10 @@ def _fixed_sizes(graph: Graph) -> NoStep:
     error = NoStep(
         f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
         received=", ".join(f"{v.name}: {v.type}" for v in inputs),
-        hint=Hint(
-            f'names of the sizes, as "B S": {first}: t.i64["B S"] in a declaration, dynamic={{"{first}": "B S"}} in '
-            "from_torch, dynamic axes in the export of an ONNX file",
-            f'names of the sizes, as "B S": in the declaration of {first}, or as dynamic axes in the export of an '
-            "ONNX file",
-        ),
+        hint=named_sizes_hint(first, "i64", "B S"),
     )
     error.is_fixed = True
     return error
-
-
-def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:
-    """Raise PassError if the model has a symbol with one of these names, which the states of a step use."""
-    for name in names:
-        if name in graph.symbols:
-            raise PassError(
-                f"the model has a symbol {name}, but a step uses a symbol of that name", hint=f"rename {name}"
-            )
 
 
 def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:

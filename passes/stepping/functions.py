@@ -7,7 +7,7 @@ used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from treadle.ir.analysis.axis_tracing import joined_scope
@@ -30,7 +30,9 @@ from treadle.passes.stepping.survey import Context, Kind, Survey
 ROWS, LAST_TOKEN = ("rows", "start"), "last"
 """The per-row inputs of an entry; see `treadle.passes.stepping.derivation`."""
 CAPACITY = "C"
+"""The symbol of the number of positions of a cache; `unused_symbol` returns another one if the model has it."""
 SLOTS = "R"
+"""The symbol of the number of slots of a state, as with `CAPACITY`."""
 
 Wanted = tuple[Value, Extent]
 
@@ -46,6 +48,14 @@ class _Made:
     function: Function
     takes: list[Wanted | str] = field(default_factory=list)
     gives: list[tuple[int, Extent, bool]] = field(default_factory=list)
+
+
+def unused_symbol(symbol: str, symbols: Collection[str]) -> str:
+    """Return a symbol, or repetitions of it, such that no symbol of the model is equal or begins with it and "_"."""
+    unused = symbol
+    while any(each == unused or each.startswith(f"{unused}_") for each in symbols):
+        unused += symbol
+    return unused
 
 
 class StepFunctions:
@@ -333,7 +343,7 @@ class _Body:
             data("first" if extent is Extent.LAST and not self.single else "start"),
             lambda: data("count"),
             states.slots,
-            Size.symbol(CAPACITY),
+            Size.symbol(states.capacity),
             self.functions.cache,
             lambda name, type: self.state(self._state_name(node, name), type),
         )

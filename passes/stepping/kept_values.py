@@ -37,11 +37,12 @@ class KeptState:
 class StepStates:
     """The names and types of the states of a step.
 
-    slots   the number of slots of each state
+    slots     the number of slots of each state
+    capacity  the symbol of a cache's number of positions, with which the names of other capacities begin
     """
 
-    def __init__(self, slots: Size) -> None:
-        self.slots = slots
+    def __init__(self, slots: Size, capacity: str) -> None:
+        self.slots, self.capacity = slots, capacity
         self.kept: dict[int, dict[Value, KeptState]] = {}
         """The values that the prologue stores for each context, by the context's id."""
         self.memories: dict[str, Size] = {}
@@ -110,10 +111,10 @@ class StepStates:
         """Return the size of a state that stores values of a size known only at a call: of 4*N-3, 4*C_N-3."""
         linear = size.as_linear
         if linear is None:
-            symbol = f"C_{self.memory_name(size)}"
+            symbol = f"{self.capacity}_{self.memory_name(size)}"
             self.capacities[symbol] = size
             return Size.symbol(symbol)
-        symbol = f"C_{linear[0]}"
+        symbol = f"{self.capacity}_{linear[0]}"
         self.capacities[symbol] = Size.symbol(linear[0])
         return size.substitute({linear[0]: Size.symbol(symbol)})
 

@@ -77,7 +77,7 @@ class Conversation:
         """Yield the reply to a user's message piece by piece. When the reply has ended, the message and the reply are
         added to `messages`.
 
-        images  image files, or their bytes, which the message shows before its text; the model must read images
+        images  images, such as the paths of files, which the message shows before its text; the model must read images
         rules   token rules; None: the folder's rules
 
         If the caller stops before the reply ends, `messages` is unchanged. Raises UsageError if the conversation has

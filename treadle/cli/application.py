@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,6 +180,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.is_reported:
             raise typer.Exit(2) from None
+        error.hint = _with_exchanged_arguments(error) or error.hint
         if isinstance(error.hint, Hint):
             error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
@@ -233,6 +235,23 @@ def _of_ranks(hint: str) -> str:
     if LAUNCHER not in os.environ or not own or not hint.startswith(own):
         return hint
     return f"treadle launch -n {os.environ['WORLD_SIZE']} -- {hint.removeprefix('treadle ')}"
+
+
+def _with_exchanged_arguments(error: TreadleError) -> str | None:
+    """Return the command line with the argument MODEL, which names no model, and a later argument that does exchanged;
+    None for any other error, and if no argument names a model.
+    """
+    from treadle.program.places import NoModelError, names_model
+
+    words = sys.argv[1:]
+    if not isinstance(error, NoModelError) or error.name not in words:
+        return None
+    at = words.index(error.name)
+    model = next((n for n in range(at + 1, len(words)) if names_model(words[n]) and words[n - 1][:1] != "-"), None)
+    if model is None:
+        return None
+    words[at], words[model] = words[model], words[at]
+    return f"{shlex.join(['treadle', *words])}: the model comes first"
 
 
 def _own_option(option: str, name: str, hint: str | None) -> str:

@@ -7,10 +7,19 @@ from typing import Any
 
 import typer
 
-from treadle.program.other_names import meant_option
+from treadle.program.other_names import OTHER_NAMES, meant_option
 
-_SHORT = {"n": "tokens", "c": "context", "t": "threads", "b": "batch", "f": "file", "m": "model", "p": "prompts"}
-"""Options of llama.cpp that have one letter."""
+_SHORT = {
+    "o": "output",
+    "n": "tokens",
+    "c": "context",
+    "t": "threads",
+    "b": "batch",
+    "f": "file",
+    "m": "model",
+    "p": "prompts",
+}
+"""Options of llama.cpp, and -o of compilers, that have one letter."""
 
 
 def options_by_name(params: Sequence[Any]) -> Mapping[str, str]:
@@ -29,14 +38,20 @@ def point_to_meant(error: Any, name: str, params: Sequence[Any], words: Sequence
     from treadle.program.places import options_of
 
     known = options_by_name(params)
-    given = error.option_name.lstrip("-").replace("-", "_")
+    given = _typed_name(error.option_name, words, known)
     if "set" in known and any(given in options_of(word) for word in words):
         error.possibilities = None
         error.message += f"; {given} is an option of the model: --set {given}=..."
         return
-    meant = given if given in known else meant_option(_SHORT.get(given, given), known, 0.6)
     error.possibilities = None
+    meant = given if given in known else meant_option(given, known, 0.6)
+    if "output" in (given, *OTHER_NAMES.get(given, ())) and "json" in known and meant not in ("output", "svg"):
+        error.message += f"; treadle {name} prints its result: --json > FILE writes it to a file"
+        return
     if meant is None:
+        alike = [flag for flag in known.values() if flag.startswith(f"-{error.option_name}")]
+        if len(error.option_name) == 2 and alike:
+            error.message += f"; treadle {name} has {', '.join(alike)}"
         return
     flag = known[meant]
     if not flag.startswith("--"):
@@ -44,6 +59,15 @@ def point_to_meant(error: Any, name: str, params: Sequence[Any], words: Sequence
         return
     param = next(each for each in params if flag in (*each.opts, *each.secondary_opts))
     error.message += f"; treadle {name} has {flag}: {param.help}"
+
+
+def _typed_name(option: str, words: Sequence[str], options: Collection[str]) -> str:
+    """Return the name of an unknown option: "lr" for -lr, of which the parser reports -l, and "output" for -o."""
+    name = option.lstrip("-").replace("-", "_")
+    if option.startswith("--"):
+        return name
+    typed = [word[1:].partition("=")[0].replace("-", "_") for word in words if word.startswith(option)]
+    return next((each for each in typed if len(each) > 1 and each in {*options, *OTHER_NAMES}), _SHORT.get(name, name))
 
 
 def refuse_several_values(order: Sequence[Any], context: Any) -> None:

@@ -67,12 +67,13 @@ def train_model(
 ) -> None:
     """Train a language model on texts, and save it in its original format.
 
-    Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails.
+    Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails,
+    unless the loss or a gradient is NaN or infinite.
     """
     from treadle.program.options import CompileOptions
     from treadle.progress import counting, working
     from treadle.training.interrupts import noting_interrupts
-    from treadle.training.run_report import data_text
+    from treadle.training.run_report import HOW_TO_SAVE, data_text
     from treadle.training.run_settings import change_lines
     from treadle.training.text_training import TextTraining
 
@@ -96,7 +97,8 @@ def train_model(
     if run.data.note is not None:
         _say(run.data.note)
     if not as_json:
-        print(data_text(run.data), flush=True)
+        unsaved = [f"nothing is saved: {HOW_TO_SAVE}"] if output is None and state is None else []
+        print(*unsaved, data_text(run.data), sep="\n", flush=True)
 
     def held_out() -> float | None:
         with counting("reading held-out blocks", run.held_out_batches, shown=not as_json) as progress:

@@ -18,7 +18,6 @@ from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
 from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
-from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted, human
@@ -178,12 +177,12 @@ def _facts(derived: DerivedStep, pattern: str, members: Sequence[tuple[str, Valu
     else:
         shown = members[0][0] if len(members) == 1 else ", ".join(name for name, _ in members)
     role = _role(derived, members[0][0], type)
-    symbols = (CAPACITY, *derived.windows, *derived.memories)
+    symbols = (derived.capacity, *derived.windows, *derived.memories)
     growing = [linear for s in type.shape if (linear := s.as_linear) is not None and linear[0] in symbols]
     fixed = [s for s in type.storage_type.shape if s.constant is not None]
     elements = product([*fixed, *(factor for _, factor, _ in growing)])
     unit = "slot" if not growing else "token" if role == "cache" else "position"
-    sizes = [s for s in type.storage_type.shape if s.as_symbol != SLOTS]
+    sizes = [s for s in type.storage_type.shape if s.as_symbol != derived.slots]
     assert len(sizes) == len(fixed) + len(growing), "states have no sizes but slots, capacities and constants"
     assert elements.constant is not None
     return StateFacts(
@@ -195,4 +194,4 @@ def _role(derived: DerivedStep, name: str, type: Type) -> str:
     prologue = derived.graph.functions["prologue"].updated if derived.has_prologue else {}
     if name in prologue:
         return "length" if name.endswith("_length") else "kept"
-    return "cache" if CAPACITY in type.symbols else "ring" if type.symbols & derived.windows.keys() else "sum"
+    return "cache" if derived.capacity in type.symbols else "ring" if type.symbols & derived.windows.keys() else "sum"

@@ -20,7 +20,7 @@ DEFAULT_SIZE = 128
 """Default size of a symbolic axis, such as a row of 128 tokens. A leading axis (the batch) has size 1."""
 
 
-BYTE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+BYTE_UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_bytes(memory: int | str | None, *, keyword: str = "memory", flag: str = "--memory") -> int | None:
@@ -39,7 +39,7 @@ def parse_bytes(memory: int | str | None, *, keyword: str = "memory", flag: str 
         unit = None if match is None else BYTE_UNITS.get(match[2] or "B")
         found = 0 if match is None or unit is None else int(float(match[1]) * unit)
         if match is not None and unit is None:
-            near = next((u for u in BYTE_UNITS if u.lower() == match[2].lower()), "MB")
+            near = next((u for u in BYTE_UNITS if u.lower() in (match[2].lower(), f"{match[2]}b".lower())), "MB")
             asked = f"{match[1]}{near}"
     if found < 1:
         units = ", ".join(BYTE_UNITS)

@@ -139,6 +139,20 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         stages += [] if self.dtype is None else [Precision(self.dtype)]
         return arranged(left_out(stages, self.without), INITIAL)
 
+    def check_values(self) -> None:
+        """Raise the error of a value that no model accepts: BackendError for an unknown backend, UsageError for another
+        dtype or scheme, and the errors of `stages`.
+        """
+        from treadle.passes.stepping.derivation import cache_dtype
+        from treadle.program.backend_choice import check_backend
+        from treadle.program.source import dtypes_to_widen
+
+        check_backend(self.backend)
+        self.stages()
+        dtypes_to_widen(self.widened)
+        if self.cache is not None:
+            cache_dtype(self.cache)
+
     @property
     def widened(self) -> str | Iterable[str]:
         """The dtypes to widen when the model is read."""

@@ -64,7 +64,8 @@ _OTHERS = {
     "set": "config override overrides",
     "tokenizer": "tokenizer_name tokenizer_path",
     # files, texts and measurements
-    "output": "out outfile out_file out_dir output_dir output_file save_dir save",
+    "svg": "output",
+    "output svg": "out outfile out_file out_dir output_dir output_file save_dir save",
     "files file": "data dataset data_path data_dir train_file train_data text_file input_file",
     "prompts texts sentences": "prompt text input",
     "recordings": "audio audio_file",

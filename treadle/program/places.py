@@ -37,6 +37,25 @@ def is_fetched(name: str) -> bool:
     return name in PINNED and not Path(name).exists()
 
 
+class NoModelError(UsageError):
+    """The error for a name that no model has, and that is not similar to the name of a file.
+
+    name  the name, as the argument MODEL
+    """
+
+    def __init__(self, name: str, *, hint: str) -> None:
+        super().__init__(f"there is no model {name!r}", hint=hint)
+        self.name = name
+
+
+def names_model(word: str) -> bool:
+    """Return True if a word names a declaration, a folder, a file, a family of the zoo or a model to fetch."""
+    file, _, function = word.rpartition(":")
+    declared = file.endswith(".py") and function in declared_models(Path(file))
+    folder = (Path(word) / CONFIG).is_file() or (Path(word).suffix in MODEL_SUFFIXES and Path(word).is_file())
+    return declared or folder or word in family_names() or word in PINNED
+
+
 def find_place(name: str) -> Path:
     """Return the path of the folder or file that MODEL names: a path, a fetched model's name, or a name of the Hugging
     Face hub, for a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
@@ -73,8 +92,8 @@ def find_place(name: str) -> Path:
         near, hub = difflib.get_close_matches(name, [*known, *paths], n=1), hub_name_in(name)
         if path is not None and path in near:
             raise UsageError(f"there is no model {name!r}", hint=argument_hint(name, path))
-        raise UsageError(
-            f"there is no model {name!r}",
+        raise NoModelError(
+            name,
             hint=(f"{near[0]}? " if near else "")
             + (f"{hub}, for a model of the Hugging Face hub; " if hub is not None else "")
             + f"file.py:function, a folder with config.json and model.safetensors, or one of {', '.join(known)}",

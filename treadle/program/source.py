@@ -184,7 +184,9 @@ class ModelSource:
                 received=f"quantize {AS_STORED}",
                 hint=Hint('quantize="int8"', "--quantize int8"),
             )
-        found = replace(read, new_weights=names_of_new_weights(read.graph, options.new_weights)).widened(_narrow(names))
+        found = replace(read, new_weights=names_of_new_weights(read.graph, options.new_weights)).widened(
+            dtypes_to_widen(names)
+        )
         if self.is_for_text and self.kind in ("graph", "onnx"):
             found = replace(found, graph=for_text(found.graph))
         if is_fetched(self.label):
@@ -219,7 +221,7 @@ class ModelSource:
         """Return a graph that has only the inputs of an ONNX model. Inputs that determine shapes are included; inputs
         with a value in config are not. The weights are then read only once, for all values of these inputs.
         """
-        return self.form.inputs(_narrow(widen), config)
+        return self.form.inputs(dtypes_to_widen(widen), config)
 
     @property
     def new_head(self) -> Hint:
@@ -336,7 +338,7 @@ AnyModel = Unopened | ModelSource
 """The argument MODEL of every function that opens one."""
 
 
-def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:
+def dtypes_to_widen(widen: str | Iterable[str]) -> frozenset[DType]:
     """Return the dtypes that become f32. Raises UsageError for an unknown dtype name."""
     names = [widen] if isinstance(widen, str) else widen
     return narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from treadle.compiled import Compiled
 from treadle.compiling import compile_program
-from treadle.files.contained_files import PathLike
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.heads import HEADS
-from treadle.tasks.images.reading import DEFAULTS, ImageReader
+from treadle.tasks.images.reading import DEFAULTS, Image, ImageReader
 from treadle.tasks.opening import checked_folder, read_labels
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
@@ -54,15 +53,15 @@ class ImageLabeller:
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)
 
-    def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
+    def label(self, images: Sequence[Image], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
         """Return all labels of each image with their scores, best first. Raises UsageError if there is no file, or if a
         file is not an image.
         """
-        if not paths:
+        if not images:
             raise UsageError("there is no image to label")
         found: list[tuple[Scored, ...]] = []
-        for at in range(0, len(paths), _BATCH):
-            logits = self.model(pixels=self.images.read(paths[at : at + _BATCH]))["logits"]
+        for at in range(0, len(images), _BATCH):
+            logits = self.model(pixels=self.images.read(images[at : at + _BATCH]))["logits"]
             found += [best_first(label_scores(row, self.config), self.labels) for row in logits]
             if progress is not None:
                 progress(len(found))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from treadle.tasks.answering import Answer, QuestionAnswerer
     from treadle.tasks.classifying import Classified, Text, TextClassifier, Texts
     from treadle.tasks.filling import Filled, MaskFiller
+    from treadle.tasks.images.reading import Image
     from treadle.tasks.labelling import ImageLabeller
     from treadle.tasks.matching import ImageMatcher, Matched
     from treadle.tasks.perplexity import Perplexity, PerplexityMeter
@@ -253,37 +254,39 @@ class LoadedModel:
     # -- images ------------------------------------------------------------------------------------------------
 
     @overload
-    def label(self, images: PathLike) -> tuple[Scored, ...]: ...
+    def label(self, images: Image) -> tuple[Scored, ...]: ...
     @overload
-    def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
-    def label(self, images: PathLike | list[PathLike] | list[str]) -> Any:
-        """Return the labels of an image file with their scores, best first."""
+    def label(self, images: list[Image] | list[str]) -> list[tuple[Scored, ...]]: ...
+    def label(self, images: Image | list[Image] | list[str]) -> Any:
+        """Return the labels of an image with their scores, best first. An image is the path of a file, its bytes, an
+        image of Pillow, or an array u8[height, width, 3].
+        """
         found = self.labeller.label(_listed(images))
         return found if _many(images) else found[0]
 
     @overload
-    def match(self, images: PathLike, texts: Sequence[str]) -> Matched: ...
+    def match(self, images: Image, texts: Sequence[str]) -> Matched: ...
     @overload
-    def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
-    def match(self, images: PathLike | list[PathLike] | list[str], texts: Sequence[str]) -> Any:
-        """Return the probabilities that the texts describe an image file (`treadle.tasks.matching.Matched`)."""
+    def match(self, images: list[Image] | list[str], texts: Sequence[str]) -> list[Matched]: ...
+    def match(self, images: Image | list[Image] | list[str], texts: Sequence[str]) -> Any:
+        """Return the probabilities that the texts describe an image (`treadle.tasks.matching.Matched`). Images are as
+        in `label`.
+        """
         found = self.matcher.match(_listed(images), texts)
         return found if _many(images) else found[0]
 
     def describe(
-        self, images: PathLike | Sequence[PathLike], question: str = "Describe this image.", *, most: int = 256
+        self, images: Image | Sequence[Image], question: str = "Describe this image.", *, most: int = 256
     ) -> str:
-        """Answer a question about an image file, or several, with a chat model that reads images."""
+        """Answer a question about an image, or several, with a chat model that reads images. Images are as in
+        `label`.
+        """
         from treadle.tasks.images.prompts import ImagePrompts
 
         ImagePrompts.check(self.program.source)
+        shown: Any = [*images] if isinstance(images, list | tuple) else [images]
         talk = self.chat()
-        return "".join(
-            piece.text
-            for piece in talk.say(
-                question, images=[images] if isinstance(images, str | os.PathLike) else [*images], most=most
-            )
-        )
+        return "".join(piece.text for piece in talk.say(question, images=shown, most=most))
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 

@@ -15,14 +15,13 @@ import numpy as np
 
 from treadle.compiled import Compiled
 from treadle.compiling import compile_program
-from treadle.files.contained_files import PathLike
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
 from treadle.tasks.heads import HEADS
-from treadle.tasks.images.reading import ImageReader
+from treadle.tasks.images.reading import Image, ImageReader
 from treadle.tasks.labelling import image_sides
 from treadle.tasks.opening import checked_folder, token_positions, without_input
 from treadle.tasks.scoring import Scored, best_first, softmax
@@ -96,17 +95,17 @@ class ImageMatcher:
         return cls(made, reader, tokenizer, length, padding, apart=True)
 
     def match(
-        self, paths: Sequence[PathLike], texts: Sequence[str], *, progress: Progress | None = None
+        self, images: Sequence[Image], texts: Sequence[str], *, progress: Progress | None = None
     ) -> list[Matched]:
         """Return the scores of all texts for each image file. Raises UsageError if there is no image or no text, for
         a text without tokens, or if a file is not an image.
         """
-        if not paths or not texts:
-            raise UsageError("matching needs an image and a text", received=f"{len(paths)} images, {len(texts)} texts")
+        if not images or not texts:
+            raise UsageError("matching needs an image and a text", received=f"{len(images)} images, {len(texts)} texts")
         given = self._batch(texts)
         found: list[Matched] = []
-        for at in range(0, len(paths), _BATCH):
-            out = self.model(**given, pixels=self.images.read(paths[at : at + _BATCH]))
+        for at in range(0, len(images), _BATCH):
+            out = self.model(**given, pixels=self.images.read(images[at : at + _BATCH]))
             near = np.asarray(out["image_embeds"]) @ np.asarray(out["text_embeds"]).T
             logits = np.asarray(out["logits_per_image"]).astype(np.float64)
             likely = 1 / (1 + np.exp(-logits)) if self.apart else softmax(logits)

@@ -20,7 +20,7 @@ _ELSEWHERE = {
 
 
 _TEXTS = "a string, or a list of strings; token ids go to a session: t.compile(MODEL).session()"
-_IMAGE = 'the path of a file: image.save("image.png"), and "image.png"'
+_IMAGE = "the path of a file, its bytes, an image of Pillow, or an array u8[height, width, 3]"
 _EXAMPLES = {
     "sampling": _SAMPLING,
     "rules": _RULES,

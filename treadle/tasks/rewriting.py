@@ -71,7 +71,7 @@ class TextRewriter:
                 received=f"inputs of a row: {', '.join(made.derived.prologue) or 'none'}",
                 hint="an encoder-decoder model such as T5, BART or Marian",
             )
-        symbol = made.derived.memories[0] if made.derived.memories else None
+        symbol = next(iter(made.derived.memories), None)
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
         prologue = made.derived.graph.functions["prologue"]
         tokenizer = fit_tokenizer(program.source.tokenizer(context=context), program.source, prologue)
@@ -195,7 +195,7 @@ class TextRewriter:
 
     def _memory(self, given: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         longest = max(len(each["tokens"]) for each in given)
-        return {symbol.removeprefix("C_"): longest for symbol in self.model.derived.memories}
+        return dict.fromkeys(self.model.derived.memories.values(), longest)
 
 
 def _most_tokens(most: int | None, settings: GenerationSettings, model: SteppedModel) -> int:

@@ -14,6 +14,7 @@ from treadle.training.saving import SavedModel
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, perplexity_of
 
+HOW_TO_SAVE = "-o FOLDER saves the model, --state FILE a state for --resume"
 _RISEN = 1.0
 """The rise of the loss in nats that a report mentions: the targets have become less probable by a factor of e."""
 
@@ -113,7 +114,7 @@ class RunReport:
         if not count:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:
-            found.append("nothing was saved: -o FOLDER saves the model, --state FILE a state for --resume")
+            found.append(f"nothing was saved: {HOW_TO_SAVE}")
         return found
 
     def written(self) -> list[str]:

@@ -31,6 +31,10 @@ _MOST_DIGITS = 15
 _NOT_NEGATIVE = _MOMENT + "square."
 
 
+class DivergedError(UsageError):
+    """The error of a step whose loss or gradient is NaN or infinite. Training with these weights cannot continue."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The state of a training between two calls of `step`. A step replaces the whole state.

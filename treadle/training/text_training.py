@@ -25,7 +25,7 @@ from treadle.program.source import BLOCKS, Resolved
 from treadle.training.run_report import RECENT, RunReport, line_text, live_text
 from treadle.training.run_settings import changed_settings, collect_settings
 from treadle.training.saving import Saver, saver_for
-from treadle.training.states import FORMAT, check_state_file
+from treadle.training.states import FORMAT, DivergedError, check_state_file
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
 from treadle.training.training_settings import TrainingSettings
@@ -182,7 +182,7 @@ class TextTraining:
         describe: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Train until the settings' number of steps, then save. Weights and state are also saved if a step fails, or if
-        `emit` cannot write its line.
+        `emit` cannot write its line; but if the loss or a gradient is NaN or infinite, only the state is saved.
 
         interrupted  returns True if the run must end after the current step
         every        number of updates per line
@@ -202,7 +202,11 @@ class TextTraining:
         if since:
             self.report.lines.append(Update.joined(since))
         self.report.interrupted = self.report.steps < self.settings.steps
-        for save in (self._save_state, self._save_model) if self.report.lines else ():
+        saves = [self._save_state, self._save_model] if self.report.lines else []
+        if saves and self.saver is not None and isinstance(failed, DivergedError):
+            saves.remove(self._save_model)
+            warn("the trained model is not saved, since its loss or a gradient is NaN or infinite")
+        for save in saves:
             try:
                 save()
             except TreadleError as error:

@@ -59,7 +59,7 @@ from treadle.reporting.counts import counted
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
-from treadle.training.states import TrainingState, read_state, write_state
+from treadle.training.states import DivergedError, TrainingState, read_state, write_state
 
 if TYPE_CHECKING:
     from treadle.training.saving import SavedModel
@@ -365,6 +365,13 @@ class Trainer:
             except BackendError as error:
                 error.what = f"the teacher does not accept this batch: {error.what}"
                 raise
+        rank = next((port.type.rank for port in self._signature.ports if port.name == TARGETS), 0)
+        if self._classes is not None and _are_shares(given.get(TARGETS), rank + 1, self._classes):
+            raise UsageError(
+                f"targets are class indices, from 0 to {self._classes - 1}, not a number for each class",
+                received=f"targets of {given[TARGETS].dtype}[{', '.join(map(str, given[TARGETS].shape))}]",
+                hint="targets.argmax(-1)",
+            )
         if self._classes is not None and _are_numbers(given.get(TARGETS)):
             raise UsageError(
                 f"targets are class indices, from 0 to {self._classes - 1}",
@@ -420,7 +427,7 @@ class Trainer:
             self._torn = False
         return float(found["norm"])
 
-    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
+    def _not_finite(self, what: str, batch: Mapping[str, Array]) -> DivergedError:
         """Return the error for a loss or gradient that is NaN or infinite. It names the first input or weight with a
         NaN or infinite value, if any.
         """
@@ -433,7 +440,7 @@ class Trainer:
             if self.steps and "inf at" in place:  # an infinite weight or input may be intended
                 hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
         received = place or "inputs and weights are finite"
-        return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
+        return DivergedError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryReport:
         """Return a report on the memory of a step at these sizes, in addition to weights, moments and gradients.
@@ -508,6 +515,16 @@ def _are_numbers(targets: Any) -> bool:
         return False
     array = np.asarray(targets)
     return array.dtype.kind == "f" and bool((array != np.round(array)).any())
+
+
+def _are_shares(targets: Any, rank: int, classes: int) -> bool:
+    """Return True for an array of this rank with a share of each class along its last axis: one-hot, or
+    probabilities.
+    """
+    if not hasattr(targets, "__array__") or np.ndim(targets) != rank or np.shape(targets)[-1] != classes:
+        return False
+    array = np.asarray(targets)
+    return bool((array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3))
 
 
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:

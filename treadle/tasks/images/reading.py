@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,15 @@ from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 Pixels = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-Image = PathLike | bytes
-"""An image file: its path, or its bytes."""
+
+class PillowImage(Protocol):
+    """An image of Pillow, which may be not installed."""
+
+    def convert(self, mode: str) -> Any: ...
+
+
+Image = PathLike | bytes | npt.NDArray[np.uint8] | PillowImage
+"""The path of an image file, its bytes, an array u8[height, width, 3] of red, green and blue, or an image of Pillow."""
 
 _FILE, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _IMAGE_BYTES = 256 << 20
@@ -249,30 +257,38 @@ class ImageReader:
         return made
 
 
-def open_image(file: Image) -> Any:
-    """Return the image in a file as an RGB image of Pillow, rotated as its EXIF orientation specifies.
+def open_image(image: Image) -> Any:
+    """Return an image, or the image in a file, as an RGB image of Pillow, rotated as its EXIF orientation specifies.
 
-    Raises UsageError if the file is not an image or is too large.
+    Raises UsageError if the file is not an image or is too large, and for an array of another shape or dtype.
     """
     import PIL.Image
     import PIL.ImageOps
 
-    if isinstance(file, bytes):
-        shown, data = "the image", file
-    else:
-        shown = shown_path(file)
-        data = read_regular(file, _IMAGE_BYTES, shown)
+    shown, data = "the image", image
+    if isinstance(image, str | os.PathLike):
+        shown = shown_path(image)
+        data = read_regular(image, _IMAGE_BYTES, shown)
+    if isinstance(data, np.ndarray) and (data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3):
+        raise UsageError(
+            "an array is an image if it has the shape [height, width, 3] and the dtype uint8",
+            received=f"{data.dtype}[{', '.join(map(str, data.shape))}]",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > _IMAGE_PIXELS:
+            opened: Any = data
+            if isinstance(data, bytes):
+                opened = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+            elif isinstance(data, np.ndarray):
+                opened = PIL.Image.fromarray(data)
+            if opened.width * opened.height > _IMAGE_PIXELS:
                 raise UsageError(
                     "the image has more pixels than the limit",
-                    received=f"{image.width} x {image.height}, limit {_IMAGE_PIXELS}",
+                    received=f"{opened.width} x {opened.height}, limit {_IMAGE_PIXELS}",
                     within=shown,
                 )
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
     except UsageError:
         raise
     except Exception as error:  # Pillow's readers may raise any exception
