@@ -564,13 +564,14 @@ def test_targets_with_a_number_for_each_class_lead_to_their_indices(dtype: Any) 
     trainer = Trainer(measured, output="y", backend="numpy")
     with pytest.raises(UsageError, match="targets are class indices, from 0 to 1, not a number for each") as caught:
         trainer.step(x=x, targets=y)
-    assert caught.value.hint == "targets.argmax(-1)"
+    assert caught.value.hint == "targets.argmax(-1), for a one-hot array"
     assert np.isfinite(trainer.step(x=x, targets=y.argmax(-1)).loss)
 
 
+@pytest.mark.parametrize("numbers", [[[0.5, 1.5], [2, 3]], [[4, 1], [2, 3]], [[0, 0], [0, 0]], [[1, 1], [1, 1]]])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any) -> None:
-    x, y = np.ones((2, 4), np.float32), np.array([[0.5, 1.5], [2, 3]], dtype)
+def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any, numbers: Any) -> None:
+    x, y = np.ones((2, 4), np.float32), np.array(numbers, dtype)
     with pytest.raises(UsageError, match="targets are class indices, from 0 to 1") as caught:
         Trainer(measured, output="y", backend="numpy").step(x=x, targets=y)
     assert 'loss="mse"' in str(caught.value.hint)

@@ -365,19 +365,9 @@ class Trainer:
             except BackendError as error:
                 error.what = f"the teacher does not accept this batch: {error.what}"
                 raise
-        rank = next((port.type.rank for port in self._signature.ports if port.name == TARGETS), 0)
-        if self._classes is not None and _are_shares(given.get(TARGETS), rank + 1, self._classes):
-            raise UsageError(
-                f"targets are class indices, from 0 to {self._classes - 1}, not a number for each class",
-                received=f"targets of {given[TARGETS].dtype}[{', '.join(map(str, given[TARGETS].shape))}]",
-                hint="targets.argmax(-1)",
-            )
-        if self._classes is not None and _are_numbers(given.get(TARGETS)):
-            raise UsageError(
-                f"targets are class indices, from 0 to {self._classes - 1}",
-                received=f"targets of {given[TARGETS].dtype}",
-                hint=f'loss="{SQUARED_ERROR}", to predict numbers; for another loss, {OWN_LOSS}',
-            )
+        if self._classes is not None and TARGETS in given:
+            rank = next((port.type.rank for port in self._signature.ports if port.name == TARGETS), 0)
+            _refuse_numbers(given[TARGETS], rank, self._classes)
         names = [port.name for port in self._signature.ports]
         held: dict[str, Any] = dict(zip(names, self._signature.bind(given, numpy_taken), strict=True))
         targets = held.get(TARGETS)
@@ -509,22 +499,24 @@ class Trainer:
         )
 
 
-def _are_numbers(targets: Any) -> bool:
-    """Return True for an array of floats that are not all integers."""
-    if not hasattr(targets, "__array__"):
-        return False
-    array = np.asarray(targets)
-    return array.dtype.kind == "f" and bool((array != np.round(array)).any())
-
-
-def _are_shares(targets: Any, rank: int, classes: int) -> bool:
-    """Return True for an array of this rank with a share of each class along its last axis: one-hot, or
-    probabilities.
+def _refuse_numbers(targets: Any, rank: int, classes: int) -> None:
+    """Raise UsageError for targets that are not class indices [...] of a rank: a number for each class, or floats that
+    are not all integers.
     """
-    if not hasattr(targets, "__array__") or np.ndim(targets) != rank or np.shape(targets)[-1] != classes:
-        return False
-    array = np.asarray(targets)
-    return bool((array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3))
+    try:
+        array = np.asarray(targets)
+    except (TypeError, ValueError, RuntimeError):  # reported with the other inputs
+        return
+    for_each_class = array.ndim == rank + 1 and array.shape[-1] == classes
+    if not for_each_class and (array.dtype.kind != "f" or (array == np.round(array)).all()):
+        return
+    is_share = for_each_class and (array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3)
+    regression = f'loss="{SQUARED_ERROR}", to predict numbers; for another loss, {OWN_LOSS}'
+    raise UsageError(
+        f"targets are class indices, from 0 to {classes - 1}" + ", not a number for each class" * for_each_class,
+        received=f"targets of {array.dtype}[{', '.join(map(str, array.shape))}]",
+        hint="targets.argmax(-1), for a one-hot array" if is_share else regression,
+    )
 
 
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
