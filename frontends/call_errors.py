@@ -40,7 +40,7 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
     """
     import treadle.frontends.language as language
 
-    known = [*known]
+    known = [each for each in known if not each.startswith("_")]
     if _is_elsewhere(name):
         near = [n for n in known if _without_form(n) == _without_form(name)]
     else:

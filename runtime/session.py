@@ -576,9 +576,10 @@ def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
+        given: Any = tokens
         hint = "integers"
-        if not isinstance(tokens, Sized):
-            hint = f"a sequence of integers, such as [{tokens}]"
-        elif len(tokens) and isinstance(tokens[0], Sized) and not isinstance(tokens, str):
+        if not isinstance(given, Sized):
+            hint = f"a sequence of integers, such as [{given}]"
+        elif not isinstance(given, str) and any(isinstance(each, Sized) for each in tokens):
             hint = "the ids of one row: tokens[0]"
         raise UsageError(f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint=hint) from error

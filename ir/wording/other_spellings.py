@@ -29,7 +29,7 @@ _WORDS = {
     "isfinite": 't.abs(x) < float("inf")',
     "nan_to_num": "t.where(x == x, x, 0.0).clamp(-3.4028234663852886e38, 3.4028234663852886e38)  # of f32",
     "count_nonzero": "(x != 0).sum()",
-    "diff": "x[..., 1:] - x[..., :-1]",
+    "diff": "x[..., 1:] - x[..., :-1]  # the command `treadle diff` compares two models",
     "fmod": "x - y * (t.sign(x / y) * t.floor(t.abs(x / y)))",
     "logit": "t.log(x / (1.0 - x))",
     "lerp": "x + 0.5 * (y - x)  # halfway",
