@@ -103,10 +103,9 @@ class Session:
         self._add_memories(sizes, memory or {})
         held = {s for value in derived.graph.states.values() for s in value.type.symbols}
         self._pads = bool(getattr(executable, "captures_calls", False))
-        slots = sizes | {
-            derived.slots: sizes[derived.slots] + self._pads
-        }  # the last slot is for rows that fill up a call
-        self.states: States = executable.new_states(**{s: size for s, size in slots.items() if s in held})
+        slots = sizes[derived.slots] + self._pads  # the last slot is for rows that fill up a call
+        of_states = {**sizes, derived.slots: slots}
+        self.states: States = executable.new_states(**{s: size for s, size in of_states.items() if s in held})
         self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
