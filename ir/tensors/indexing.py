@@ -76,7 +76,8 @@ def _plain(x: Expr, item: Any) -> Any:
     """Return an item of an index as None, Ellipsis, a slice, an integer, a Size, an Expr or an array of integers."""
     if item is None or item is Ellipsis or isinstance(item, slice):
         return item
-    if isinstance(item, Expr | list | np.ndarray) or (isinstance(item, np.generic) and item.dtype.kind != "i"):
+    is_array = isinstance(item, list | np.ndarray) or (hasattr(item, "__array__") and getattr(item, "ndim", 0))
+    if isinstance(item, Expr) or is_array or (isinstance(item, np.generic) and item.dtype.kind != "i"):
         flags = item.dtype.kind == "bool" if isinstance(item, Expr) else np.asarray(item).dtype.kind == "b"
         if flags:
             raise _refusal(
