@@ -579,7 +579,7 @@ def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     except TypeError as error:
         given: Any = tokens
         hint = "integers"
-        if not isinstance(given, Sized):
+        if not hasattr(given, "__len__"):
             hint = f"a sequence of integers, such as [{given}]"
         elif isinstance(given, Mapping):
             hint = "a list of integers, such as [464, 3139]"

@@ -103,7 +103,8 @@ class Size(SizeNumbers):
             return _constant(operator.index(value))
         except TypeError:
             hint = getattr(value, "label_hint", None)  # of a labelled dimension, whose class is defined above sizes
-            hint = hint or (VARIABLE if value is None else None)
+            given: Any = value
+            hint = hint or (VARIABLE if given is None else None)
             raise SizeError(f"a size is an integer or an expression of symbols, not {value!r}", hint=hint) from None
 
     @staticmethod

@@ -277,7 +277,8 @@ TOKENIZER_ATTRIBUTES = _by_word(
         "convert_tokens_to_ids token_to_id": 'tokenizer.id_of("a")',
         "vocab_size get_vocab_size": "tokenizer.size",
         "vocab get_vocab": "tokenizer.vocabulary()",
-        "all_special_tokens special_tokens_map": "tokenizer.special_tokens()",
+        "all_special_tokens special_tokens_map eos_token bos_token pad_token cls_token sep_token unk_token "
+        "eos_token_id bos_token_id pad_token_id": "tokenizer.special_tokens()  # tokenizer.id_of(name) returns an id",
         "model_max_length": "tokenizer.max_tokens",
     }
 )

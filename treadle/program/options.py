@@ -235,7 +235,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             return
         takes_target = any(each.name == "target" for each in taken_by(self.entry))
         command = str(getattr(error.hint, "command", error.hint) or "")
-        sizes = self.entry == "compile" and self.memory is None and self._meant(name) == "sizes"
+        sizes = self.entry in ("compile", "load", "embed") and self.memory is None and self._meant(name) == "sizes"
         if self.entry == "train" and name in _OF_TRAINING:
             value = printable(repr(self.config.get(name)))[:80]
             error.hint = Hint(_OF_TRAINING[name].replace("VALUE", value), command)
@@ -273,6 +273,10 @@ _NOT_HERE = {
     **dict.fromkeys(("mesh", "recipe", "tensor_parallel_size", "tp", "tp_size"), _RANKS),
     "mode": 'torch_compile=True for the torch backend, or backend="tvm"',
     "trust_remote_code": "no code of a model's folder is run",
+    "low_cpu_mem_usage": "the weights of a checkpoint are mapped into memory",
+    "use_fast": "the tokenizer of the model's folder is used",
+    "task": "the methods of the model that t.load returns are its tasks, such as model.classify",
+    "local_files_only": "a model is downloaded only by t.fetch_model",
     "attn_implementation": "the compiler chooses the kernels of attention",
     "use_cache": "t.compile(model).session() has a key/value cache",
     "sess_options": 'target=t.Target("cpu", threads=4) sets the threads',
