@@ -25,7 +25,7 @@ _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword ar
 _SIMILAR = (
     0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
 )
-_NOT_CALLED = ("'Type' object is not callable", "'DType' object is not callable")
+_NOT_CALLED = "'Type' object is not callable"
 
 
 class UnknownNameError(FrontendError, AttributeError):
@@ -67,7 +67,9 @@ def _without_form(name: str) -> str:
 
 
 def nearest_op(name: str) -> str | None:
-    """Return the op with the most similar name, or None if no name is similar."""
+    """Return the op that has this name in other libraries, or the op with the most similar name, or None."""
+    if (word := re.fullmatch(r"t\.(\w+)\(x\)", OTHER_WORDS.get(name.strip(), ""))) is not None:
+        return word[1]
     return next(iter(difflib.get_close_matches(name.strip(), OPS, n=1)), None)
 
 
@@ -79,7 +81,7 @@ def call_hint(error: BaseException) -> str | None:
     """
     import treadle.frontends.language as language
 
-    if isinstance(error, TypeError) and str(error) in _NOT_CALLED:
+    if isinstance(error, TypeError) and str(error) == _NOT_CALLED:
         return "x.to(t.f32)  # or another dtype; t.f32 is a dtype, and x.type a type"
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
     if match is None:

@@ -158,7 +158,7 @@ class Model(Generic[P, R]):
             option=unknown[0] if kind == "option" else None,
         )
 
-    @with_checked_call(instead="model.configure(layers=2).graph() sets options")
+    @with_checked_call(instead="model.configure(...).graph(), with the options in place of ...")
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
         with collection_paused():
@@ -217,9 +217,10 @@ class Model(Generic[P, R]):
         Inputs are passed by position or name. Optional inputs may be left out at the end.
         """
         if CURRENT.get() is None:
+            chosen = [f"{name}={value!r}" for name, value in config.items() if name in self.defaults]
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
-                hint=f"treadle.compile({self.name}), which returns an executable",
+                hint=f"treadle.compile({', '.join([self.name, *chosen])}), which returns an executable",
             )
         names = {i.name: i.optional for i in self.declared_inputs}
         options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}

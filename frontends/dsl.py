@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from treadle.files.nearest_names import NearestNames
+from treadle.ir.attribute_values import coerced
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Graph
@@ -354,7 +355,7 @@ def shared_table(layer: str, tied: str) -> Tensor:
 
 def constant(value: Any, dtype: DType | None = None) -> Tensor:
     """Return a constant from a value: a number, a nested list or a NumPy array. `dtype` converts it; None: as it is."""
-    return trace().constant(value, dtype)
+    return trace().constant(value, coerced("DType | None", dtype))
 
 
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:

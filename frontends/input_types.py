@@ -18,6 +18,7 @@ from typing import Annotated, Union, get_args, get_origin
 
 from treadle.ir.errors import FrontendError
 from treadle.ir.generated_values import GeneratedValue
+from treadle.ir.sizing.sizes import VARIABLE
 from treadle.ir.types import OptionalType, Type
 
 
@@ -55,7 +56,7 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
         )
     sized = declared.substitute(sizes)
     if any(size.constant is not None and size.constant < 0 for size in sized.shape):
-        raise FrontendError(f"{what} has a negative size", received=str(sized))
+        raise FrontendError(f"{what} has a negative size", received=str(sized), hint=VARIABLE)
     return DeclaredInput(name, sized, optional, _generated(parameter.annotation))
 
 

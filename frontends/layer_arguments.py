@@ -24,6 +24,7 @@ from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, DType
+from treadle.ir.wording.call_spelling import spelled_call
 from treadle.ir.wording.other_spellings import dtype_word
 
 P = ParamSpec("P")
@@ -79,13 +80,18 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
                     f"{function.__name__}: {name} must be {wrong.wanted}",
                     received=f"{given[name]!r}"[:80],
                     source=tracing.place(),
-                    hint=wrong.hint,
+                    hint=wrong.hint or (_call(function) if check is _tensor else None),
                 ) from None
         whole: Any = function
         result: R = whole(*[given.pop(name) for name in names[: len(args)]], **given)
         return result
 
     return checked
+
+
+def _call(function: Callable[..., Any]) -> str:
+    """Return the call of a layer, for a size or a text in place of a tensor, as in PyTorch's nn.Embedding(100, 16)."""
+    return f"t.{spelled_call(function.__name__, inspect.signature(function))}"
 
 
 def _tensor(name: str, value: Any) -> Expr:
@@ -95,8 +101,8 @@ def _tensor(name: str, value: Any) -> Expr:
         raise _Wrong("a tensor", "an optional input that was left out is None: inputs=(...) of compile includes it")
     if isinstance(value, list | tuple) and any(isinstance(each, Expr) for each in value):
         raise _Wrong("one tensor", "t.concat(a, b, axis=1) joins tensors")
-    numbers = isinstance(value, np.ndarray | np.generic | int | float | list | tuple)
-    raise _Wrong("a tensor", "t.constant(...) builds a tensor from numbers" if numbers else None)
+    arrays = isinstance(value, np.ndarray | np.generic | list | tuple) or hasattr(value, "__array__")
+    raise _Wrong("a tensor", "t.constant(...) builds a tensor from numbers" if arrays else None)
 
 
 def _integer(name: str, value: Any) -> int:

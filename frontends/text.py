@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ from treadle.frontends.vocabularies.folder_vocabulary import (
 )
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.ir.source_lines import user_line
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.ir.wording.other_interfaces import TOKENIZER_ATTRIBUTES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
@@ -91,6 +93,14 @@ class EncodedText:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+_ELSEWHERE = {
+    "padding": "leave it out: a batch is padded to its longest text",
+    "return_tensors": "leave it out: a batch has arrays",
+    **dict.fromkeys(("truncation", "max_length"), "leave it out: a text longer than tokenizer.max_tokens is truncated"),
+}
+"""Options of Hugging Face's tokenizers, with what `batch` does."""
 
 
 @with_attribute_hints("a tokenizer", TOKENIZER_ATTRIBUTES)
@@ -168,11 +178,16 @@ class TextTokenizer:
         names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
         return cls(made, most, read_special_tokens(settings), names)
 
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Raise UsageError: the tokenizers of Hugging Face are called, and this one has methods."""
+        hint = 'tokenizer.ids(["a text"])[0], a list of ids; tokenizer.batch(["a", "b"]), one padded array'
+        raise UsageError("a tokenizer is not callable", source=str(user_line() or "") or None, hint=hint)
+
+    @with_checked_call(_ELSEWHERE)
     def batch(self, texts: Sequence[str]) -> TokenBatch:
         """Return texts as one padded array. Raises UsageError if there are none, for a text that is not valid
         Unicode, and as `for_model` says.
         """
-        _refuse_one_text(texts, "batch")
         if not texts:
             raise UsageError("there is no text")
         for text in texts:
@@ -374,6 +389,7 @@ class TextTokenizer:
         """Return ids as text, without special tokens unless `special`; bytes that are not a whole character become
         U+FFFD.
         """
+        _refuse_other_ids(ids)
         decoded = guarded(
             lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids cannot be decoded", FILE
         )
@@ -396,11 +412,15 @@ def _refuse_one_text(texts: Sequence[object], method: str) -> None:
     """Raise UsageError for a text in place of a list of texts."""
     if isinstance(texts, str):
         shown = texts if len(texts) < 40 else "the cat"
-        raise UsageError(
-            f"{method} takes a list of texts",
-            received="a text",
-            hint=f"{method}([{shown!r}])" + "[0]" * (method != "batch"),
-        )
+        what = f"{method} takes a list of texts"
+        raise UsageError(what, received="a text", hint=f"{method}([{shown!r}])[0]")
+
+
+def _refuse_other_ids(ids: Any) -> None:
+    """Raise UsageError for a text, or for the ids of several texts, in place of the ids of one text."""
+    if isinstance(ids, str) or (isinstance(ids, list | tuple) and any(isinstance(each, list | tuple) for each in ids)):
+        hint = "tokenizer.ids([text])[0] returns the ids of a text" if isinstance(ids, str) else "text(ids[0])"
+        raise UsageError("text takes the ids of one text", received=f"{ids!r:.80}", hint=hint)
 
 
 def _refuse_surrogates(text: str) -> None:

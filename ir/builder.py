@@ -197,7 +197,7 @@ class Builder(OpMethods):
                         f"{op.name}: an operand must be a tensor, not a {type(given[i]).__name__} of tensors",
                         hint=f"one of its tensors: {', '.join(f'.{name}' for name in fields)}"
                         if fields
-                        else f"tensors one by one, as in {op.name}(x, y)",
+                        else f"tensors one by one, as in {op.name}(x, y), with the same options",
                     )
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype

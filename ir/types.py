@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import GraphError, ParseError, SizeError
 from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import Size, SizeLike, product
+from treadle.ir.source_lines import user_line
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class DType:
         if isinstance(dims, str):
             return parse_type(f"{self.name}[{dims}]")
         return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
+
+    def __call__(self, value: object = "B S", *_: object) -> NoReturn:
+        """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
+        raise GraphError(
+            f"{self.name} is a dtype, and not called",
+            received=f"{value!r}"[:80],
+            source=str(user_line() or "") or None,
+            hint=f't.{self.name}["{value}"]' if isinstance(value, str) else f"x.to(t.{self.name})",
+        )
 
     @property
     def numpy(self) -> np.dtype[Any] | None:

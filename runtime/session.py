@@ -48,11 +48,12 @@ CHUNK = 256
 _WIDTH = 16  # chunk widths are multiples of this, so that few sizes occur
 _RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
 _TOKENS = "session.prefill({row: [464, 3139]})"
+_APPENDED = f"{_TOKENS}, or session.step({{row: 464}})"
 _PROMPT = "session.prompt([464, 3139])"
 
 
 @with_attribute_hints("a session", SESSION_ATTRIBUTES)
-@with_checked_methods(examples={"tokens": _TOKENS, "prompt": _PROMPT, "other": _PROMPT})
+@with_checked_methods(examples={"tokens": _APPENDED, "prompt": _PROMPT, "other": _PROMPT})
 class Session:
     """Rows of text with their caches; see the module.
 
@@ -577,8 +578,14 @@ def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     except TypeError as error:
         given: Any = tokens
         hint = "integers"
-        if not isinstance(given, Sized):
+        if not hasattr(given, "__len__"):
             hint = f"a sequence of integers, such as [{given}]"
-        elif not isinstance(given, str) and any(isinstance(each, Sized) for each in tokens):
-            hint = "the ids of one row: tokens[0]"
+        elif isinstance(given, Mapping):
+            hint = "a list of integers, such as [464, 3139]"
+        elif isinstance(given, str) or any(isinstance(each, str) for each in given):
+            hint = 'the ids of a text: tokenizer.ids(["a text"])[0]'
+        elif len(given) == 1 and getattr(given[0], "ndim", 0) == 1 and "float" in str(given[0].dtype):
+            hint = "int(logits.argmax()), if this is a row of logits"
+        elif any(isinstance(each, Sized) for each in given):
+            hint = "the ids of one row: tokens[0]; session.prefill appends several ids, session.step one"
         raise UsageError(f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint=hint) from error

@@ -300,3 +300,34 @@ def test_a_declaration_is_a_function() -> None:
         with raises_freely(t.FrontendError, match="@t.model decorates a function of tensors"):
             t.model(value)
     assert t.follow(classes, "S").axis == "S"
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: t.AdamW(betas=(0.8, 0.95)), "beta1=0.8, beta2=0.95"),  # type: ignore[call-arg]
+        (lambda: t.AdamW(betas=(0.8, 0.95, 0.9)), "beta1=0.9, beta2=0.999"),  # type: ignore[call-arg]
+        (lambda: t.from_torch(None, (), dynamic_axes={"x": {0: "N"}}), "dynamic={'x': {0: 'N'}}"),  # type: ignore[call-arg, arg-type]
+        (lambda: t.from_torch(None, example_inputs=()), "example=..."),  # type: ignore[call-arg, arg-type]
+    ],
+)
+def test_a_hint_for_another_name_keeps_the_values(call: Callable[[], Any], hint: str) -> None:
+    with raises_freely(t.UsageError) as caught:
+        call()
+    assert str(caught.value.hint) == hint
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "hint"),
+    [
+        ("generate", {"stream": True}, "stream(prompt)"),
+        ("generate", {"beams": 2}, "search(prompts, beams="),
+        ("generate", {"messages": []}, 'print(*chat().say("Hello")'),
+        ("chat", {"messages": []}, 'print(*chat().say("Hello")'),
+    ],
+)
+def test_the_hint_names_the_method_of_a_task(method: str, options: dict[str, Any], hint: str) -> None:
+    model = LoadedModel(Program.of("no-such-folder"))
+    with raises_freely(t.UsageError) as caught:
+        getattr(model, method)(*["a"] * (method != "chat"), **options)
+    assert str(caught.value.hint).startswith(hint)

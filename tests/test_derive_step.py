@@ -312,5 +312,5 @@ def test_an_output_that_can_be_stepped_alone_is_proposed() -> None:
     }"""
     with pytest.raises(PassError, match="no axis that may be stepped") as caught:
         derive_step(parse_graph(text))
-    assert str(caught.value.hint) == "outputs=['logits']"
+    assert str(caught.value.hint) == "outputs=['logits'] of t.compile"
     derive_step(PassManager([DeadCode()]).run(choose_outputs(parse_graph(text), ["logits"])).graph)

@@ -168,7 +168,61 @@ def test_keywords_stand_behind_a_star() -> None:
     assert layer.value.hint == "t.linear(x, out, *, bias=True, name)"
     with pytest.raises(FrontendError) as stack:
         traced(lambda x: list(t.stack("h")))  # type: ignore[call-arg]
-    assert (stack.value.hint or "").endswith("and this repeats a block: t.stack(name, count, *, shared=False)")
+    assert stack.value.hint == "t.stack(name, count, *, shared=False)", "the text is no tensor of PyTorch's stack"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x + t.constant([1.0], "float16"),  # type: ignore[arg-type]
+        lambda x: x + t.constant([1.0], dtype=np.float16),  # type: ignore[arg-type]
+        lambda x: x + t.parameter("w", 8, dtype="f16"),  # type: ignore[arg-type]
+        lambda x: t.embed(x.long(), 8, 8, dtype="f16", name="f"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_dtype_by_its_name_or_of_another_library(body: Body) -> None:
+    assert (refusal(body).hint or "").removeprefix("dtype=") == "t.f16"
+
+
+def test_a_constant_takes_the_name_of_a_dtype() -> None:
+    traced(lambda x: x + t.constant([1], "f32"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda x: t.embed(100, 16, name="f"), "t.embed(ids, count=None, dim=None"),  # type: ignore[arg-type]
+        (lambda x: t.linear(8, 4, name="f"), "t.linear(x, out, *"),  # type: ignore[arg-type]
+        (lambda x: t.cross_attention(x, 2), "t.cross_attention(x, context, heads, *"),  # type: ignore[call-arg, arg-type]
+        (lambda x: t.linear(np.ones(8), 4, name="f"), "t.constant(...) builds"),  # type: ignore[arg-type]
+        (lambda x: t.reshape(x, shape=("B", -1)), "x.reshape('B', -1), whose -1 is the rest"),
+        (lambda x: t.reshape(x, shape=(-1, 8)), "x.reshape(-1, 8), whose -1 is the rest"),
+        (lambda x: t.f32("B 8"), 't.f32["B 8"]'),
+        (lambda x: t.f16(x), "x.to(t.f16)"),
+        (lambda x: t.f32[None, 8], 'a name such as "B"'),  # type: ignore[index]
+        (lambda x: t.f32["? 8"], 'a name such as "B"'),
+    ],
+)
+def test_a_hint_has_the_form_that_is_meant(body: Body, tried: str) -> None:
+    with pytest.raises(TreadleError) as caught:
+        traced(body)
+    assert (caught.value.hint or "").startswith(tried)
+
+
+def test_tensors_of_pytorch_are_positions() -> None:
+    """The hint for a wrong index names positions, which may be PyTorch's."""
+    torch = pytest.importorskip("torch")
+    a = np.arange(24, dtype=np.float32).reshape(1, 3, 8)
+    (y,) = compile(traced(lambda x: x[:, :, torch.tensor([0, 2])]), backend="numpy")(x=a).values()
+    np.testing.assert_array_equal(y, a[:, :, [0, 2]])
+    assert "x[:, positions]" in (refusal(lambda x: x[:, :, torch.tensor([0.5])]).hint or "")
+
+
+def test_the_greater_of_two_tensors_as_in_pytorch() -> None:
+    a = np.linspace(-1, 1, 24, dtype=np.float32).reshape(1, 3, 8)
+    for body, expected in ((lambda x: x.max(-x), np.abs(a)), (lambda x: x.min(-x), -np.abs(a))):
+        (y,) = compile(traced(body), backend="numpy")(x=a).values()
+        np.testing.assert_array_equal(y, expected)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -343,7 +397,7 @@ def test_python_protocols_on_tensors(body: Body, said: str, tried: str | None) -
         (lambda torch, x: torch.nn.functional.softmax(x, dim=-1), "softmax", "x.softmax(dim=-1)"),
         (lambda torch, x: torch.nn.functional.gelu(x), "gelu", "t.gelu(x)"),
         (lambda torch, x: torch.cat([x, x], dim=1), "cat", "t.concat(x, x, axis=1)"),
-        (lambda torch, x: torch.matmul(x, x), "matmul", "t.matmul(x, y)"),
+        (lambda torch, x: torch.matmul(x, x), "matmul", "x @ x"),
         (lambda torch, x: torch.ones(8).view_as(x), "view_as", "x.reshape(x.shape)"),
         (lambda torch, x: torch.nn.Linear(8, 8)(x), "linear", 't.linear(x, 64, name="f")'),
         (lambda torch, x: torch.nn.LayerNorm(8)(x), "layer_norm", 't.layer_norm(x, name="ln")'),
@@ -571,7 +625,7 @@ def test_a_bias_must_be_a_tensor_or_an_array() -> None:
     error = refusal(lambda x: t.alibi(2))
     assert (error.what, error.hint) == (
         "slopes must be a tensor of the model, or an array",
-        "[0.5, 0.25], numpy.array(...) or a tensor",
+        "[0.5, 0.25], the slope of each head, or a tensor",
     )
 
 

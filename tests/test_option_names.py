@@ -113,7 +113,7 @@ def test_every_name_of_ours_is_an_option_of_a_command_or_of_a_function() -> None
 def test_names_of_other_libraries_in_python() -> None:
     with raises_freely(t.FrontendError, match="has no option lr") as caught:
         t.Trainer("gpt2", lr=0.1)
-    assert str(caught.value.hint) == "did you mean learning_rate=, an option of train?"
+    assert str(caught.value.hint) == "did you mean learning_rate=, an option of Trainer?"
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,37 @@ def test_another_name_of_a_value_leads_to_ours(options: dict[str, str], python: 
     if " or " not in python:
         stages = CompileOptions.of("compile", {python.partition("=")[0]: python.partition("'")[2][:-1]}).stages()
         assert len(stages) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"warmup": 10}, 'learning_rate=t.Schedule(3e-4, warmup=100, steps=1000, shape="cosine")'),
+        ({"weight_decay": 0.1}, "optimizer=t.AdamW(weight_decay=0.1)"),
+        ({"momentum": 0.9}, "optimizer=t.SGD(momentum=0.9)"),
+        ({"bf16": True}, 'dtype="bf16"'),
+        ({"accumulate": 4}, "gradient_accumulation_steps=4"),
+    ],
+)
+def test_options_of_other_trainers(options: dict[str, Any], hint: str) -> None:
+    """The hint is an argument of t.Trainer, and is followed."""
+    pytest.importorskip("torch")  # NumPy has no bf16
+    with raises_freely(t.TreadleError) as caught:
+        t.Trainer("gpt2", backend="numpy", layers=1, dim=8, heads=2, vocab=20, **options)
+    assert str(caught.value.hint) == hint
+    eval(f't.Trainer("gpt2", backend="torch", layers=1, dim=8, heads=2, vocab=20, {hint})', {"t": t})
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"batch_size": 2}, "leave it out: a model is one graph"),
+        ({"input_shapes": {"x": (2, 8)}}, "leave it out: a model is one graph"),
+        ({"mesh": "tp=2"}, "leave it out: the command `treadle launch` starts ranks"),
+        ({"shapes": {"B": 2}, "memory": "1GB"}, "did you mean sizes="),
+    ],
+)
+def test_sizes_and_meshes_of_other_compilers(options: dict[str, Any], hint: str) -> None:
+    with raises_freely(t.TreadleError) as caught:
+        t.compile("gpt2", backend="numpy", layers=1, **options)
+    assert str(caught.value.hint).startswith(hint)

@@ -75,7 +75,17 @@ def test_an_axis_that_means_something_else_in_pytorch_is_not_taken() -> None:
     ("body", "tried"),
     [
         (lambda x: x.astype("f2"), "x.cast(t.f16)"),
-        (lambda x: x.eq(0), "x == x"),
+        (lambda x: x.eq(0), "x == 0"),
+        (lambda x: x.gt(x + 1), "x > (x + 1)"),
+        (lambda x: t.lt(x, 0), "x < 0"),
+        (lambda x: x.mm(x.mT), "x @ x.mT"),
+        (lambda x: t.bmm(x, x.mT), "x @ x.mT"),
+        (lambda x: t.max(x, x + 1), "x.max(x + 1)"),
+        (lambda x: t.geglu(x, 8), 't.gated_mlp(x, 8, act=t.gelu, name="mlp")'),
+        (lambda x: t.gelu_new(x), "t.gelu_tanh(x)"),
+        (lambda x: t.mlp(x, 8, act="gelu_new"), "act=t.gelu_tanh"),  # type: ignore[arg-type]
+        (lambda x: t.mlp(x, 8, act="swish"), "act=t.silu"),  # type: ignore[arg-type]
+        (lambda x: t.concat([x, x], axis=1), "tensors one by one, as in concat(x, y), with the same options"),
         (lambda x: x.cuda(), "x  # leave it out: target="),
         (lambda x: x.numpy(), "t.compile(model)(...)"),
         (lambda x: x.byte(), "x.to(t.u8)"),

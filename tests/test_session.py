@@ -13,6 +13,7 @@ from tests.stepped_models import MODELS, Model, Tokens
 from treadle.compiled import Compiled
 from treadle.ir.errors import BackendError, PassError, UsageError
 from treadle.runtime.generation import generate
+from treadle.runtime.session import _ids
 
 Array = np.ndarray[Any, Any]
 CONTEXT = 64
@@ -398,3 +399,18 @@ def test_axes_may_have_the_names_of_a_sessions_sizes() -> None:
     tokens = list(range(9))
     session = own.session(rows=1, capacity=16, chunk=4)
     near(session.prefill({(row := session.open()): tokens})[row], own(tokens=np.array([tokens]))["logits"][0, -1])
+
+
+@pytest.mark.parametrize(
+    ("token", "hint"),
+    [
+        ("a", "the ids of a text: tokenizer.ids"),
+        ([3], "the ids of one row: tokens[0]"),
+        (np.zeros(5, np.float32), "int(logits.argmax())"),
+        (3.0, "integers"),
+    ],
+)
+def test_the_hint_for_a_token_that_is_no_id(token: Any, hint: str) -> None:
+    with pytest.raises(UsageError, match="not a token id") as caught:
+        _ids("row 0", [token])
+    assert str(caught.value.hint).startswith(hint)

@@ -16,6 +16,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.text import EncodedText, TextTokenizer
 from treadle.frontends.vocabularies.folder_vocabulary import folder_chat_template
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.source import ModelSource
 
 END, UNKNOWN, A, CAT = 1, 2, 3, 4  # ids in the vocabulary SMALL, which merges adjacent unknown pieces
 
@@ -33,15 +34,19 @@ def test_rows_are_padded_and_what_is_cut_is_told(tmp_path: Path) -> None:
     assert batch.cut.tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("method", ["ids", "encode", "batch"])
+@pytest.mark.parametrize("method", ["ids", "encode"])
 def test_a_text_in_place_of_a_list_is_refused(method: str, tmp_path: Path) -> None:
     """A text is a sequence, too: of letters. The hint's call works."""
     tokenizer = opened(tmp_path)
     with pytest.raises(UsageError, match=f"{method} takes a list of texts") as caught:
         getattr(tokenizer, method)("a cat")
     found = eval(f"tokenizer.{caught.value.hint}", {"tokenizer": tokenizer})
-    ids = {"ids": lambda: found, "encode": lambda: list(found[0].ids), "batch": lambda: found.ids[0].tolist()}
+    ids = {"ids": lambda: found, "encode": lambda: list(found[0].ids)}
     assert ids[method]() == [A, CAT, END]
+    with pytest.raises(UsageError, match="texts must be a list") as of_batch:
+        tokenizer.batch("a cat")
+    batch = eval(f"tokenizer.batch({of_batch.value.hint})", {"tokenizer": tokenizer})
+    assert batch.ids.tolist() == [[A, CAT, END]]
 
 
 @pytest.mark.parametrize(
@@ -155,3 +160,20 @@ def test_the_template_of_a_conversation(held: dict[str, Any], template: str | No
     assert folder_chat_template(tmp_path) == template
     (tmp_path / "chat_template.jinja").write_bytes(b"four \xff")
     assert folder_chat_template(tmp_path) == "four \ufffd"
+
+
+def test_calls_of_other_tokenizers_lead_to_methods(tmp_path: Path) -> None:
+    tokenizer = opened(tmp_path)
+    for call, hint in (
+        (lambda: tokenizer("a text"), 'tokenizer.ids(["a text"])[0]'),
+        (lambda: tokenizer.text("a text"), "tokenizer.ids([text])[0]"),  # type: ignore[arg-type]
+        (lambda: tokenizer.text([[1, 2]]), "text(ids[0])"),  # type: ignore[list-item]
+        (lambda: tokenizer.batch(["a"], padding=True), "leave it out: a batch is padded"),  # type: ignore[call-arg]
+        (lambda: tokenizer.eos_token_id, "tokenizer.special_tokens()"),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert str(caught.value.hint).startswith(hint)
+    with pytest.raises(UsageError) as source:
+        ModelSource("folder")  # type: ignore[arg-type]
+    assert source.value.hint == "t.ModelSource.open('folder')"

@@ -272,3 +272,62 @@ def test_the_hint_for_an_output_of_an_unknown_class_names_containers_of_tensors(
     assert hint.startswith("return tensors, or tuples, lists and dicts of them")
     other = Applied(lambda x: {"y": x * 2})
     assert_equal(treadle.from_torch(other, (X,)), other, (X,))
+
+
+@pytest.mark.parametrize(
+    ("example", "hint"),
+    [
+        ((2, 3), "(torch.zeros(2, 3),)"),
+        ((torch.ones(2, 3), torch.ones(2, 3)), "(input,)"),
+        ((), "(input,)"),
+        ({"x": torch.ones(2, 3)}, "(input,)"),
+    ],
+)
+def test_an_example_that_does_not_fit(example: Any, hint: str) -> None:
+    """The hint is an example that fits."""
+    module = nn.Linear(3, 4)
+    with pytest.raises(treadle.UsageError, match="does not fit") as caught:
+        treadle.from_torch(module, example)
+    code, _, taken = str(caught.value.hint).partition(": ")
+    assert (code, taken) == (hint, "its forward takes input")
+    treadle.from_torch(module, eval(code, {"torch": torch, "input": torch.ones(2, 3)}))
+
+
+def test_a_dimension_that_another_argument_fixes() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x.masked_fill(mask, 0.0)
+
+    x = torch.ones(2, 3)
+    with pytest.raises(treadle.TreadleError, match="specialized dimension 0") as caught:
+        treadle.from_torch(Masked(), (x, x > 0), dynamic={"x": "B _"})
+    assert "call the dimension of size 2 of mask B too" in str(caught.value.hint)
+    treadle.from_torch(Masked(), (x, x > 0), dynamic={"x": "B _", "mask": "B _"})
+
+
+def test_a_dimension_of_torch_export() -> None:
+    for dim, hint in ((torch.export.Dim("N"), "{'x': {0: 'N'}}"), (torch.export.Dim.DYNAMIC, "{'x': {0: 'B'}}")):
+        with pytest.raises(treadle.UsageError, match="must be an identifier") as caught:
+            treadle.from_torch(nn.ReLU(), {"input": torch.ones(2, 3)}, dynamic={"input": {0: dim}})
+        assert caught.value.hint == hint.replace("x", "input")
+
+
+def test_an_imported_module_is_compiled_before_it_runs() -> None:
+    imported = treadle.from_torch(nn.Linear(3, 4), (torch.ones(2, 3),))
+    with pytest.raises(treadle.TreadleError, match="imported, not compiled"):
+        imported(torch.ones(2, 3))
+    for name in ("eval", "state_dict", "forward"):
+        with pytest.raises(treadle.UsageError, match=f"has no .{name}") as caught:
+            getattr(imported, name)
+        assert caught.value.hint
+    assert imported.weights.keys() == {"weight", "bias"}
+    with pytest.raises(treadle.UsageError, match="takes no configuration") as dynamic:
+        treadle.compile(imported, dynamic=True)
+    assert "dynamic= of t.from_torch" in str(dynamic.value.hint)
+
+
+def test_a_class_of_modules_is_no_model() -> None:
+    with pytest.raises(treadle.UsageError) as caught:
+        treadle.compile(nn.Linear)  # type: ignore[arg-type]
+    assert str(caught.value.hint).startswith("t.from_torch(module, example_inputs)")
+    assert str(caught.value.hint).endswith("module = Linear(...)")

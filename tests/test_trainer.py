@@ -581,9 +581,17 @@ def test_targets_that_are_numbers_lead_to_the_mean_squared_error(dtype: Any, num
     assert np.isfinite(Trainer(measured, loss="mse", output="y", backend="numpy").step(x=x, targets=y).loss)
 
 
-@pytest.mark.parametrize("loss", ["bce", "y"])
-def test_a_loss_that_the_model_does_not_have_leads_to_one_that_it_may_have(loss: str) -> None:
-    with pytest.raises(UsageError, match="so it cannot be a loss") as caught:
+def test_ones_for_a_model_of_one_number_are_numbers() -> None:
+    """They are a share for each of one class too, but one class has nothing to learn."""
+    y = np.ones((2, 1))
+    with pytest.raises(UsageError, match="targets are class indices, from 0 to 0") as caught:
+        Trainer(measured, output="z", backend="numpy").step(x=np.ones((2, 4), np.float32), targets=y)
+    assert str(caught.value.hint).startswith('loss="mse"')
+
+
+@pytest.mark.parametrize("loss", ["bce", "y", None, t.cross_entropy])
+def test_a_loss_that_the_model_does_not_have_leads_to_one_that_it_may_have(loss: Any) -> None:
+    with pytest.raises(UsageError, match=r"so it cannot be a loss|loss= is") as caught:
         Trainer(measured, loss=loss)
     assert 'return {"loss": ...}' in str(caught.value.hint) and 'loss="mse"' in str(caught.value.hint)
 

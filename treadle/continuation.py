@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from treadle.tasks.images.reading import Image
 
 _CAUSAL = "a causal language model, such as smollm2"
-_OTHER_KINDS = f"{_CAUSAL}; treadle embed, classify, fill, ... run other kinds"
+_OTHER_KINDS = Hint(
+    f"{_CAUSAL}; the methods embed, classify, fill, ... of t.load run other kinds",
+    f"{_CAUSAL}; treadle embed, classify, fill, ... run other kinds",
+)
 
 MOST_ROWS = 8
 """Maximum number of texts that are generated at the same time; further prompts wait."""

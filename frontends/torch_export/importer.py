@@ -71,7 +71,14 @@ that need no guard.
 
 
 _DYNAMIC = 'dynamic={"input_ids": "B S"}'
-_ELSEWHERE = {"dynamic_axes": _DYNAMIC, "dynamic_shapes": _DYNAMIC, "dynamic_dims": _DYNAMIC, "args": "example=..."}
+_ELSEWHERE = {
+    "dynamic_axes": _DYNAMIC,
+    "dynamic_shapes": _DYNAMIC,
+    "dynamic_dims": _DYNAMIC,
+    "args": "example=...",
+    "example_inputs": "example=...",
+}
+_ELSEWHERE |= {"inputs": "example=...", "example_args": "example=...", "example_kwargs": "example=..."}
 """Options of from_torch by their names in torch.export and torch.onnx."""
 
 

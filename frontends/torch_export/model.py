@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,14 @@ import numpy.typing as npt
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.source_lines import user_line
+from treadle.ir.wording.other_interfaces import IMPORTED_ATTRIBUTES
+from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 Array = npt.NDArray[Any]
 
 
+@with_attribute_hints("an imported module", IMPORTED_ATTRIBUTES)
 @dataclass(frozen=True)
 class TorchModel:
     """An imported module.
@@ -51,6 +55,14 @@ class TorchModel:
         )
         held = f"{len(self.weights)} weight{'s' * (len(self.weights) != 1)}"
         return f"<imported {self.name}: ({takes}) -> ({gives}), {held}>"
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Raise FrontendError: an imported module is a graph, which runs when it is compiled."""
+        raise FrontendError(
+            f"{self.name} is imported, not compiled",
+            source=str(user_line() or "") or None,
+            hint="t.compile(imported), which returns an executable",
+        )
 
     def arguments(self, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Array]:
         """Return arrays by input name, as the executable takes them, for tensors as the module takes them.

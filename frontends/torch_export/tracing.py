@@ -55,7 +55,7 @@ def check_example(example: Any) -> None:
     """Raise UsageError for anything but a tuple or a dict of arguments."""
     if not isinstance(example, tuple | Mapping):
         what = "the example must be a tuple of arguments, or a dict of them"
-        hint = "a tuple of one argument is (x,)" if hasattr(example, "ndim") else None
+        hint = "a tuple of tensors, (x,) for one argument, or a dict of them by name"
         raise UsageError(what, received=type(example).__name__, hint=hint)
 
 
@@ -65,9 +65,8 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
         signature = inspect.signature(module.forward)
         bound = signature.bind(*example) if isinstance(example, tuple) else signature.bind(**example)
     except TypeError as error:
-        raise UsageError(
-            "the example does not fit the module's forward", received=str(error), hint="a tuple, or a dict by name"
-        ) from None
+        what, hint = "the example does not fit the module's forward", _fitting_example(signature, example)
+        raise UsageError(what, received=str(error), hint=hint) from None
     except ValueError:
         return dict(example) if isinstance(example, Mapping) else {}
     found: dict[str, Any] = {}
@@ -80,6 +79,16 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
             case _:
                 found[name] = value
     return found
+
+
+def _fitting_example(signature: inspect.Signature, example: Example) -> str:
+    """Return the hint for an example that does not fit: the required arguments of the module's forward, as a tuple."""
+    taken = f"its forward takes {', '.join(signature.parameters) or 'no arguments'}"
+    if isinstance(example, tuple) and example and all(type(size) is int for size in example):  # the shape of one
+        return f"(torch.zeros({', '.join(map(str, example))}),): {taken}"
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p.name for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty]
+    return f"({', '.join(needed)}{',' * (len(needed) == 1)}): {taken}"
 
 
 @contextmanager
@@ -172,15 +181,16 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
         dims = dict(given)
     else:
         raise UsageError(
-            f"dynamic= for {name} is {given!r}"[:120], hint=f"{{{name!r}: 'B S'}}, or {{{name!r}: {{1: 'S'}}}}"
+            f"dynamic= for {name} is {given!r}"[:120],
+            hint=f"{{{name!r}: {' '.join('B____'[:rank])!r}}}, or {{{name!r}: {{0: 'B'}}}}",
         )
     for axis, symbol in list(dims.items()):
         if not isinstance(axis, int) or not -rank <= axis < rank:
             raise UsageError(f"{name} has no dimension {axis}", received=f"rank {rank}")
         if not isinstance(symbol, str) or not symbol.isidentifier() or not symbol.isascii():
-            raise UsageError(
-                f"the name of a dimension must be an identifier, not {symbol!r}", hint=f"{{{name!r}: 'B S'}}"
-            )
+            known = getattr(symbol, "__name__", "BS"[axis != 0])  # of torch.export.Dim("B")
+            hint = f"{{{name!r}: {{{axis}: {known!r}}}}}"
+            raise UsageError(f"the name of a dimension must be an identifier, not {symbol!r}", hint=hint)
         dims[axis % rank] = dims.pop(axis)
     return dims
 
@@ -331,6 +341,15 @@ def _specialized_at(val: Any, size: int) -> str | None:
     return None
 
 
+def _user_inputs(program: torch.export.ExportedProgram) -> Collection[str]:
+    return {name for name in program.graph_signature.user_inputs if isinstance(name, str)}
+
+
+def _has_fixed(x: Any, size: int) -> bool:
+    """Return True if a dimension of a tensor of the example is fixed to a size."""
+    return any(isinstance(each, int) and each == size for each in getattr(x, "shape", ()))
+
+
 def name_symbols(
     program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
 ) -> tuple[Symbols, dict[str, Size]]:
@@ -340,6 +359,7 @@ def name_symbols(
     """
     symbols, sizes = Symbols(), dict[str, Size]()
     dims = []
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in _user_inputs(program)}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in opened:
             val = node.meta["val"]
@@ -347,6 +367,9 @@ def name_symbols(
     for argument, axis, name, size, val in dims:
         if isinstance(size, int) or size.node.expr.is_Integer:
             needed = "write x.shape[0] for len(x); a layer of that size and range(n) need a fixed size"
+            equal = [each for each, x in inputs.items() if each != argument and _has_fixed(x, int(size))]
+            if equal:
+                needed = f"call the dimension of size {int(size)} of {equal[0]} {name} too, if they are one; {needed}"
             raise FrontendError(
                 f"torch.export specialized dimension {axis} of {argument} to {int(size)}",
                 received=f"dynamic= calls it {name}",

@@ -401,9 +401,9 @@ class Alibi(BiasTerm):
         return visitor.alibi(self, *operands)
 
 
-def _require(condition: bool, what: str, term: Term) -> None:
+def _require(condition: bool, what: str, term: Term, hint: str | None = None) -> None:
     if not condition:
-        raise GraphError(what, received=term.text, source=str(user_line() or "") or None)
+        raise GraphError(what, received=term.text, source=str(user_line() or "") or None, hint=hint)
 
 
 def _require_integers(term: Term, **values: object) -> None:
@@ -421,4 +421,7 @@ def _require_integers(term: Term, **values: object) -> None:
 def _require_axes(axes: str, term: Term) -> None:
     held = axes.split()
     well = bool(held) and " ".join(held) == axes and held == [axis for axis in AXES if axis in held]
-    _require(well, f"{term.name}: axes must be some of b, h, s and t, once each and in that order", term)
+    letters = {*axes.lower().replace("q", "s").replace("k", "t")} - {*" ,"}
+    found = " ".join(axis for axis in AXES if axis in letters)
+    hint = f'"{found}": s is the axis of queries, t of keys' if found and letters <= {*AXES} else None
+    _require(well, f"{term.name}: axes must be some of b, h, s and t, once each and in that order", term, hint)

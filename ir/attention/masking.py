@@ -163,6 +163,8 @@ def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
         hint = "attention takes both: mask=..., bias=..."
     elif hint is None and hasattr(other, "ndim"):
         hint = _tensor_hint(other)
+    elif hint is None and isinstance(other, list | tuple) and all(isinstance(each, Masks) for each in other):
+        hint = "a & b, in place of [a, b]"
     elif hint is None and other is True:
         hint = "mask=t.causal"
     elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
@@ -189,15 +191,18 @@ _INCLUDED = Hint(
 )
 
 
-def _given(x: object, what: str) -> ExprLike:
-    """Return the tensor or array of a mask or bias. Raises GraphError if an optional input was left out."""
+def _given(x: object, what: str, example: str = "numpy.array(...)") -> ExprLike:
+    """Return the tensor or array of a mask or bias. Raises GraphError if an optional input was left out.
+
+    example  an array that it can be, in a hint
+    """
     if isinstance(x, Expr | np.ndarray | list | tuple) or hasattr(x, "__array__"):
         return x  # type: ignore[return-value]  # a tensor of PyTorch becomes a constant as NumPy's arrays do
     raise GraphError(
         f"{what} must be a tensor of the model, or an array",
         received="None" if x is None else type(x).__name__,
         source=str(user_line() or "") or None,
-        hint=_INCLUDED if x is None else "[0.5, 0.25], numpy.array(...) or a tensor",
+        hint=_INCLUDED if x is None else f"{example}, or a tensor",
     )
 
 
@@ -208,7 +213,7 @@ def window(size: int) -> Masks:
 
 def padding(lengths: ExprLike) -> Masks:
     """A row's first lengths[b] keys. lengths: i64[b]."""
-    return Masks(((Padding(), (_given(lengths, "lengths"),)),))
+    return Masks(((Padding(), (_given(lengths, "lengths", "[3, 5], the length of each row"),)),))
 
 
 def segments(queries: ExprLike, keys: ExprLike | None = None) -> Masks:
@@ -251,7 +256,7 @@ def t5_relative(table: ExprLike, *, buckets: int = 32, max_distance: int = 128, 
 
 def alibi(slopes: ExprLike) -> Biases:
     """Each head's slope times (j - i). slopes: float[h]."""
-    return Biases(((Alibi(), (_given(slopes, "slopes"),)),))
+    return Biases(((Alibi(), (_given(slopes, "slopes", "[0.5, 0.25], the slope of each head"),)),))
 
 
 def attend(

@@ -299,7 +299,11 @@ class Reshape(Primitive):
         (x,) = types
         assert x is not None
         if x.elements != product(self.shape):
-            raise RuleError(f"x has {x.elements} elements, but the shape has {product(self.shape)}")
+            rest = [str(size) if size.constant is not None else repr(str(size)) for size in self.shape]
+            raise RuleError(
+                f"x has {x.elements} elements, but the shape has {product(self.shape)}",
+                hint=f"x.reshape({', '.join(rest)}), whose -1 is the rest" if rest.count("-1") == 1 else None,
+            )
 
     def reference(self, x: Any) -> Any:
         return x.reshape([_number(size) for size in self.shape])

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 
 from treadle.ir.errors import SizeError
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.sizing.sizes import VARIABLE, Size
 
 _TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)", re.ASCII)
 MOST_TOKENS = 200
@@ -27,7 +27,8 @@ def parse_size(text: str) -> Size:
         match = _TOKEN.match(stripped, at)
         if match is None:
             at += len(stripped[at:]) - len(stripped[at:].lstrip())
-            raise SizeError(f"not a size: {_shortened(text)}", within=f"column {at + 1}")
+            hint = VARIABLE if text.strip() in ("?", ":") else None
+            raise SizeError(f"not a size: {_shortened(text)}", within=f"column {at + 1}", hint=hint)
         tokens.append((match.group(1), match.start(1)))
         at = match.end()
         if len(tokens) > MOST_TOKENS:

@@ -25,6 +25,9 @@ from treadle.ir.sizing.size_numbers import SizeNumbers
 
 SizeLike: TypeAlias = "Size | int | str"
 
+VARIABLE = 'a name such as "B", for a size that differs from call to call'
+"""The hint for the signs that other libraries have for such a size: None, -1, ? and :."""
+
 
 class Quotient:
     """The atom `numerator // denominator`, rounded down. Immutable; its text determines its order among atoms."""
@@ -100,6 +103,8 @@ class Size(SizeNumbers):
             return _constant(operator.index(value))
         except TypeError:
             hint = getattr(value, "label_hint", None)  # of a labelled dimension, whose class is defined above sizes
+            given: Any = value
+            hint = hint or (VARIABLE if given is None else None)
             raise SizeError(f"a size is an integer or an expression of symbols, not {value!r}", hint=hint) from None
 
     @staticmethod

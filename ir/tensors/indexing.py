@@ -76,7 +76,8 @@ def _plain(x: Expr, item: Any) -> Any:
     """Return an item of an index as None, Ellipsis, a slice, an integer, a Size, an Expr or an array of integers."""
     if item is None or item is Ellipsis or isinstance(item, slice):
         return item
-    if isinstance(item, Expr | list | np.ndarray) or (isinstance(item, np.generic) and item.dtype.kind != "i"):
+    is_array = isinstance(item, list | np.ndarray) or _is_foreign_array(item)
+    if isinstance(item, Expr) or is_array or (isinstance(item, np.generic) and item.dtype.kind != "i"):
         flags = item.dtype.kind == "bool" if isinstance(item, Expr) else np.asarray(item).dtype.kind == "b"
         if flags:
             raise _refusal(
@@ -91,6 +92,11 @@ def _plain(x: Expr, item: Any) -> Any:
             raise _unreadable(x, item)
         return array
     return _edge(x, item)
+
+
+def _is_foreign_array(item: object) -> bool:
+    """Return True for a tensor of PyTorch, or another library's array, with one axis or more."""
+    return hasattr(item, "__array__") and not isinstance(item, Expr | np.generic) and np.ndim(item) > 0
 
 
 def _edge(x: Expr, item: Any) -> int | Size:

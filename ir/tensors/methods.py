@@ -387,14 +387,18 @@ class TensorMethods(CastMethods):
     def max(self, dim: None = None) -> Expr: ...
     @overload
     def max(self, dim: int, keepdim: bool = False) -> Extremum: ...
-    def max(self, dim: int | None = None, keepdim: bool = False) -> Expr | Extremum:
+    @overload
+    def max(self, dim: Expr) -> Expr: ...
+    def max(self, dim: int | Expr | None = None, keepdim: bool = False) -> Expr | Extremum:
         """Return the greatest element; with `dim`, the pair `(values, indices)` along that axis, as PyTorch does.
 
         If several elements are equal, the index is the first, and the gradient goes to it. `amax` returns the values
-        alone.
+        alone. With a tensor in place of `dim`, the greater elements of both, as PyTorch does.
         """
         if dim is None:
             return self.amax()
+        if isinstance(dim, TensorMethods):
+            return self.builder.maximum(self._expr, dim)
         values = self.builder.reduce_max(self._expr, axes=(self._axis(dim),), keep=keepdim, ties="first")
         return Extremum(values, self.argmax(dim, keepdim))
 
@@ -402,10 +406,14 @@ class TensorMethods(CastMethods):
     def min(self, dim: None = None) -> Expr: ...
     @overload
     def min(self, dim: int, keepdim: bool = False) -> Extremum: ...
-    def min(self, dim: int | None = None, keepdim: bool = False) -> Expr | Extremum:
+    @overload
+    def min(self, dim: Expr) -> Expr: ...
+    def min(self, dim: int | Expr | None = None, keepdim: bool = False) -> Expr | Extremum:
         """Return the least element; with `dim`, the pair `(values, indices)` along that axis. See `max`."""
         if dim is None:
             return self.amin()
+        if isinstance(dim, TensorMethods):
+            return self.builder.minimum(self._expr, dim)
         values = self.builder.reduce_min(self._expr, axes=(self._axis(dim),), keep=keepdim, ties="first")
         return Extremum(values, self.argmin(dim, keepdim))
 

@@ -27,7 +27,7 @@ CROSS_ENTROPY, SQUARED_ERROR = "cross-entropy", "mse"
 OWN_LOSS = 'return {"loss": ...} from the model, computed from its inputs, and pass loss="loss"'
 """The hint for a loss of another kind."""
 
-_BUILT_IN = f'loss="{CROSS_ENTROPY}" for classes, loss="{SQUARED_ERROR}" for numbers'
+BUILT_IN = f'loss="{CROSS_ENTROPY}" for classes, loss="{SQUARED_ERROR}" for numbers'
 
 
 def with_cross_entropy(graph: Graph, output: str) -> Graph:
@@ -82,7 +82,7 @@ def with_own_loss(graph: Graph, output: str) -> Graph:
     scalars = [name for name, value in outputs.items() if not value.type.rank and value.type.dtype is f32]
     if output not in scalars:
         near = NearestNames(scalars).of(output, 1) or scalars
-        hint = f"loss={near[0]!r}" if near else "; or ".join([_BUILT_IN, OWN_LOSS])
+        hint = f"loss={near[0]!r}" if near else "; or ".join([BUILT_IN, OWN_LOSS])
         what = f"output {output} is not a scalar" if output in outputs else f"the model has no output {output}"
         received = ", ".join(f"{name}: {value.type}" for name, value in outputs.items())
         raise UsageError(f"{what}, so it cannot be a loss", received=received, hint=hint)
@@ -96,7 +96,7 @@ def _scored(graph: Graph, output: str) -> tuple[Builder, Expr, Expr]:
     scores = _output(b, output)
     if not scores.rank or scores.dtype is not f32 or scores.shape[-1].constant is None:
         raise UsageError(
-            f"output {output} has no classes along its last axis", received=str(scores.type), hint=_BUILT_IN
+            f"output {output} has no classes along its last axis", received=str(scores.type), hint=BUILT_IN
         )
     targets = b.input(_free(graph, TARGETS), Type(i64, scores.type.dims[:-1]))
     return b, scores, targets

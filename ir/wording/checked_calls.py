@@ -201,6 +201,12 @@ def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any])
     """Return hints with the numbers of a call in place of an example's: `most=5` for `most=64`, and only the options
     that the call has for `Sampling(temperature=0.7, top_k=50)`.
     """
+    values, parts = options.get(option), hints.get(option, "").split(", ")
+    if isinstance(values, tuple | list) and len(values) == len(parts) and all(re.match(r"\w+=", x) for x in parts):
+        pairs = zip(parts, values, strict=True)  # betas=(0.9, 0.99): beta1=0.9, beta2=0.99
+        hints = {**hints, option: ", ".join(f"{part.partition('=')[0]}={value!r}" for part, value in pairs)[:80]}
+    if option in hints and isinstance(options.get(option), Mapping):  # dynamic_axes={"x": {0: "B"}}: the same value
+        hints = {**hints, option: f"{hints[option].partition('=')[0]}={options[option]!r}"}
     typed = {name: repr(value) for name, value in options.items() if type(value) in (int, float)}
     found = {}
     for other, hint in hints.items():

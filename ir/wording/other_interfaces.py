@@ -74,14 +74,16 @@ ENTRY_WORDS = _by_word(
         "eval": _NO_MODES,
         "optim Adam adam adamw Optimizer RMSprop": "t.Trainer(model, optimizer=t.AdamW())  # or t.SGD()",
         "sgd": "t.Trainer(model, optimizer=t.SGD())",
-        "lr_scheduler": "t.Trainer(model, learning_rate=t.Schedule(3e-4, warmup=100))",
+        "lr_scheduler StepLR LinearLR CosineAnnealingLR OneCycleLR LambdaLR get_linear_schedule_with_warmup "
+        "get_cosine_schedule_with_warmup": "t.Trainer(model, learning_rate=t.Schedule(3e-4, warmup=100))",
         "functional F": "t.relu  # functions are names of treadle itself",
         "Sequential ModuleList ModuleDict Module": _NO_MODULES,
         "device cuda device_put": _CUDA,
         "synchronize empty_cache": "leave it out: a call returns when its outputs are computed",
         "manual_seed seed set_seed": _SEED,
-        "rand randn random randint": _NUMBERS,
-        "save_model save_pretrained save_file save_weights": f'{_SAVE}; trainer.save("folder") writes weights alone',
+        "rand randn random randint normal uniform": _NUMBERS,
+        "save_model save_pretrained save_file save_weights save_artifact": f'{_SAVE}; trainer.save("folder") writes '
+        "weights alone",
         "load_state_dict load_file load_weights load_checkpoint": _WEIGHTS,
         "state_dict weights": "t.compile(model).weights",
         "grad value_and_grad backward autograd": f"{_STEP}: it computes the gradients and updates the weights",
@@ -102,7 +104,7 @@ ENTRY_WORDS = _by_word(
         "is_available version": "t.__version__  # the command `treadle doctor` lists what is installed",
         "set_default_dtype get_default_dtype autocast amp": _BF16,
         "Config AutoConfig PretrainedConfig from_config": 't.compile(model, config={"dim": 16})',
-        "fetch": 't.fetch_model("minilm")',
+        "fetch download": 't.fetch_model("minilm")',
         "hub snapshot_download hf_hub_download": 't.fetch_model("organization/name")',
         "profile profiler": _PROFILE,
         "lstm LSTM LSTMCell gru GRU GRUCell rnn RNN RNNCell": "leave it out: a recurrence over positions is one step, "
@@ -126,7 +128,8 @@ ENTRY_WORDS = _by_word(
         "zoo model_zoo list_models": 't.compile("gpt2", layers=2)  # a family of the zoo',
         "fake_quant": _QUANTIZE,
         "dtype": "t.f32  # or t.f64, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8, t.boolean",
-        "float8_e4m3fn f8 float8 int4 uint4 uint16 uint32 uint64 complex64 complex128 string": "leave it out: tensors "
+        "float8_e4m3fn float8_e5m2 f8 f8e4m3 fp8 float8 i4 u4 int4 uint4 u16 u32 u64 uint16 uint32 uint64 complex64 "
+        "complex128 string": "leave it out: tensors "
         "have the dtypes t.f64, t.f32, t.f16, t.bf16, t.i64, t.i32, t.i16, t.i8, t.u8 and t.boolean; quantize= of "
         "t.compile stores weights in 8 or 4 bits",
         "distributed DistributedDataParallel DataParallel parallel shard": "leave it out: the command `treadle launch` "
@@ -222,10 +225,11 @@ TRAINER_ATTRIBUTES = _by_word(
     {
         "train fit": "trainer.step(tokens=tokens, targets=targets)  # for each batch",
         "backward": "leave it out: trainer.step computes the gradients and updates the weights",
-        "eval": "trainer.evaluate(tokens=tokens, targets=targets)",
+        "eval loss": "trainer.evaluate(tokens=tokens, targets=targets)",
         "forward predict model": "trainer.compiled()",
         "state_dict parameters named_parameters": "trainer.weights",
-        "load_state_dict": 'trainer.restore("state.safetensors")  # a file of trainer.save_state',
+        "load_state_dict load_state load load_checkpoint resume": 'trainer.restore("state.safetensors")  # a file of '
+        "trainer.save_state",
         "save_model save_pretrained": 'trainer.save("trained")',
         "save_checkpoint": 'trainer.save_state("state.safetensors")',
         "to cuda cpu": 't.Trainer(model, target="cuda")',
@@ -233,6 +237,17 @@ TRAINER_ATTRIBUTES = _by_word(
     }
 )
 """Attributes of Hugging Face's trainer and of PyTorch's modules, which a trainer lacks."""
+
+IMPORTED_ATTRIBUTES = _by_word(
+    {
+        **_ANY,
+        "inspect summary": "print(imported.graph)",
+        "state_dict parameters named_parameters": "imported.weights",
+        "save save_pretrained": _SAVE,
+        "forward predict run": "t.compile(model)(tokens=tokens)",
+    }
+)
+"""Attributes of a module of PyTorch, which the model that `t.from_torch` returns lacks."""
 
 SESSION_ATTRIBUTES = _by_word(
     {
@@ -262,7 +277,8 @@ TOKENIZER_ATTRIBUTES = _by_word(
         "convert_tokens_to_ids token_to_id": 'tokenizer.id_of("a")',
         "vocab_size get_vocab_size": "tokenizer.size",
         "vocab get_vocab": "tokenizer.vocabulary()",
-        "all_special_tokens special_tokens_map": "tokenizer.special_tokens()",
+        "all_special_tokens special_tokens_map eos_token bos_token pad_token cls_token sep_token unk_token "
+        "eos_token_id bos_token_id pad_token_id": "tokenizer.special_tokens()  # tokenizer.id_of(name) returns an id",
         "model_max_length": "tokenizer.max_tokens",
     }
 )

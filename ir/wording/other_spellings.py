@@ -107,7 +107,8 @@ _WORDS = {
     "rint": "t.round(x)",
     "ceil": "-t.floor(-x)",
     "swish SiLU": "t.silu(x)",
-    "GELU": "t.gelu(x)",
+    "GELU gelu_python": "t.gelu(x)",
+    "gelu_new gelu_fast gelu_pytorch_tanh gelu_python_tanh": "t.gelu_tanh(x)",
     "ReLU": "t.relu(x)",
     "outer": "x[:, None] * y",
     "one_hot": "(positions[..., None] == t.iota(size=8)).long()  # of 8 classes",
@@ -142,7 +143,9 @@ _WORDS = {
     "MultiheadAttention mha multihead_attention": 't.self_attention(x, 4, name="attn")',
     "scaled_dot_product_attention sdpa": "t.attention(q, k, v)  # with mask=t.causal for is_causal=True",
     "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
-    "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
+    "swiglu SwiGLU": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
+    "geglu GEGLU GeGLU": 't.gated_mlp(x, 32, act=t.gelu, name="mlp")',
+    "sliding_window local_attention": "t.self_attention(x, 4, mask=t.causal & t.window(8))  # of 8 positions",
     "dropout Dropout": _NO_DROPOUT,
     "contiguous clone": _LEFT_OUT,
     "detach requires_grad": _NO_GRADIENT,
@@ -161,13 +164,13 @@ _WORDS = {
 }
 _METHODS = {
     "H mH adjoint": "x.mT",
-    "eq": "x == x",
-    "ne": "x != x",
-    "lt": "x < x",
-    "le": "x <= x",
-    "gt": "x > x",
-    "ge": "x >= x",
-    "sub": "x - x",
+    "eq": "x == y",
+    "ne": "x != y",
+    "lt": "x < y",
+    "le": "x <= y",
+    "gt": "x > y",
+    "ge": "x >= y",
+    "sub": "x - y",
     "astype": "x.cast(t.f32)",
     "matmul mm bmm dot": "x @ x.mT",
     "item numpy tolist": _NUMBERS,
@@ -210,7 +213,7 @@ def dtype_word(value: object) -> str | None:
     there is none.
     """
     name = "float64" if value is float else "int64" if value is int else getattr(value, "__name__", None) or str(value)
-    spelled = OTHER_WORDS.get(name.rpartition(".")[2].rstrip("_"), "")
+    spelled = OTHER_WORDS.get(name.rpartition(".")[2].rstrip("_"), f"t.{name}")
     return spelled if spelled in _DTYPES else None
 
 

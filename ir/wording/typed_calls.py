@@ -107,6 +107,14 @@ def _each(size: str, axes: int) -> str:
     return f"({size},)" if axes == 1 else f"({', '.join([size] * axes)})"
 
 
+_SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "sub": "-"}
+"""The operators of PyTorch's functions and methods."""
+
+
+def _between(sign: str) -> Callable[..., str]:
+    return lambda x, y: f"{x} {sign} {_operand(ast.parse(y, mode='eval').body)}"
+
+
 def _pooled(op: str, axes: int) -> Callable[..., str]:
     def pooled(x: str, kernel_size: str, stride: str = "None", padding: str = "0") -> str:
         strides = _each(kernel_size if stride == "None" else stride, axes)
@@ -176,6 +184,9 @@ _CALLS: dict[str, Callable[..., str | None]] = {
     ),
     "GroupNorm": lambda num_groups, _, eps="1e-05": f't.group_norm(x, {num_groups}, eps={eps}, name="norm")',
     "swiglu SwiGLU": lambda x, hidden: f't.gated_mlp({x}, {hidden}, act=t.silu, name="mlp")',
+    "geglu GEGLU GeGLU": lambda x, hidden: f't.gated_mlp({x}, {hidden}, act=t.gelu, name="mlp")',
+    "matmul mm bmm dot": _between("@"),
+    **{name: _between(sign) for name, sign in _SIGNS.items()},
 }
 _REPLACED = {word: call for words, call in _CALLS.items() for word in words.split()}
 
@@ -218,6 +229,9 @@ def other_meaning(name: str, trace: TracebackType | None = None) -> str:
     empty for other functions.
     """
     if name not in DIFFERENT:
+        return ""
+    call = user_call(trace)
+    if call is not None and call.args and isinstance(call.args[0], ast.Constant):  # t.stack("h"): no tensors
         return ""
     spelled = typed_replacement(name, trace=trace) or OTHER_FUNCTIONS[name]
     return f"PyTorch's {name} is {spelled}, and this {DIFFERENT[name]}: "

@@ -277,7 +277,7 @@ def _stepped_axis(graph: Graph) -> str:
     others = [symbol for symbol in symbols if symbol not in first]
     alone = _stepped_alone(graph, others) if len(graph.main.outputs) > 1 else None
     if alone is not None:
-        hint = hint or Hint(f"outputs={[alone]!r}", f"--outputs {alone}")
+        hint = hint or Hint(f"outputs={[alone]!r} of t.compile", f"--outputs {alone}")
     causal = [
         symbol
         for symbol in others

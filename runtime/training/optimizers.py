@@ -182,7 +182,7 @@ def update_graph(
     """
     _check_weights(optimizer, weights, decayed)
     if clip is not None:
-        check_number("clip", clip, positive=True, hint="1.0, or None to leave gradients as they are")
+        check_number("max_grad_norm", clip, positive=True, hint="1.0, or None to leave gradients as they are")
     b = Builder(Graph("update"))
     given = {name: [b.input(n, type) for n in _inputs(optimizer, name)] for name, type in weights.items()}
     rate, share, *needs = [b.input(name, f32[()]) for name in ("rate", "share", *optimizer.needs)]

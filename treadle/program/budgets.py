@@ -84,7 +84,9 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
     for named, size in given.items():
         if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
             shown = printable(f"{named!r}: {size!r}")[:80]
-            raise UsageError("a size must be an integer", received=shown, hint='sizes={"B": 8, "S": 128}')
+            example = {name: 8 if index == 0 else 128 for index, name in enumerate(graph.symbols)} or {"B": 8}
+            each = ", ".join(f"{name}={count}" for name, count in example.items())
+            raise UsageError("a size must be an integer", received=shown, hint=f"sizes={example}, or memory({each})")
     unknown = [name for name in asked if name not in graph.symbols]
     if unknown:
         raise UsageError(

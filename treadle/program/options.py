@@ -234,14 +234,19 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         if name is None:
             return
         takes_target = any(each.name == "target" for each in taken_by(self.entry))
-        if name in _NOT_HERE:
-            error.hint = f"leave it out: {_NOT_HERE[name]}"
+        command = str(getattr(error.hint, "command", error.hint) or "")
+        sizes = self.entry in ("compile", "load", "embed") and self.memory is None and self._meant(name) == "sizes"
+        if self.entry == "train" and name in _OF_TRAINING:
+            value = printable(repr(self.config.get(name)))[:80]
+            error.hint = Hint(_OF_TRAINING[name].replace("VALUE", value), command)
+        elif name in _NOT_HERE or sizes:
+            error.hint = f"leave it out: {_NOT_HERE.get(name, _ANY_SIZE)}"
         elif takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
             count = printable(repr(self.config[name])) if name in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
         elif meant := self._meant(name):
-            command = str(getattr(error.hint, "command", error.hint) or "")
-            error.hint = Hint(f"did you mean {meant}=, an option of {entry_text(self.entry)}?", command)
+            taker = "Trainer" if self.entry == "train" else entry_text(self.entry)
+            error.hint = Hint(f"did you mean {meant}=, an option of {taker}?", command)
 
 
 def _new_weights_hint(source: ModelSource, missing: Sequence[str]) -> Hint:
@@ -261,12 +266,37 @@ def _dtype_names(value: Any) -> Any:
     return str(value) if isinstance(value, DType) else value
 
 
+_ANY_SIZE = "a model is one graph, and symbolic axes, which dynamic= of t.from_torch names, take every size"
+_RANKS = "the command `treadle launch` starts ranks, and `treadle shard` plans them"
 _NOT_HERE = {
-    **dict.fromkeys(("fullgraph", "dynamic"), "a model is one graph, and symbolic axes take every size"),
+    **dict.fromkeys(("fullgraph", "dynamic"), _ANY_SIZE),
+    **dict.fromkeys(("mesh", "recipe", "tensor_parallel_size", "tp", "tp_size"), _RANKS),
     "mode": 'torch_compile=True for the torch backend, or backend="tvm"',
     "trust_remote_code": "no code of a model's folder is run",
+    "low_cpu_mem_usage": "the weights of a checkpoint are mapped into memory",
+    "use_fast": "the tokenizer of the model's folder is used",
+    "task": "the methods of the model that t.load returns are its tasks, such as model.classify",
+    "local_files_only": "a model is downloaded only by t.fetch_model",
     "attn_implementation": "the compiler chooses the kernels of attention",
     "use_cache": "t.compile(model).session() has a key/value cache",
     "sess_options": 'target=t.Target("cpu", threads=4) sets the threads',
 }
 """Options of other libraries that have no effect here, with what there is."""
+
+
+_BATCHES = "leave it out: trainer.step(tokens=tokens, targets=targets) is called for each batch"
+_SCHEDULE = 'learning_rate=t.Schedule(3e-4, warmup=100, steps=1000, shape="cosine")'
+_OF_TRAINING = {
+    name: hint
+    for names, hint in {
+        "warmup warmup_steps num_warmup_steps schedule scheduler lr_scheduler lr_scheduler_type": _SCHEDULE,
+        "weight_decay wd": "optimizer=t.AdamW(weight_decay=VALUE)",
+        "momentum": "optimizer=t.SGD(momentum=VALUE)",
+        "fp16 bf16 amp mixed_precision autocast": 'dtype="bf16"',
+        "accumulate accumulation": "gradient_accumulation_steps=VALUE",
+        "epochs num_epochs num_train_epochs steps max_steps batch batch_size per_device_train_batch_size": _BATCHES,
+        "args data dataset train_dataset eval_dataset dataloader train_dataloader callbacks": _BATCHES,
+    }.items()
+    for name in names.split()
+}
+"""Options of trainers of other libraries, with what `t.Trainer` has; VALUE is the value that was passed."""

@@ -28,7 +28,7 @@ _OTHERS = {
     "teacher": "teacher_model",
     "vocab": "vocab_size",
     "loss": "loss_fn criterion",
-    "train trained": "lora lora_rank lora_r peft adapter freeze trainable unfreeze",
+    "train trained": "lora lora_rank lora_r peft adapter freeze frozen trainable unfreeze",
     # generation and serving: Transformers, llama.cpp, vLLM, Ollama
     "tokens": "max_tokens max_new_tokens n_predict num_predict predict n_tokens max_output_tokens max_length",
     "temperature": "temp",

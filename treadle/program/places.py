@@ -76,7 +76,7 @@ def find_place(name: str) -> Path:
                 else "a folder with config.json and model.safetensors, or such a file",
             )
         return place
-    if Path(name).suffix in MODEL_SUFFIXES:
+    if Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES):
         raise UsageError(f"there is no file {name}", hint=nearest_path_hint(name))
     if is_hub_name(name):
         try:
@@ -137,6 +137,10 @@ def options_of(model: str) -> Collection[str]:
     return find_family(model).model.defaults if model in family_names() else []
 
 
+_OTHER_SUFFIXES = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")
+"""Endings of files that are no models by themselves, but that no model's name has."""
+
+
 def _is_model(path: str) -> bool:
     """Return True for a path that may be a model: a folder, or a file with the ending of one."""
     return Path(path).suffix in MODEL_SUFFIXES or os.path.isdir(path)
@@ -165,16 +169,21 @@ def refuse_to_save(model: object) -> UsageError:
     return UsageError("save takes a compiled model", received=f"{model!r}"[:80], hint=hint)
 
 
+def _is_class_of(model: object, base: type) -> bool:
+    return isinstance(model, type) and issubclass(model, base)
+
+
 def refuse_object(model: object) -> UsageError:
     """Return the error for an object that is not a model: another library's object, or an undecorated function."""
     torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
     hint: str | None = _OBJECTS.get(type(model).__name__, 'a declaration, "folder", or "model.onnx"')
     if inspect.isfunction(model):
         hint = "decorate the function with @t.model"
-    if torch is not None and isinstance(model, torch.nn.Module):
+    if torch is not None and (isinstance(model, torch.nn.Module) or _is_class_of(model, torch.nn.Module)):
+        made = f", and module = {model.__name__}(...)" if isinstance(model, type) else ""
         hint = (
             "t.from_torch(module, example_inputs) in its place, where example_inputs is a tuple of the arguments of "
-            "its forward, such as (tokens,)"
+            f"its forward, such as (tokens,){made}"
         )
     if onnx is not None and isinstance(model, onnx.ModelProto):
         hint = '"model.onnx" in its place, after onnx.save(model, "model.onnx")'

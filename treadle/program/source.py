@@ -85,6 +85,10 @@ class ModelSource:
     """
 
     def __init__(self, form: ModelForm, text_source: ModelSource | None = None, *, is_for_text: bool = False) -> None:
+        given: Any = form
+        if not isinstance(given, ModelForm):
+            what, hint = "a model is opened by its name, path or declaration", f"t.ModelSource.open({form!r:.80})"
+            raise UsageError(what, received=f"{form!r:.80}", hint=hint)
         self.form, self.is_for_text = form, is_for_text
         self.text_source: ModelSource = self if text_source is None else text_source
 

@@ -150,7 +150,11 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
         raise UsageError(
             f"the model lacks {len(unknown)} of the parameters in weights=",
             received=_few(unknown),
-            hint=f"{meant}?" if meant else f"one of the model's parameters: {_few(some)}",
+            hint=f"{meant}?"
+            if meant
+            else f"one of the model's parameters: {_few(some)}"
+            if some
+            else "leave it out: the model has no parameters",
         )
 
 

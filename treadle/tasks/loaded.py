@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, ove
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.ir.wording.other_interfaces import LOADED_ATTRIBUTES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.program.program import Program
@@ -198,6 +199,7 @@ class LoadedModel:
             found[piece.row] += piece.text
         return found if _many(prompts) else found[0]
 
+    @with_checked_call({"max_length": "window=512", "stride": "window=512", "max_tokens": "most=64"})
     def perplexity(self, text: str, *, window: int | None = None, most: int | None = None) -> Perplexity:
         """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens: 512,
         or the model's maximum. A quantized or reduced-precision model is compared with the model in its original

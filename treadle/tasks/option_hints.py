@@ -6,14 +6,17 @@ from treadle.ir.wording.checked_calls import with_checked_methods
 
 _SAMPLING = "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
 _RULES = "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"
+_CHAT = 'print(*chat().say("Hello"), sep=""), where chat(system=...) sets the system prompt'
 _ELSEWHERE = {
     **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict", "tokens"), "most=64"),
     "max_length": "most=64, which does not include the prompt's tokens",
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"), _SAMPLING),
     **dict.fromkeys(
-        ("num_beams", "length_penalty", "num_return_sequences"), "search(prompts, beams=t.Beams(4, best=2))"
+        ("num_beams", "beams", "length_penalty", "num_return_sequences"), "search(prompts, beams=t.Beams(4, best=2))"
     ),
     **dict.fromkeys(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids"), _RULES),
+    **dict.fromkeys(("stream", "streamer"), "stream(prompt), a method that yields the text piece by piece"),
+    **dict.fromkeys(("messages", "conversation"), _CHAT),
     **dict.fromkeys(("stop_strings", "stop_sequences", "stop_words"), 'stop=["."]'),
 }
 """Hints for generation options that have another name in other libraries, mostly in Hugging Face's, by that name."""

@@ -34,6 +34,7 @@ from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.gradients import GRADIENT
 from treadle.ir.transforms.padding_rows import with_padding_rows
 from treadle.ir.transforms.training_losses import (
+    BUILT_IN,
     COUNTED,
     CROSS_ENTROPY,
     LOSS,
@@ -510,7 +511,7 @@ def _refuse_numbers(targets: Any, rank: int, classes: int) -> None:
     for_each_class = array.ndim == rank + 1 and array.shape[-1] == classes
     if not for_each_class and (array.dtype.kind != "f" or (array == np.round(array)).all()):
         return
-    is_share = for_each_class and (array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3)
+    is_share = for_each_class and classes > 1 and (array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-3)
     regression = f'loss="{SQUARED_ERROR}", to predict numbers; for another loss, {OWN_LOSS}'
     raise UsageError(
         f"targets are class indices, from 0 to {classes - 1}" + ", not a number for each class" * for_each_class,
@@ -541,7 +542,7 @@ def _check_options(
         raise UsageError(
             'loss= is "cross-entropy" or "mse", or the name of an output that is the loss',
             received=f"loss={loss!r}"[:80],
-            hint=OWN_LOSS,
+            hint=f"{BUILT_IN}; or {OWN_LOSS}",
         )
     if output is not None and loss not in (CROSS_ENTROPY, SQUARED_ERROR):
         raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")

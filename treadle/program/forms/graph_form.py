@@ -41,7 +41,9 @@ class GraphForm(SeparateWeightsForm):
     def read(self, options: ReadOptions) -> ReadModel:
         if options.config or options.inputs:
             received = ", ".join([*options.config, *(options.inputs or ())])
-            raise UsageError("a graph takes no configuration", received=received)
+            raise UsageError(
+                "a graph takes no configuration", received=received, option=next(iter(options.config), None)
+            )
         model = self.model
         if isinstance(model, TorchModel):
             found = ReadModel(model.name, model.graph, None, model.weights, learned=model.learned, unused=model.unused)
