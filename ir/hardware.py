@@ -164,7 +164,9 @@ def find_hardware(name: str, what: str = "device") -> Hardware:
     """Return the hardware of that name. Raises UsageError if the name is unknown; `what` is the name's role."""
     found = HARDWARE.get(name)
     if found is None:
-        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name.lower(), HARDWARE, n=1)
+        near = (
+            [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name.lower(), HARDWARE, 1, 0.7)
+        )
         meant = f"{near[0]}? " if near else ""
         raise UsageError(f"unknown {what} {name!r}", hint=f"{meant}one of {', '.join(HARDWARE)}")
     return found
