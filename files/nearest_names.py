@@ -18,6 +18,7 @@ from treadle.files.shown_names import printable
 _LONGEST = 200  # characters; difflib takes quadratic time in them
 _POOL = 300  # names compared for one query
 _HOLDERS = 20 * _POOL  # maximum number of names with a common part that are considered
+_FORMAT = len(".html")  # maximum length of a suffix that is taken for the name of a format
 _ENTRIES = 10_000  # maximum number of files of a folder that are considered
 _PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
 
@@ -89,10 +90,13 @@ def check_folder(path: Path | None, file: str) -> None:
 
 
 def with_nearest_suffix(path: str, suffixes: Sequence[str]) -> str:
-    """Return the path with one of the suffixes: in place of a misspelled one, or else the first one, added."""
+    """Return the path with one of the suffixes: in place of a misspelled one or of another format's, or else the first
+    one, added.
+    """
     suffix = PurePath(path).suffix
     near = difflib.get_close_matches(suffix.lower(), suffixes, 1) if suffix else []
-    return f"{path.removesuffix(suffix)}{near[0]}" if near else f"{path}{suffixes[0]}"
+    is_format = suffix[1:].isalpha() and len(suffix) <= _FORMAT
+    return f"{path.removesuffix(suffix) if near or is_format else path}{(near or suffixes)[0]}"
 
 
 def nearest_path(path: str | os.PathLike[str], fits: Callable[[str], bool] | None = None) -> str | None:

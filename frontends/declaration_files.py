@@ -78,14 +78,24 @@ def load_declaration(path: Path, function: str) -> Model:
         ) from error
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
-        near = NearestNames(models).of(function)
-        hint = "one of " + ", ".join(models)
-        if not models or inspect.isfunction(vars(module).get(function)):
+        near = NearestNames(models).of(function) or NearestNames(models).of(function.lower())
+        meant = vars(module).get(function)
+        hint = "one of " + ", ".join(models) if models else f"{path}:FUNCTION, a function with the decorator @t.model"
+        if _is_torch_module(meant):
+            made = f"{function}()" if inspect.isclass(meant) else function
+            hint = f"in Python: treadle.compile(treadle.from_torch({made}, (x,))), where x is an input of its forward"
+        elif inspect.isfunction(meant):
             hint = "decorate it with @t.model"
         elif near:
             hint = argument_hint(f"{path}:{function}", f"{path}:{near[0]}")
         raise UsageError(f"{path.name} declares no model {function!r}", hint=hint)
     return models[function]
+
+
+def _is_torch_module(value: object) -> bool:
+    """Return True for a module of PyTorch or a class of modules, without an import of PyTorch."""
+    kind = value if isinstance(value, type) else type(value)
+    return any((each.__module__, each.__name__) == ("torch.nn.modules.module", "Module") for each in kind.__mro__)
 
 
 def _import_hint(path: Path, error: Exception) -> str | None:

@@ -25,6 +25,7 @@ from treadle.ir.transforms.outline import outline_regions
 from treadle.ir.wording.call_spelling import spelled_call
 from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.ir.wording.other_interfaces import MODEL_ATTRIBUTES
+from treadle.ir.wording.other_spellings import MODEL_NAMES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
 
 if TYPE_CHECKING:  # defaults, so that `t.Model` is valid without parameters
@@ -149,7 +150,8 @@ class Model(Generic[P, R]):
         return Model(self.function, {**self.config, **config}, given)
 
     def _lacks(self, kind: str, unknown: Sequence[str], known: Sequence[str]) -> FrontendError:
-        near = NearestNames(known).of(unknown[0], 1, 0.5)
+        others = MODEL_NAMES.get(unknown[0])
+        near = [each for each in others if each in known] if others else NearestNames(known).of(unknown[0], 1, 0.5)
         one_of = "one of " + ", ".join(known) if known else f"it has no {kind}s"
         return (UnknownInputError if kind == "input" else FrontendError)(
             f"model {self.name} has no {kind} {', '.join(unknown)}",

@@ -11,6 +11,7 @@ they give lower bounds of times, and serve to compare plans.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -142,12 +143,32 @@ _ROWS = (
 HARDWARE: dict[str, Hardware] = {row.name: row for row in _ROWS}
 """All hardware by name. `add_hardware` adds a row. The levels of x86-64 are defined by its psABI."""
 
+_OTHER_NAMES = {
+    other: name
+    for name, others in {
+        "cpu": "native host",
+        "cuda": "gpu nvidia",
+        "metal": "mps",
+        "webgpu": "wgpu",
+        "x86-64-amx": "amx",
+        "x86-64-v4": "avx512",
+        "x86-64-v3": "avx2",
+        "arm64": "arm aarch64 neon",
+    }.items()
+    for other in others.split()
+}
+"""Names of hardware by the names in other tools."""
+
 
 def find_hardware(name: str, what: str = "device") -> Hardware:
     """Return the hardware of that name. Raises UsageError if the name is unknown; `what` is the name's role."""
     found = HARDWARE.get(name)
     if found is None:
-        raise UsageError(f"unknown {what} {name!r}", hint="one of " + ", ".join(HARDWARE))
+        near = (
+            [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name.lower(), HARDWARE, 1, 0.7)
+        )
+        meant = f"{near[0]}? " if near else ""
+        raise UsageError(f"unknown {what} {name!r}", hint=f"{meant}one of {', '.join(HARDWARE)}")
     return found
 
 

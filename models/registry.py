@@ -73,12 +73,16 @@ def find_family(name: str) -> Family:
     return found
 
 
+def family_reading(kind: object) -> str | None:
+    """Return the name of the family that reads configurations of this `model_type`, or None."""
+    return next((name for name, kinds in _MODULES.items() if kind in kinds), None)
+
+
 def family_of(config: Config) -> Family:
     """Return the family that reads this config.json. Raises CheckpointError if there is none."""
     kind = config.get("model_type")
-    for name, kinds in _MODULES.items():
-        if kind in kinds:
-            return find_family(name)
+    if (name := family_reading(kind)) is not None:
+        return find_family(name)
     supported = sorted(k for kinds in _MODULES.values() for k in kinds)
     raise CheckpointError(
         f"config.json: model_type is {kind!r}, which no family of the zoo reads",

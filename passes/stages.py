@@ -322,6 +322,9 @@ class Custom(PassStage):
     def passes(self) -> Sequence[Pass]:
         return self.pipeline
 
+    def without(self, names: Collection[str]) -> Custom:
+        return replace(super().without(names), of=self.of)
+
 
 STAGES: tuple[type[CompileStage], ...] = (
     Recognize,

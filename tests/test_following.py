@@ -364,3 +364,12 @@ def test_a_scatter_and_a_count_along_a_divided_axis_need_nothing() -> None:
     split = follow(b.graph, "S").split()
     assert split and [(c.encounter.op, c.by) for c in split.combine] == [("layer_norm (reduce_sum inside)", "sum")] * 2
     assert [(c.encounter.op, c.by) for c in follow(b.graph, "u[1]").split().combine] == [("scatter_add", "sum")]
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "tokens"])
+def test_a_weight_or_an_input_without_a_dimension(name: str) -> None:
+    graph = gpt2.configure(layers=1).graph()
+    with pytest.raises(GraphError, match="there is no axis") as caught:
+        follow(graph, name)
+    assert str(caught.value.hint).endswith(f"or a dimension such as {name}[0]")
+    assert follow(graph, f"{name}[0]").places

@@ -41,8 +41,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("models.own:gpt", "models/own.py:gpt"),
         ("models.own.gpt", "models/own.py:gpt"),
         ("models/own:gpt", "models/own.py:gpt"),
-        ("models/own", "models/own.py:FUNCTION"),
-        ("zoo", "zoo.py:FUNCTION"),
+        ("models/own", "models/own.py:gpt"),
+        ("zoo", "zoo.py:gpt"),
         ("gpt", "zoo.py:gpt"),
     ],
 )
@@ -50,7 +50,58 @@ def test_a_declaration_that_is_named_as_a_module(name: str, meant: str) -> None:
     with raises_freely(t.UsageError) as caught:
         t.compile(name)
     assert str(caught.value.hint) == f"{meant}?"
-    assert t.compile(meant.replace("FUNCTION", "gpt"), backend="numpy").name == "gpt"
+    assert t.compile(meant, backend="numpy").name == "gpt"
+
+
+def test_a_file_in_place_of_a_model_leads_to_its_models() -> None:
+    for file, hint in (
+        ("zoo.py", "zoo.py:gpt?"),
+        ("none.py", "none.py:FUNCTION, a function with the decorator @t.model"),
+    ):
+        Path("none.py").write_text("x = 3", encoding="utf-8")
+        with raises_freely(t.UsageError) as caught:
+            t.compile(file)
+        assert str(caught.value.hint) == hint
+    Path("zoo.py").write_text(GPT + GPT.replace("def gpt", "def other"), encoding="utf-8")
+    with raises_freely(t.UsageError) as caught:
+        t.compile("zoo")
+    assert str(caught.value.hint) == "one of zoo.py:gpt, zoo.py:other"
+
+
+def test_a_module_of_pytorch_in_a_file_leads_to_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    text = "import torch\nNet = torch.nn.Identity\nnet = torch.nn.Linear(3, 2)\nother = 3\n"
+    Path("m.py").write_text(text, encoding="utf-8")
+    names: dict[str, Any] = {"x": torch.ones(1, 3), "treadle": t}
+    exec(text, names)
+    for name in ("Net", "net"):
+        with raises_freely(t.UsageError) as caught:
+            t.compile(f"m.py:{name}")
+        code = str(caught.value.hint).removeprefix("in Python: ").partition(", where")[0]
+        assert isinstance(eval(code, names), t.Compiled)
+    with raises_freely(t.UsageError) as caught:
+        t.compile("m.py:other")
+    assert str(caught.value.hint) == "m.py:FUNCTION, a function with the decorator @t.model"
+
+
+@pytest.mark.parametrize(("name", "family"), [("mistral", "llama"), ("Qwen2", "llama"), ("deit", "vit")])
+def test_a_model_type_leads_to_the_family_that_reads_it(name: str, family: str) -> None:
+    with raises_freely(t.UsageError) as caught:
+        t.compile(name)
+    assert str(caught.value.hint).startswith(f"{family}, the family that reads {name}; ")
+
+
+def test_the_case_of_a_name_is_no_difference() -> None:
+    with raises_freely(t.UsageError) as caught:
+        t.compile("GPT2")
+    assert str(caught.value.hint).startswith("gpt2? ")
+
+
+def test_a_missing_file_of_a_folder_is_no_name_of_the_hub() -> None:
+    Path("o_gpt", "config.json").write_text("{}", encoding="utf-8")
+    with raises_freely(t.UsageError, match="there is no file") as caught:
+        t.compile("o_gpt/model.safetensors")
+    assert str(caught.value.hint) == "o_gpt?"
 
 
 def test_a_text_before_the_model_is_exchanged_with_it(

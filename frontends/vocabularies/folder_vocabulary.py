@@ -21,7 +21,7 @@ from treadle.frontends.vocabularies.sentencepiece_vocabularies import (
     is_sentencepiece_kind,
 )
 from treadle.frontends.vocabularies.special_tokens import read_tokenizer_settings
-from treadle.ir.errors import CheckpointError, TreadleError
+from treadle.ir.errors import CheckpointError, Hint, TreadleError
 
 FILE, SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _OLDER_TEMPLATE = "chat_template.json"  # of models that read images, before transformers 4.52
@@ -110,10 +110,11 @@ def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], older: Sequence
         pieces = " or ".join(_SENTENCEPIECE)  # without it, transformers writes a tokenizer of special tokens alone
         return f"put a {FILE} of the same model there: tokenizers of this kind are built from {pieces}"
     name = place.shown if older else "NAME OF THE MODEL"
-    return (
+    made = (
         "create it with transformers, in Python:\nfrom transformers import AutoTokenizer\n"
         f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({place.shown!r})"
     )
+    return Hint(made, f"--tokenizer FOLDER, of a model with the same vocabulary; or {made}")
 
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:

@@ -312,3 +312,30 @@ def without_option(function: str, option: str, value: object) -> str | None:
     """Return the call that computes what a function of another library computes with an option that Treadle lacks."""
     spelled = _WITH_OPTIONS.get(f"{function} {option}={value!r}") or _WITH_OPTIONS.get(f"{function} {option}")
     return None if spelled is None else spelled.replace("{}", repr(value))
+
+
+MODEL_NAMES: dict[str, tuple[str, ...]] = {
+    other: tuple(ours.split())
+    for ours, others in {
+        "vocab": "vocab_size n_vocab vocabulary",
+        "context": "max_position_embeddings n_positions n_ctx block_size max_seq_len max_length",
+        "dim": "hidden_size n_embd d_model embed_dim embedding_dim hidden_dim width",
+        "heads": "num_attention_heads n_head n_heads num_heads nhead",
+        "kv_heads": "num_key_value_heads n_kv_heads num_kv_heads",
+        "layers": "num_hidden_layers n_layer n_layers num_layers depth",
+        "hidden": "intermediate_size n_inner d_ff ffn_dim dim_feedforward",
+        "act": "hidden_act activation activation_function",
+        "eps": "layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps",
+        "base": "rope_theta rotary_base",
+        "tied": "tie_word_embeddings tie_weights",
+        "labels classes": "num_labels num_classes n_classes",
+        "tokens": "input_ids ids inputs",
+        "lengths": "attention_mask mask",
+        "token_types": "token_type_ids",
+        "decoder_tokens": "decoder_input_ids",
+        "pixels": "pixel_values",
+        "features": "input_features",
+    }.items()
+    for other in others.split()
+}
+"""Names of configurations and inputs of models in other libraries, with the names in the models of the zoo."""

@@ -251,6 +251,8 @@ def _environment(command: str) -> tuple[int, int, str]:
     hint = Hint(
         "a script under torchrun, or under treadle launch -n 2 -- SCRIPT.py",
         f"treadle launch -n 2 -- {words}, or {_TORCHRUN} -m treadle {words}",
+        replaces=command.partition(" ")[0],
+        words=("launch", "-n", "2", "--", command.partition(" ")[0]),
     )
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:

@@ -21,6 +21,7 @@ import treadle
 from treadle.cli.command_options import (
     options_by_name,
     point_to_meant,
+    point_to_place,
     refuse_several_values,
     without_other_options,
 )
@@ -59,7 +60,10 @@ class _Command(TyperCommand):
             rest = super().parse_args(ctx, args)
         except Exception as error:
             if hasattr(error, "possibilities"):  # of typer or of click, depending on typer's version
-                point_to_meant(error, str(self.name), self.get_params(ctx), given)
+                group: Any = typer.main.get_command(app)
+                point_to_meant(error, str(self.name), self.get_params(ctx), given, group.commands)
+            elif "unexpected extra argument" in str(getattr(error, "message", "")):
+                point_to_place(error, str(self.name), self.get_params(ctx), given)
             raise
         if not ctx.resilient_parsing:
             refuse_several_values(self.make_parser(ctx).parse_args(given)[2], ctx)
@@ -218,11 +222,11 @@ def print_error(error: TreadleError, *, as_json: bool) -> None:
 
 def _words_for(hint: Hint, name: str) -> list[str]:
     """Return the words of the command line. If a hint replaces the command by another one, leave out the options that
-    the other one lacks.
+    the other one lacks. A command that runs this one, as `launch` does, has no other options.
     """
     group: Any = typer.main.get_command(app)
     words, other = sys.argv[1:], group.commands.get(next(iter(hint.words), ""))
-    if hint.replaces != name or other is None:
+    if hint.replaces != name or other is None or name in hint.words:
         return words
     return without_other_options(words, group.commands[name].params, other.params, hint.without)
 

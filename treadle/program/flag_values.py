@@ -16,6 +16,7 @@ from treadle.ir.errors import TreadleError, UsageError
 
 _INLINE_BYTES = 1 << 20
 _WORD = re.compile(r"t\.[A-Za-z]\w*")
+_VALUE = re.compile(r"[\[\d-][\[\]\d.,\s-]*|[^=]+\.npy")
 _MOST_SIZE = 10**12 - 1
 _MOST_LIMIT = 10**18 - 1
 _INPUT = "--input tokens=ids.npy"
@@ -139,8 +140,31 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
         value = _numbers(name, f"[{text}]" if is_row else text)
         for _ in range(leading if is_row else 0):
             value = [value]
+        shape = _shape(value)
+        if shape is None:
+            raise UsageError(
+                f"the rows of input {name} differ in length",
+                received=printable(text, 80),
+                hint="shorter rows with any token at their end, and --input lengths=2,1, if the model has this input: "
+                "the number of tokens of each row",
+            )
+        missing = ranks.get(name, 0) - len(shape)
+        if missing > 0 and _VALUE.fullmatch(text):
+            raise UsageError(
+                f"input {name} must have rank {ranks[name]}, has rank {len(shape)}",
+                received=printable(text, 80),
+                hint=printable(f"--input {name}={'[' * missing}{text}{']' * missing}"),
+            )
         inputs[name] = value
     return inputs
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the sizes of nested lists; None if lists of one level differ in their sizes."""
+    if not isinstance(value, list):
+        return ()
+    inner = [_shape(each) for each in value] or [()]
+    return None if inner[0] is None or any(each != inner[0] for each in inner) else (len(value), *inner[0])
 
 
 def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
@@ -161,7 +185,8 @@ def parse_assignments(texts: Iterable[str], example: str, several: str = "one va
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
             received = printable(text) if text else "nothing"
-            raise UsageError("an option must be NAME=VALUE", received=received, hint=example)
+            hint = f"{example.partition('=')[0]}={text}" if _VALUE.fullmatch(text) else example
+            raise UsageError("an option must be NAME=VALUE", received=received, hint=printable(hint))
         if name in found:
             raise UsageError(
                 f"{example.split()[0]} has two values for {printable(name)}",
@@ -196,9 +221,11 @@ def _numbers(name: str, text: str) -> Any:
             raise ValueError(f"{len(text)} characters")
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        has_words = re.search("[A-Za-z]{2}", text[:80]) is not None
+        others = "; texts and images are for treadle generate, embed, classify, label, ..." if has_words else ""
         raise UsageError(
             f"input {name} is neither a .npy file nor numbers",
             received=f"{printable(text, 80)}: {error}",
-            hint=f"{name}=ids.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]",
+            hint=f"{name}=FILE.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]{others}",
         ) from None
     return value

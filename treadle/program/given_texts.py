@@ -48,7 +48,12 @@ def read_sentences(
     lines = read_text(file or "-").splitlines() if rows is None else rows
     found = [line for line in map(str.strip, lines) if line]
     if not found:
-        raise UsageError("there is no sentence", received="no line of text", within=shown_source(file))
+        raise UsageError(
+            "there is no sentence",
+            received="no line of text",
+            within=shown_source(file),
+            hint=f'treadle {command} "A sentence."',
+        )
     return found
 
 

@@ -18,7 +18,7 @@ from treadle.frontends.model_folder import CONFIG
 from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, hub_name_in, is_hub_name
 from treadle.ir.errors import Hint, UsageError
-from treadle.models.registry import family_names, find_family
+from treadle.models.registry import family_names, family_reading, find_family
 from treadle.wheels.pinned_models import PINNED
 
 GGUF_SUFFIX = ".gguf"
@@ -38,13 +38,14 @@ def is_fetched(name: str) -> bool:
 
 
 class NoModelError(UsageError):
-    """The error for a name that no model has, and that is not similar to the name of a file.
+    """The error for a name that no model has and that is not similar to the name of a file, or for a file of another
+    kind.
 
     name  the name, as the argument MODEL
     """
 
-    def __init__(self, name: str, *, hint: str) -> None:
-        super().__init__(f"there is no model {name!r}", hint=hint)
+    def __init__(self, name: str, what: str, received: str | None = None, *, hint: str) -> None:
+        super().__init__(what, received=received, hint=hint)
         self.name = name
 
 
@@ -63,14 +64,15 @@ def find_place(name: str) -> Path:
     if name and Path(name).exists():
         if name.endswith(".py"):
             raise UsageError(
-                "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
+                "a model in a Python file is named with its function", received=name, hint=_functions_hint(name, name)
             )
         place = Path(name)
         if place.is_file() and place.suffix not in MODEL_SUFFIXES:
             refuse_pickle(place.name, shown_path(place))
-            raise UsageError(
+            raise NoModelError(
+                name,
                 f"a file is a model only if it ends in {', '.join(MODEL_SUFFIXES[:-1])} or {MODEL_SUFFIXES[-1]}",
-                received=shown_path(place),
+                shown_path(place),
                 hint=argument_hint(name, os.path.dirname(name) or ".")
                 if (place.parent / CONFIG).exists()
                 else "a folder with config.json and model.safetensors, or such a file",
@@ -78,6 +80,8 @@ def find_place(name: str) -> Path:
         return place
     if Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES):
         raise UsageError(f"there is no file {name}", hint=nearest_path_hint(name))
+    if os.path.isfile(os.path.join(os.path.dirname(name), CONFIG)):
+        raise UsageError(f"there is no file {name}", hint=argument_hint(name, os.path.dirname(name) or "."))
     if is_hub_name(name):
         try:
             return cached_hub_model(name)
@@ -89,12 +93,16 @@ def find_place(name: str) -> Path:
             raise UsageError(f"there is no model {name!r}", hint=declared)
         known, path = [*family_names(), *PINNED], nearest_path(name, _is_model)
         paths = [] if path is None else [path]
-        near, hub = difflib.get_close_matches(name, [*known, *paths], n=1), hub_name_in(name)
+        near, hub = difflib.get_close_matches(name.lower(), [*known, *paths], n=1), hub_name_in(name)
+        meant, reader = f"{near[0]}? " if near else "", family_reading(name.lower())
+        if reader is not None and reader != name.lower():
+            meant = f"{reader}, the family that reads {name}; "
         if path is not None and path in near:
             raise UsageError(f"there is no model {name!r}", hint=argument_hint(name, path))
         raise NoModelError(
             name,
-            hint=(f"{near[0]}? " if near else "")
+            f"there is no model {name!r}",
+            hint=meant
             + (f"{hub}, for a model of the Hugging Face hub; " if hub is not None else "")
             + f"file.py:function, a folder with config.json and model.safetensors, or one of {', '.join(known)}",
         )
@@ -110,21 +118,34 @@ def find_place(name: str) -> Path:
     return folder
 
 
-def _declaration_hint(name: str) -> Hint | None:
+def _declaration_hint(name: str) -> str | None:
     """Return the hint for a declaration that is named as a module, `models:my_gpt`, `models.my_gpt` or `models`, or
     without its file, `my_gpt`, in place of `models.py:my_gpt`; None if there is no such file.
     """
     before, mark, function = name.rpartition(":") if ":" in name else name.rpartition(".")
     modules = {before.rstrip(":"): function} if mark else {}
-    for module, declared in {**modules, name: "FUNCTION"}.items():
+    for module, declared in {**modules, name: ""}.items():
         stem = module.removesuffix(".py")
         for file in (f"{stem}.py", f"{stem.replace('.', '/')}.py"):
             if stem and Path(file).is_file():
-                return argument_hint(name, f"{file}:{declared}")
+                return argument_hint(name, f"{file}:{declared}") if declared else _functions_hint(name, file)
     if not name.isidentifier():
         return None
     files = (path for path in islice(sorted(Path().glob("*.py")), _MOST_FILES) if name in declared_models(path))
     return next((argument_hint(name, f"{path}:{name}") for path in files), None)
+
+
+def _functions_hint(name: str, file: str) -> str:
+    """Return the hint for a Python file in place of a model: the models that it declares. It is not run."""
+    declared = [f"{file}:{function}" for function in declared_models(Path(file))]
+    if len(declared) == 1:
+        return argument_hint(name, declared[0])
+    return f"one of {', '.join(declared)}" if declared else f"{file}:FUNCTION, a function with the decorator @t.model"
+
+
+def declared_in(word: str) -> Collection[str]:
+    """Return the names of the models that a Python file declares, which is not run. Empty for other words."""
+    return declared_models(Path(word)) if word.endswith(".py") else []
 
 
 def options_of(model: str) -> Collection[str]:

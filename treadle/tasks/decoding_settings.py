@@ -79,21 +79,25 @@ class DecodingSettings:
             others = ("temperature", "top_k", "top_p", "min_p", "stop", "logprobs", "speculate", "draft")
             self._refuse("a beam search does not accept", others)
         else:
-            self._refuse("only --beams accepts", ("best", "length_penalty"))
+            self._refuse(
+                "only --beams accepts", ("best", "length_penalty"), f"--beams {max(self.best, 4)} as well, or "
+            )
         if self.samples_on_device:
             self._refuse("--device-sampling copies no logits, so it does not accept", _NEED_LOGITS)
         if not self.chat:
-            self._refuse("only --chat accepts", ("system",))
+            self._refuse("only --chat accepts", ("system",), "--chat as well, or ")
 
-    def _refuse(self, what: str, names: Sequence[str]) -> None:
-        """Raise UsageError if one of these settings differs from its default. `what` begins the message; the flags
-        follow.
+    def _refuse(self, what: str, names: Sequence[str], instead: str = "") -> None:
+        """Raise UsageError if one of these settings differs from its default.
+
+        what     the beginning of the message; the flags follow
+        instead  the beginning of the hint: another way than to leave the settings out
         """
         fields = type(self).__dataclass_fields__
         given = [name for name in names if getattr(self, name) != fields[name].default]
         if given:
             flags = " or ".join(f"--{fields[name].metadata['flag'].name}" for name in given)
-            raise UsageError(f"{what} {flags}", hint="leave it out")
+            raise UsageError(f"{what} {flags}", hint=f"{instead}leave {'it' if len(given) == 1 else 'them'} out")
 
     @property
     def sampling(self) -> Sampling:

@@ -6,6 +6,7 @@ filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ Array = np.ndarray[Any, Any]
 HEAD = HEADS["fill"]
 
 
+_GAP = re.compile(r"<mask>|\[mask\]|_{2,}|\.{3,}|\*{2,}", re.IGNORECASE)
+_SHORT = 100
 _TRAINED = "a model that `treadle train --objective masked-token --vocab 8000` has trained"
 
 
@@ -83,6 +86,13 @@ class MaskFiller:
             )
         return cls(opened, mask)
 
+    def _masked(self, text: str) -> str:
+        """Return a short text with the mask token in place of another model's, or of a gap, or at its end."""
+        if len(text) > _SHORT:
+            return f"{self.mask} in place of a word; a long text is truncated"
+        masked = _GAP.sub(lambda _: self.mask, text)
+        return masked if masked != text else f"{text} {self.mask}".strip()
+
     def fill(
         self,
         texts: Sequence[str],
@@ -107,7 +117,7 @@ class MaskFiller:
         number = self.opened.tokenizer.id_of(self.mask)
         for text, each in zip(texts, encoded, strict=True):
             if number not in each.ids:
-                raise UsageError(f"a text has no {self.mask}", received=text[:200], hint=f"The sky is {self.mask}.")
+                raise UsageError(f"a text has no {self.mask}", received=text[:200], hint=self._masked(text))
         # a model may have more ids than its tokenizer has tokens
         ids = self.opened.tokenizer.vocabulary().values() if among is None else self._ids(among)
         allowed = np.array(sorted(ids))

@@ -78,3 +78,15 @@ def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the classes in a config.json."""
     named = config.get("architectures")
     return tuple(map(str, named)) if isinstance(named, list) else ()
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """Return the command that runs the task of a config.json's class; None for a class that has none."""
+    classes, reads_texts = classes_of(config), "vocab_size" in config
+    if "vision_config" in config and any(name.endswith("ForConditionalGeneration") for name in classes):
+        return "describe"
+    if (task := next((name for name, head in HEADS.items() if head.is_of(config)), None)) is not None:
+        return task
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+        return "generate"
+    return "embed" if reads_texts and any(name.endswith("Model") for name in classes) else None

@@ -6,6 +6,7 @@ for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from treadle.program.source import ModelSource
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
-from treadle.tasks.heads import Head, classes_of
+from treadle.tasks.heads import Head, classes_of, task_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -225,9 +226,21 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         raise UsageError(
             f"{printable(source.label)} has no head to {head.does}",
             received=", ".join(map(printable, classes_of(config))) or "config.json names no class",
-            hint=head.folders,
+            hint=_own_task(source.label, config, head),
         )
     return source.folder, config
+
+
+def _own_task(label: str, config: Mapping[str, Any], head: Head) -> str:
+    """Return the hint for a folder without a head: the task of its own class, and the folders that have the head."""
+    task = task_of(config)
+    if task is None:
+        return head.folders
+    command = f"treadle {task} {shlex.quote(printable(label))}, the task of its class"
+    return Hint(
+        f"t.load({printable(label)!r}).{task}(...), the task of its class; or {head.folders}",
+        f"{command}; or {head.folders}",
+    )
 
 
 _NO_FOLDERS = {"declaration": "a declaration", "graph": "a graph", "artifact": "an artifact"}

@@ -100,6 +100,7 @@ class TextRewriter:
             raise UsageError(
                 f"{self.model.name} translates {pairs or 'between two languages, which need not be said'}",
                 received=f"{source or 'no language'} to {target or 'no language'}",
+                hint=None if known else Hint("leave source= and target= out", "leave --from and --to out"),
             )
         return self.rewrite(texts, task=name if known else None, most=most, beams=beams, progress=progress)
 

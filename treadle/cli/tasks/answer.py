@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,11 @@ def answer_questions(
     given = (
         list(texts)
         if texts and file is None
-        else ["\n".join(read_sentences(texts or [], file, column, command=f"answer {program.model}"))]
+        else [
+            "\n".join(
+                read_sentences(texts or [], file, column, command=f"answer {program.model} {shlex.quote(question)}")
+            )
+        ]
     )
     with working(f"compiling {program.model}", shown=not as_json):
         answerer = QuestionAnswerer.open(program)

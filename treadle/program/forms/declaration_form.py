@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,7 @@ class DeclarationForm(SeparateWeightsForm):
     def without_weights(self) -> UsageError:
         is_family = family_of_declaration(self.model) is not None
         other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
-        trained = "treadle train MODEL FILES --vocab 8000 -o FOLDER"
+        trained = f"treadle train {shlex.quote(printable(self.label))} FILES --vocab 8000 -o FOLDER"
         return UsageError(
             f"{printable(self.label)} is a declaration{' of the zoo' * is_family}, without weights",
             hint=Hint(
