@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import commands_in
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 from treadle.program import text_files
 from treadle.program.given_texts import read_documents, read_sentences
@@ -154,3 +155,28 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(FrontendError, match="reading Parquet files needs the package pyarrow") as caught:
         read_column(str(tmp_path / "a.parquet"), None)
     assert "pip install pyarrow" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("classify gpt2 notes.txt --top 2", "treadle classify gpt2 --file notes.txt --top 2"),
+        ("embed gpt2 a notes.txt", "--file notes.txt, without other texts"),
+        ("generate gpt2 notes.txt --tokens 2", '"$(cat notes.txt)" in its place'),
+    ],
+)
+def test_the_name_of_a_file_is_not_taken_for_a_text(
+    words: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("A text.\n", encoding="utf-8")
+    said = commands_in(tmp_path, capsys, monkeypatch)(*words.split())
+    assert said.code == 2
+    assert "the text is the name of a file" in said.err and hint in " ".join(said.err.split())
+
+
+def test_a_text_that_looks_like_the_name_of_a_file_is_a_text(tmp_path: Path) -> None:
+    texts = [str(tmp_path / "notes.txt"), "Mr. Smith"]
+    assert read_sentences(texts, None) == texts
+        str(tmp_path / "notes.txt"),
+        "Mr. Smith",
+    ]

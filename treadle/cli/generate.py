@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -32,10 +33,13 @@ def continue_texts(
 ) -> None:
     """Continue text with a causal language model, such as the fetched smollm2, alone or as one of several ranks."""
     from treadle.cli.rank_runs import opened_on_ranks
+    from treadle.program.given_texts import refuse_file_name
     from treadle.progress import working
     from treadle.reporting.counts import counted
     from treadle.tasks.text_generation import TextGeneration
 
+    for text in prompts:
+        refuse_file_name(text, f'"$(cat {shlex.quote(text)})" in its place')
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{prompts} {settings} {keywords}") as stepped:
         with working(f"compiling {model}", shown=not as_json):
             run = TextGeneration.open(model, prompts, settings, stepped=stepped, **keywords)

@@ -17,6 +17,9 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.text_files import read_column, read_text, shown_source
 
+_LONGEST_NAME = 200
+"""Maximum number of characters of a text that may be the name of a file."""
+
 
 def read_sentences(
     given: Sequence[str], file: str | None, column: str | None = None, *, command: str = "embed minilm"
@@ -26,7 +29,8 @@ def read_sentences(
     column   the column of a table, as in `read_column`
     command  the command that reads them, for the hint of an error
 
-    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, CheckpointError for a file that
+    Raises UsageError if there is no sentence, if one is the name of a file that exists, or if the text is too long or
+    not UTF-8, CheckpointError for a file that
     does not exist, and the errors of `read_column`.
     """
     if column is not None and file is None:
@@ -38,6 +42,9 @@ def read_sentences(
             hint="use one of them",
         )
     if given:
+        for text in given:
+            whole = Hint(f"--file {text}", f"--file {text}", replaces=text, words=("--file", text))
+            refuse_file_name(text, whole if len(given) == 1 else f"--file {shlex.quote(text)}, without other texts")
         return list(given)
     if file is None and sys.stdin.isatty():
         raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
@@ -82,6 +89,12 @@ def read_documents(files: Sequence[str], column: str | None = None) -> list[str]
     if not found:
         raise UsageError("there is no text", received=", ".join(map(printable, files)), hint="a file with a text in it")
     return found
+
+
+def refuse_file_name(text: str, hint: str) -> None:
+    """Raise UsageError for a text that is the name of a file, with the hint."""
+    if PurePath(text).suffix and len(text) < _LONGEST_NAME and os.path.isfile(text):
+        raise UsageError("the text is the name of a file", received=printable(text), hint=hint)
 
 
 def _exists(file: str) -> bool:
