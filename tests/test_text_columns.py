@@ -177,6 +177,3 @@ def test_the_name_of_a_file_is_not_taken_for_a_text(
 def test_a_text_that_looks_like_the_name_of_a_file_is_a_text(tmp_path: Path) -> None:
     texts = [str(tmp_path / "notes.txt"), "Mr. Smith"]
     assert read_sentences(texts, None) == texts
-        str(tmp_path / "notes.txt"),
-        "Mr. Smith",
-    ]
