@@ -29,7 +29,7 @@ from treadle.passes.framework import manager
 from treadle.passes.framework.manager import PassManager
 from treadle.reporting import errors as error_reports
 
-MOST_GARBAGE = 1 << 29  # bytes
+MOST_GARBAGE = 3 << 29  # bytes
 _RESIDENT = [0]
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0) if sys.platform == "linux" else lambda _: 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.analysis.length_inputs import row_lengths
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import Hint, UsageError
@@ -177,11 +178,12 @@ def _scalar(value: Value) -> int | None:
 def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> dict[str, Array]:
     """Return an array for every input, drawn from the seed.
 
-    Floats are normally distributed. Indices are drawn from their whole range. Other integers, such as lengths, are
-    between 1 and the greatest size. Three in four booleans are true. Raises UsageError if no index is valid for all
-    uses of an input.
+    Floats are normally distributed. Indices are drawn from their whole range. Lengths of rows are between 1 and the
+    number of positions, other integers between 1 and the greatest size. Three in four booleans are true. Raises
+    UsageError if no index is valid for all uses of an input.
     """
     ranges = index_ranges(graph, sizes)
+    positions = {name: size.evaluate(sizes) for name, size in row_lengths(graph).items()}
     inputs = {}
     for number, value in enumerate(graph.main.inputs):
         rng = np.random.default_rng([*seed, number])
@@ -189,7 +191,8 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
         if dtype.is_float:
             drawn: Array = held(rng.standard_normal(shape), value)
         elif dtype.is_int:
-            span = Range(0, _MOST).intersect(ranges.get(value.name, Range(1, max(sizes.values(), default=1))))
+            most_positions = positions.get(value.name, max(sizes.values(), default=1))
+            span = Range(0, _MOST).intersect(ranges.get(value.name, Range(1, most_positions)))
             most = min(span.upper, int(np.iinfo(dtype.numpy or np.int64).max))
             if most < span.lower:
                 raise UsageError(f"no value of input {value.name} is a valid index for every axis that it indexes")
