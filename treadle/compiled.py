@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
@@ -150,9 +151,10 @@ class Compiled:
         """
         named = self._named(ordered, arrays)
         for lengths, (name, axis) in self._lengths.items():
-            given, shape = named.get(lengths), getattr(named.get(name), "shape", ())
-            if isinstance(given, np.ndarray) and axis < len(shape):
-                _check_lengths(lengths, given, shape[axis], name)
+            given, rows = named.get(lengths), named.get(name)
+            if _is_on_host(given) and _is_on_host(rows):
+                with suppress(ValueError, IndexError):  # another rank, or lists of different lengths: refused below
+                    _check_lengths(lengths, np.asarray(given), np.shape(rows)[axis], name)
         return self.executable(**named)
 
     @cached_property
@@ -351,6 +353,11 @@ class Compiled:
 
     def _to_save(self, path: str) -> str:
         return f'exe.save("{path}")'
+
+
+def _is_on_host(x: Any) -> bool:
+    """Return True for lists, and for arrays and tensors in the memory of the CPU."""
+    return isinstance(x, np.ndarray | list | tuple) or str(getattr(x, "device", "")) == "cpu"
 
 
 def _check_lengths(name: str, lengths: Array, size: int, of: str) -> None:
