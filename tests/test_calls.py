@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 import numpy as np
@@ -167,16 +166,17 @@ def padded(tokens: t.i64["B S"], lengths: t.i64["B"]):
 
 @pytest.mark.parametrize("wrong", [5, -1])
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
-def test_a_length_that_is_not_within_the_row(wrong: int, dtype: Any) -> None:
+@pytest.mark.parametrize("kind", ["arrays", "lists", "tensors"])
+def test_a_length_that_is_not_within_the_row(wrong: int, dtype: Any, kind: str) -> None:
+    convert: Callable[[Any], Any] = {
+        "arrays": np.asarray,
+        "lists": np.ndarray.tolist,
+        "tensors": lambda x: pytest.importorskip("torch").from_numpy(x),
+    }[kind]
     exe = t.compile(padded, backend="numpy")
     tokens = np.zeros((2, 4), np.int64)
-    lengths = np.array([3, wrong], dtype)
-    given: list[tuple[Any, Any]] = [(tokens, lengths), (tokens.tolist(), lengths.tolist())]
-    if (torch := sys.modules.get("torch")) is not None:
-        given.append((torch.from_numpy(tokens), torch.from_numpy(lengths)))
-    for rows, each in given:
-        with raises_freely(BackendError, match=f"lengths has a length of {wrong}, but rows of tokens have 4") as caught:
-            exe(tokens=rows, lengths=each)
-        assert caught.value.hint == "lengths from 0 to 4"
+    with raises_freely(BackendError, match=f"lengths has a length of {wrong}, but rows of tokens have 4") as caught:
+        exe(tokens=convert(tokens), lengths=convert(np.array([3, wrong], dtype)))
+    assert caught.value.hint == "lengths from 0 to 4"
     assert exe(tokens=tokens, lengths=np.array([0, 4], dtype))["y"].shape == (2, 4, 8)
     assert exe(tokens=tokens.tolist(), lengths=[3, 4])["y"].shape == (2, 4, 8)

@@ -151,7 +151,8 @@ class Compiled:
         """
         named = self._named(ordered, arrays)
         for lengths, (name, axis) in self._lengths.items():
-            given, rows = named.get(lengths), named.get(name)
+            given: Any = named.get(lengths)
+            rows: Any = named.get(name)
             if _is_on_host(given) and _is_on_host(rows):
                 with suppress(ValueError, IndexError):  # another rank, or lists of different lengths: refused below
                     _check_lengths(lengths, np.asarray(given), np.shape(rows)[axis], name)
