@@ -192,7 +192,8 @@ def test_hints_that_commands_print_have_a_form_for_the_command_line() -> None:
     wrong = [
         f"{place}: {text}"
         for place, text in hints()
-        if ON_THE_COMMAND_LINE not in text and not place.startswith((*FOR_PYTHON, *FOR_COMMANDS))
+        if ON_THE_COMMAND_LINE not in text and not text.startswith("in Python: ")
+        if not place.startswith((*FOR_PYTHON, *FOR_COMMANDS))
         if IN_PYTHON.search(re.sub(r"(?<![\w-])--[a-z][\w=-]*…?", "", text))
     ]
     assert wrong == []

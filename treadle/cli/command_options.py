@@ -77,6 +77,9 @@ def point_to_meant(
         if len(error.option_name) == 2 and alike:
             error.message += f"; treadle {name} has {', '.join(alike)}"
         return
+    if meant == "sizes" and not {"TEXTS", "SENTENCES"}.isdisjoint(known.values()):
+        error.message += "; leave it out: texts are batched by length, and the model determines the longest text"
+        return
     flag = known[meant]
     if not flag.startswith("--"):
         error.message += f"; {flag} is an argument of treadle {name}, without an option"

@@ -51,12 +51,13 @@ def opened_on_ranks(
         refuse_without_mesh(recipe, axis)
         yield open_stepped
         return
+    from treadle.ir.placement.mesh import Mesh
     from treadle.program.flag_values import parse_axes
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import open_rank_stepped
 
     options: dict[str, Any] = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
-    with join(timeout, command="generate MODEL TEXTS") as ranks, ExitStack() as quiet:
+    with join(timeout, command="generate MODEL TEXTS", wanted=Mesh.of(mesh).ranks) as ranks, ExitStack() as quiet:
         if ranks.rank:
             nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
             quiet.enter_context(redirect_stdout(nowhere))
@@ -81,6 +82,7 @@ def run_rank(
 
     import numpy as np
 
+    from treadle.ir.placement.mesh import Mesh
     from treadle.npy_files import write_npy
     from treadle.program.flag_values import input_names, parse_axes, parse_inputs
     from treadle.program.options import CompileOptions
@@ -91,7 +93,7 @@ def run_rank(
     from treadle.sharding.rank_models import compile_rank
 
     options = CompileOptions.of("rank", keywords)
-    with join(timeout) as ranks:
+    with join(timeout, wanted=Mesh.of(mesh).ranks) as ranks:
         refuse_artifact(model)
         made = compile_rank(
             model,
