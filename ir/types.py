@@ -53,6 +53,16 @@ class DType:
             hint=f't.{self.name}["{value}"]' if isinstance(value, str) else f"x.to(t.{self.name})",
         )
 
+    def __eq__(self, other: object) -> bool:
+        """Return True for the same dtype, also if PyTorch, NumPy or a text names it: `x.dtype == torch.float32`."""
+        if other is self or isinstance(other, DType):
+            return other is self or other.name == self.name
+        if not isinstance(other, str | type) and type(other).__name__ != "dtype" and not isinstance(other, np.dtype):
+            return NotImplemented
+        from treadle.ir.wording.other_spellings import dtype_word
+
+        return dtype_word(other) == f"t.{'boolean' if self.kind == 'bool' else self.name}"
+
     @property
     def numpy(self) -> np.dtype[Any] | None:
         """The NumPy dtype of the same bits, or None for bf16."""

@@ -28,7 +28,13 @@ Array = np.ndarray[Any, Any]
 Early = bool | Literal["never"]
 
 
-@with_checked_constructor()
+@with_checked_constructor(
+    {
+        **dict.fromkeys(("num_beams", "beam_size", "beam_width"), "count=4"),
+        "num_return_sequences": "best=1",
+        "early_stopping": "early=True",
+    }
+)
 @dataclass(frozen=True)
 class Beams:
     """Options of a beam search.

@@ -28,7 +28,17 @@ one before it are not enough for the draw. Most draws need the first or the seco
 """
 
 
-@with_checked_constructor()
+@with_checked_constructor(
+    {
+        "do_sample": "temperature=1.0",
+        **dict.fromkeys(
+            ("repetition_penalty", "frequency_penalty", "presence_penalty"),
+            "generate(prompt, sampling=..., rules=t.TokenRules(repetition_penalty=1.2))",
+        ),
+        "no_repeat_ngram_size": "generate(prompt, sampling=..., rules=t.TokenRules(no_repeat_ngram=3))",
+        **dict.fromkeys(("max_new_tokens", "max_tokens"), "generate(prompt, sampling=..., most=64)"),
+    }
+)
 @dataclass(frozen=True)
 class Sampling:
     """Options of sampling.

@@ -309,6 +309,12 @@ def test_a_declaration_is_a_function() -> None:
         (lambda: t.AdamW(betas=(0.8, 0.95, 0.9)), "beta1=0.9, beta2=0.999"),  # type: ignore[call-arg]
         (lambda: t.from_torch(None, (), dynamic_axes={"x": {0: "N"}}), "dynamic={'x': {0: 'N'}}"),  # type: ignore[call-arg, arg-type]
         (lambda: t.from_torch(None, example_inputs=()), "example=..."),  # type: ignore[call-arg, arg-type]
+        (lambda: t.Beams(num_beams=3), "count=3"),  # type: ignore[call-arg]
+        (lambda: t.Beams(num_return_sequences=2), "best=2"),  # type: ignore[call-arg]
+        (
+            lambda: t.Sampling(no_repeat_ngram_size=2),  # type: ignore[call-arg]
+            "generate(prompt, sampling=..., rules=t.TokenRules(no_repeat_ngram=2))",
+        ),
     ],
 )
 def test_a_hint_for_another_name_keeps_the_values(call: Callable[[], Any], hint: str) -> None:
@@ -321,7 +327,8 @@ def test_a_hint_for_another_name_keeps_the_values(call: Callable[[], Any], hint:
     ("method", "options", "hint"),
     [
         ("generate", {"stream": True}, "stream(prompt)"),
-        ("generate", {"beams": 2}, "search(prompts, beams="),
+        ("generate", {"beams": 2}, "search(prompts, beams=t.Beams(count=2))"),
+        ("generate", {"num_return_sequences": 2}, "search(prompts, beams=t.Beams(best=2))"),
         ("generate", {"messages": []}, 'print(*chat().say("Hello")'),
         ("chat", {"messages": []}, 'print(*chat().say("Hello")'),
     ],

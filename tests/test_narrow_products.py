@@ -223,6 +223,9 @@ def test_an_option_takes_a_dtype_or_its_name() -> None:
     assert CompileOptions.of("compile", {"widen": bf16}).widen == "bf16"
     assert CompileOptions.of("compile", {"widen": [bf16, "f16"]}).widen == ["bf16", "f16"]
     assert CompileOptions.of("load", {"cache": f16}).cache == "f16"
+    assert CompileOptions.of("load", {"dtype": np.float32, "cache": np.dtype("f2")}).cache == "f16"
+    torch = pytest.importorskip("torch")
+    assert CompileOptions.of("compile", {"dtype": torch.bfloat16, "widen": (torch.half,)}).widen == ("f16",)
     with pytest.raises(TypeError, match="not iterable"):
         list(bf16)  # type: ignore[call-overload]
 

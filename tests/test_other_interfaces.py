@@ -226,10 +226,23 @@ def test_the_settings_of_a_trainer_are_fixed() -> None:
     assert Own(classes).best == 1.0
 
 
+def test_the_settings_of_a_compiled_model_are_fixed() -> None:
+    exe = objects()["exe"]
+    for name, hint in {"weights": "t.compile(model, weights=...)", "graph": "t.compile(model, ...)"}.items():
+        with raises_freely(
+            t.UsageError, match=rf"a compiled model has fixed settings: \.{name} cannot be set"
+        ) as caught:
+            setattr(exe, name, {})
+        assert caught.value.hint == hint
+
+
 def test_a_module_is_not_a_word_of_the_package() -> None:
     with raises_freely(t.FrontendError, match="the DSL has no 'fetch'") as caught:
         t.fetch("minilm")  # type: ignore[attr-defined]
     assert caught.value.hint == 't.fetch_model("minilm")'
+    with raises_freely(t.FrontendError, match="the DSL has no 'triu'") as array:
+        t.triu(np.ones((3, 3)))  # type: ignore[attr-defined]
+    assert str(array.value.hint).startswith("x.triu()")
     assert not [name for name in dir(t) if inspect.ismodule(getattr(t, name)) and name != "ops"]
 
 

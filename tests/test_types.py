@@ -119,6 +119,20 @@ def test_dtype_and_every_size_take_part() -> None:
         assert here != parse_type(other)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_dtype_equals_the_dtype_of_the_same_numbers_in_numpy_and_pytorch(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    named = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "bool": "bool", "u8": "uint8"}
+    theirs = named.get(name) or name.replace("i", "int")
+    for other in DTYPES.values():
+        same = other.name == name
+        assert (other == getattr(torch, theirs)) == same
+        assert (other == theirs) == (other == name) == same
+        if name != "bf16":
+            assert (other == np.dtype(theirs)) == (np.dtype(theirs).type == other) == same
+    assert DTYPES[name] != 3 and DTYPES[name] != "no dtype" and DTYPES[name] != torch.complex64
+
+
 def test_parts() -> None:
     t = parse_type("f32[B, (heads=12 64), S//2]")
     assert (t.rank, t.symbols, t.static_shape) == (3, {"B", "S"}, None)

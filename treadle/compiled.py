@@ -42,7 +42,12 @@ OutputNames: TypeAlias = str | Sequence[str] | None
 """Outputs of `Compiled.run`, which checks the names: None for all."""
 
 
-@with_attribute_hints("a compiled model", COMPILED_ATTRIBUTES)
+@with_attribute_hints(
+    "a compiled model",
+    COMPILED_ATTRIBUTES,
+    creation="t.compile(model, {})",
+    settings=("weights", "backend", "target", "seed"),
+)
 @with_checked_methods({"overwrite": "leave it out: an existing file is replaced"})
 @dataclass(frozen=True)
 class Compiled:

@@ -211,8 +211,11 @@ def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any])
     found = {}
     for other, hint in hints.items():
         if option in typed:
-            hint = re.sub(r"^(\w+)=[0-9]+(?![.0-9])", rf"\1={typed[option]}", hint)
-        given = [f"{name}={value}" for name, value in typed.items() if re.search(rf"[(, ]{re.escape(name)}=", hint)]
+            hint = re.sub(
+                r"^(\w+=|.*[( ](?:count|best|most|no_repeat_ngram)=)[0-9]+(?![.0-9])", rf"\g<1>{typed[option]}", hint
+            )
+        inside = re.findall(r"[(, ](\w+)=(?!t\.)", hint)
+        given = [f"{name}={value}" for name, value in typed.items() if name in inside]
         found[other] = re.sub(r"\(\w+=[^()]*\)", f"({', '.join(given)})", hint) if given else hint
     return found
 

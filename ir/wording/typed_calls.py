@@ -208,7 +208,7 @@ def typed_replacement(
     nodes = [owner, *call.args] if of_tensor and owner else call.args
     arguments = [*map(_operand, nodes[:1]), *map(ast.unparse, nodes[1:])]
     options = {each.arg: ast.unparse(each.value) for each in call.keywords if each.arg}
-    if len(options) < len(call.keywords) or not arguments:
+    if len(options) < len(call.keywords) or not arguments or arguments[0].startswith(("np.", "numpy.")):
         return None
     module = ast.unparse(owner).partition(".")[0] if owner else ""
     is_numpys = module in ("np", "numpy") or not options.keys().isdisjoint(_KEYWORDS)

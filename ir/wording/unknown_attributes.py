@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from treadle.ir.errors import UsageError
@@ -22,7 +22,7 @@ class UnknownAttributeError(UsageError, AttributeError):
 
 
 def with_attribute_hints(
-    what: str, equivalents: Mapping[str, str], *, creation: str | None = None
+    what: str, equivalents: Mapping[str, str], *, creation: str | None = None, settings: Collection[str] | None = None
 ) -> Callable[[Class], Class]:
     """Decorate a class: an unknown attribute without a leading _ raises UnknownAttributeError. So does an assignment to
     an attribute in the user's code, if `creation` is passed.
@@ -30,6 +30,7 @@ def with_attribute_hints(
     what         the object in the error: "a session"
     equivalents  hints for attributes of other libraries, by name
     creation     the call that creates an object, with {} in place of a setting: "t.Trainer(model, {})"
+    settings     names of the settings of this call; None: any name
     """
 
     def decorate(cls: Class) -> Class:
@@ -51,7 +52,7 @@ def with_attribute_hints(
                     f"{what} has fixed settings: .{name} cannot be set",
                     received=f"{value!r}"[:80],
                     source=str(line),
-                    hint=str(creation).format(f"{name}=..."),
+                    hint=str(creation).format(f"{name}=..." if settings is None or name in settings else "..."),
                 )
             object.__setattr__(self, name, value)
 

@@ -205,18 +205,18 @@ def need_torch() -> None:
         raise UsageError("ranks communicate through PyTorch, which is not installed", hint=pip_install("torch"))
 
 
-def join(timeout: float = 60.0, *, command: str = "run MODEL", wanted: int = 2) -> Ranks:
+def join(timeout: float = 60.0, *, command: str = "run MODEL", count: int = 2) -> Ranks:
     """Join the other ranks, as specified by environment variables.
 
     timeout  seconds that a rank waits for others in later calls; `join` itself waits at least a minute while processes
              start
-    command  the command that runs as a rank, with its arguments, and wanted, its number of ranks, for the hint of an
+    command  the command that runs as a rank, with its arguments, and count, its number of ranks, for the hint of an
              error
 
     Raises UsageError if this process was not started as a rank, or without PyTorch; RankError if other ranks do not
     connect in time.
     """
-    rank, size, host = _environment(command, wanted)
+    rank, size, host = _environment(command, count)
     need_torch()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ended connections are reported by the watch
     from torch.distributed.rendezvous import rendezvous
@@ -244,16 +244,16 @@ def join(timeout: float = 60.0, *, command: str = "run MODEL", wanted: int = 2) 
     return ranks
 
 
-def _environment(command: str, wanted: int) -> tuple[int, int, str]:
+def _environment(command: str, count: int) -> tuple[int, int, str]:
     """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError if a variable is missing or
     invalid.
     """
-    words = f"{command} --mesh tp={wanted} --recipe megatron"
+    words = f"{command} --mesh tp={count} --recipe megatron"
     hint = Hint(
-        f"a script under torchrun, or under treadle launch -n {wanted} -- SCRIPT.py",
-        f"treadle launch -n {wanted} -- {words}, or {_TORCHRUN} -m treadle {words}",
+        f"a script under torchrun, or under treadle launch -n {count} -- SCRIPT.py",
+        f"treadle launch -n {count} -- {words}, or {_TORCHRUN} -m treadle {words}",
         replaces=command.partition(" ")[0],
-        words=("launch", "-n", str(wanted), "--", command.partition(" ")[0]),
+        words=("launch", "-n", str(count), "--", command.partition(" ")[0]),
     )
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:

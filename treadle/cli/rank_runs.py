@@ -57,7 +57,7 @@ def opened_on_ranks(
     from treadle.sharding.rank_models import open_rank_stepped
 
     options: dict[str, Any] = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
-    with join(timeout, command="generate MODEL TEXTS", wanted=Mesh.of(mesh).ranks) as ranks, ExitStack() as quiet:
+    with join(timeout, command="generate MODEL TEXTS", count=Mesh.of(mesh).ranks) as ranks, ExitStack() as quiet:
         if ranks.rank:
             nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
             quiet.enter_context(redirect_stdout(nowhere))
@@ -93,7 +93,7 @@ def run_rank(
     from treadle.sharding.rank_models import compile_rank
 
     options = CompileOptions.of("rank", keywords)
-    with join(timeout, wanted=Mesh.of(mesh).ranks) as ranks:
+    with join(timeout, count=Mesh.of(mesh).ranks) as ranks:
         refuse_artifact(model)
         made = compile_rank(
             model,

@@ -106,13 +106,17 @@ class Option:
         raise UsageError(
             f"{self.name}= must be {' or '.join(dict.fromkeys(_KINDS[kind].text for kind in kinds))}",
             received=printable(repr(value))[:80],
-            hint=self._parsed(value) or self._example() or self.about.partition(". ")[0],
+            hint=self._parsed(value) or self._of_module(value) or self._example() or self.about.partition(". ")[0],
         )
 
     def _example(self) -> str | None:
         """Return the option with the value that `about` has as an example, or None if it has none."""
         example = re.search(r"such as (\(.*?\)|\{.*?\}|\".*?\")", self.about)
         return None if example is None else f"{self.name}={example[1]}"
+
+    def _of_module(self, value: object) -> str | None:
+        """Return the option with the weights of a module of PyTorch; None for another value or option."""
+        return f"{self.name}=module.state_dict()" if self.name == "weights" and hasattr(value, "state_dict") else None
 
     def _parsed(self, value: object) -> str | None:
         """Return the option with the value that its flag reads from a text: `sizes={'B': 1}` for "B=1"."""

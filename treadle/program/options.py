@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from treadle.files.shown_names import printable
 from treadle.frontends.binding_errors import OTHER_MODEL
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.ir.transforms.rounded_inputs import AS_STORED
-from treadle.ir.types import DType
+from treadle.ir.types import DTYPES, DType
 from treadle.program import flag_values
 from treadle.program.entry_signatures import own_parameters
 from treadle.program.option_table import (
@@ -71,6 +73,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         and for an unknown target.
         """
         known = declared_options()
+        keywords = {name: _dtype_names(value) if name in known else value for name, value in keywords.items()}
         for name in keywords:
             if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
@@ -80,7 +83,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             raise UsageError(
                 "config= must be a mapping", received=printable(repr(keywords["config"])), hint='config={"layers": 2}'
             )
-        chosen = {name: _dtype_names(value) for name, value in keywords.items() if name in known and value is not None}
+        chosen = {name: value for name, value in keywords.items() if name in known and value is not None}
         config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
         config.update(keywords.get("config") or {})
         made = cls(**{**defaults, **chosen}, entry=entry, config=config, explicit=frozenset(chosen))
@@ -260,10 +263,21 @@ def _new_weights_hint(source: ModelSource, missing: Sequence[str]) -> Hint:
 
 
 def _dtype_names(value: Any) -> Any:
-    """Return the name of a dtype, `bf16` as "bf16", also in a list of dtypes. Other values are unchanged."""
-    if isinstance(value, list | tuple):
-        return type(value)(map(_dtype_names, value)) if any(isinstance(each, DType) for each in value) else value
-    return str(value) if isinstance(value, DType) else value
+    """Return the name of a dtype, "bf16" for `t.bf16`, `torch.bfloat16` and `np.dtype`s, also in a list of dtypes.
+    Other values are unchanged.
+    """
+    if isinstance(value, list | tuple) and any(_is_dtype(each) for each in value):
+        return type(value)(map(_dtype_names, value))
+    if not _is_dtype(value):
+        return value
+    return next((name for name, each in DTYPES.items() if each == value), value)
+
+
+def _is_dtype(value: object) -> bool:
+    """Return True for a dtype of ours, of PyTorch or of NumPy."""
+    if isinstance(value, type):
+        return issubclass(value, np.generic)
+    return isinstance(value, DType | np.dtype) or type(value).__name__ == "dtype"
 
 
 _ANY_SIZE = "a model is one graph, and symbolic axes, which dynamic= of t.from_torch names, take every size"

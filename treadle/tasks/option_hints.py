@@ -11,9 +11,9 @@ _ELSEWHERE = {
     **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict", "tokens"), "most=64"),
     "max_length": "most=64, which does not include the prompt's tokens",
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"), _SAMPLING),
-    **dict.fromkeys(
-        ("num_beams", "beams", "length_penalty", "num_return_sequences"), "search(prompts, beams=t.Beams(4, best=2))"
-    ),
+    **dict.fromkeys(("num_beams", "beams"), "search(prompts, beams=t.Beams(count=4))"),
+    "length_penalty": "search(prompts, beams=t.Beams(length_penalty=1.2))",
+    "num_return_sequences": "search(prompts, beams=t.Beams(best=2))",
     **dict.fromkeys(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids"), _RULES),
     **dict.fromkeys(("stream", "streamer"), "stream(prompt), a method that yields the text piece by piece"),
     **dict.fromkeys(("messages", "conversation"), _CHAT),
