@@ -283,6 +283,10 @@ def test_an_unknown_peer_is_refused() -> None:
     with pytest.raises(UsageError, match="there is no peer 'tensorflow'") as error:
         bench_model(Workload("bert"), ["tensorflow"])
     assert all(name in str(error.value) for name in PEERS)
+    for name, meant in {"PyTorch": "eager, or compile", "torch.compile": "compile", "ort": "onnxruntime"}.items():
+        with pytest.raises(UsageError) as other:
+            bench_model(Workload("bert"), [name])
+        assert str(other.value.hint).startswith(meant)
 
 
 def test_the_command() -> None:

@@ -113,6 +113,7 @@ def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
         (lambda x: t.stack([x, x + 1], dim=1), "PyTorch's stack is t.concat(x.unsqueeze(1), (x + 1).unsqueeze(1), a"),
         (lambda x: t.stack([x, x], 1), "PyTorch's stack is t.concat(x.unsqueeze(1), x.unsqueeze(1), axis=1), and"),
         (lambda x: t.gather(x, 1, t.positions(x)), "PyTorch's gather is t.take_along_axis(x, t.positions(x), axis=1)"),
+        (lambda x: t.embedding(x, 9, 4, name="e"), "PyTorch's embedding is t.embed(x, 9, 4, name='e')"),
         (lambda x: t.diff(x, dim=1), "x.diff(dim=1)"),
         (lambda x: t.movedim(x * 2, 1, 0), "(x * 2).movedim(1, 0)"),
         (lambda x: t.transpose(x, 1, 2), "x.transpose(1, 2)"),

@@ -61,6 +61,17 @@ def test_a_line_that_is_no_object_with_a_text_is_named(line: str, tmp_path: Path
     with pytest.raises(UsageError, match=r"a line of a \.jsonl file must be an object with a text") as caught:
         read_documents([str(path)])
     assert caught.value.within == f"{path}, line 3"
+    assert str(caught.value.hint) == ("column='body'" if "body" in line else '{"text": "Once upon a time"}')
+
+
+def test_a_hint_names_the_columns_with_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 3, "my prompt": "x", "completion": "y"}\n')
+    with pytest.raises(UsageError) as caught:
+        read_documents([str(path)])
+    assert caught.value.hint == "column='my prompt', or completion"
+    assert caught.value.hint.command == "--column 'my prompt', or completion"
+    assert read_documents([str(path)], "my prompt") == ["x"]
 
 
 def test_files_without_a_text_are_refused(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
     "layer_norm": OTHER_WORDS["LayerNorm"],
     "rms_norm": OTHER_WORDS["RMSNorm"],
     "group_norm": OTHER_WORDS["GroupNorm"],
+    "embedding": OTHER_WORDS["Embedding"],
     "reshape": _SPLIT,
     "softmax": "t.softmax(x, axis=-1)",
     "log_softmax": "t.log_softmax(x, axis=-1)",
@@ -234,7 +235,7 @@ OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items(
 }
 """The replacement for a function of another library whose name the DSL has too, with other arguments."""
 
-DIFFERENT = {"gather": "is NumPy's take", "stack": "repeats a block"}
+DIFFERENT = {"gather": "is NumPy's take", "stack": "repeats a block", "embedding": "takes the table itself"}
 """The computation of each function that is not PyTorch's function of the same name."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {

@@ -182,6 +182,9 @@ _CALLS: dict[str, Callable[..., str | None]] = {
     "Embedding": lambda num_embeddings, embedding_dim: (
         f't.embed(tokens, {num_embeddings}, {embedding_dim}, name="wte")'
     ),
+    "embedding": lambda x, num_embeddings, embedding_dim, name='"wte"': (
+        f"t.embed({x}, {num_embeddings}, {embedding_dim}, name={name})"
+    ),
     "GroupNorm": lambda num_groups, _, eps="1e-05": f't.group_norm(x, {num_groups}, eps={eps}, name="norm")',
     "swiglu SwiGLU": lambda x, hidden: f't.gated_mlp({x}, {hidden}, act=t.silu, name="mlp")',
     "geglu GEGLU GeGLU": lambda x, hidden: f't.gated_mlp({x}, {hidden}, act=t.gelu, name="mlp")',

@@ -46,11 +46,23 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("torch", "pytorch", "transformers", "hf", "huggingface"), "eager, or compile for torch.compile"),
+    **dict.fromkeys(("torch.compile", "torchcompile", "inductor"), "compile"),
+    **dict.fromkeys(("ort", "onnx", "onnxrt"), "onnxruntime"),
+    **dict.fromkeys(("llamacpp", "llama_cpp", "gguf"), "llama.cpp"),
+    "ct2": "ctranslate2",
+}
+"""Peers by other names."""
+
+
 def peers_of(names: list[str]) -> list[str]:
     """Return the names without repetition. Raises UsageError for an unknown peer."""
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise UsageError(f"there is no peer {unknown[0]!r}", hint="one of " + ", ".join(PEERS))
+        meant = _OTHER_NAMES.get(unknown[0].lower().replace("-", "").replace(" ", ""))
+        hint = f"{meant}; it is one of " if meant else "one of "
+        raise UsageError(f"there is no peer {unknown[0]!r}", hint=hint + ", ".join(PEERS))
     return list(dict.fromkeys(names))
 
 

@@ -14,6 +14,7 @@ import csv
 import importlib.util
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
@@ -87,9 +88,19 @@ def _json_lines(file: str, column: str | None) -> Iterator[str]:
                 f"a line of a .jsonl file must be an object with {subject}",
                 received=printable(line, 80),
                 within=f"{shown_path(file)}, line {number}",
-                hint=json.dumps({name: "Once upon a time"}, ensure_ascii=False),
+                hint=_text_column(held) or json.dumps({name: "Once upon a time"}, ensure_ascii=False),
             )
         yield text
+
+
+def _text_column(row: object) -> Hint | None:
+    """Return a hint that names the keys with texts of a row; None if there are none."""
+    names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    if not names:
+        return None
+    first, *others = [printable(name) for name in names[:5]]
+    further = f", or {', '.join(others)}" if others else ""
+    return Hint(f"column={first!r}{further}", f"--column {shlex.quote(first)}{further}")
 
 
 def _separated(separator: str) -> Callable[[str, str | None], Iterator[str]]:
