@@ -231,7 +231,8 @@ def test_hints_for_arguments_of_another_kind(call: Callable[[Any], Any], what: s
             "a string, or a list of",
         ),
         (lambda m: m.generate("a", stop="."), "stop must be a list of strings", "stop=['.']"),
-        (lambda m: m.generate("a", most="5"), "most must be an integer", "most=128"),
+        (lambda m: m.generate("a", most="5"), "most must be an integer", "most=5"),
+        (lambda m: m.generate("a", most="few"), "most must be an integer", "most=128"),
         (lambda m: m.embed(("a", "b")), "sentences must be a string or a list of strings", "a string, or a list of"),
         (lambda m: m.match("a.png", "cat"), "texts must be a list of strings", "texts=['cat']"),
         (
@@ -310,6 +311,10 @@ def test_a_declaration_is_a_function() -> None:
         (lambda: t.from_torch(None, (), dynamic_axes={"x": {0: "N"}}), "dynamic={'x': {0: 'N'}}"),  # type: ignore[call-arg, arg-type]
         (lambda: t.from_torch(None, example_inputs=()), "example=..."),  # type: ignore[call-arg, arg-type]
         (lambda: t.Beams(num_beams=3), "count=3"),  # type: ignore[call-arg]
+        (lambda: t.Sampling(temperature="0.7"), "temperature=0.7"),  # type: ignore[arg-type]
+        (lambda: t.AdamW(beta1="0.8"), "0.8"),  # type: ignore[arg-type]
+        (lambda: t.AdamW(beta1="8"), "0.9"),  # type: ignore[arg-type]
+        (lambda: t.Schedule(0.1, warmup="10"), "10"),  # type: ignore[arg-type]
         (lambda: t.Beams(num_return_sequences=2), "best=2"),  # type: ignore[call-arg]
         (
             lambda: t.Sampling(no_repeat_ngram_size=2),  # type: ignore[call-arg]

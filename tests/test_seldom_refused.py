@@ -607,7 +607,7 @@ def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_an_artifact_is_run_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.runtime.distributed.ranks.join", lambda timeout: nullcontext(fake))
+    monkeypatch.setattr("treadle.runtime.distributed.ranks.join", lambda timeout, **_: nullcontext(fake))
     with pytest.raises(SystemExit) as ended:
         app(["run", "m.treadle", "--mesh", "tp=2"])
     assert ended.value.code == 2

@@ -384,7 +384,7 @@ OTHER_NAMES = [
     ("generate", "max_new_token", "most=1"),
     ("generate", "temperature", "sampling=t.Sampling(temperature=1)"),
     ("generate", "do_sample", "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"),
-    ("generate", "num_beams", "search(prompts, beams=t.Beams(4, best=2))"),
+    ("generate", "num_beams", "search(prompts, beams=t.Beams(count=1))"),
     ("generate", "repetition_penalty", "rules=t.TokenRules(repetition_penalty=1)"),
     ("generate", "stop_strings", 'stop=["."]'),
     ("generate", "samplng", "sampling=..."),

@@ -102,7 +102,9 @@ def _kind_check(
             value = ordered[place] if place < len(ordered) else options[name]
             if not kind.fits(value):
                 received = f"{name}={value!r}"[:80]
+                number = number_of(value)
                 hint = f"{name}=[{value!r}]" if kind.fits([value]) else examples.get(name, kind.example)
+                hint = f"{name}={number!r}" if number is not None and kind.fits(number) else hint
                 raise UsageError(f"{name} must be {kind.words}", received=received, hint=hint)
 
     return check
@@ -148,6 +150,15 @@ def _as_original(checked: Callable[..., Any], signature: Signature) -> Callable[
     del checked.__wrapped__  # type: ignore[attr-defined]
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return checked
+
+
+def number_of(text: object) -> int | float | None:
+    """Return the number that a text writes, such as 1e-3; None for other values."""
+    if isinstance(text, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(text)
+    return None
 
 
 def check_call(
