@@ -244,9 +244,23 @@ class _Matching:
         elif known.size != dim.size:
             where = f"in {self.seen_in[name]}" if name in self.seen_in else "in the op's attributes"
             axis = "" if name.startswith("...") else f"axis {name} "
-            raise RuleError(f"{axis}sizes disagree: {known.size} {where}, {dim.size} in {self.names[i]}")
+            raise RuleError(
+                f"{axis}sizes disagree: {known.size} {where}, {dim.size} in {self.names[i]}", hint=self._aligned()
+            )
         elif _detail(dim) > _detail(known):
             self.dims[name] = dim
+
+    def _aligned(self) -> str | None:
+        """Return a hint for an operand of an elementwise op whose axes are the first ones of another operand, or None
+        if there is none: the last axes are aligned.
+        """
+        shapes = [() if t is None else t.shape for t in self.types]
+        longest = max(shapes, key=len, default=())
+        for name, shape in zip(self.names, shapes, strict=True) if self.rule.is_elementwise else ():
+            after = len(longest) - len(shape)
+            if shape and after and all(n in (m, ONE) for n, m in zip(shape, longest, strict=False)):
+                return f"{name}[..., {', '.join(['None'] * after)}], since axes are aligned at the last one"
+        return None
 
     def _solve(self, products: list[tuple[int, int, AxisDim]]) -> None:
         """Bind the factors of product dimensions; a dimension with one unknown factor determines it."""

@@ -44,8 +44,9 @@ class DType:
             return parse_type(f"{self.name}[{dims}]")
         return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
 
-    def __call__(self, value: object = "B S", *_: object) -> NoReturn:
+    def __call__(self, *_: object) -> NoReturn:
         """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
+        value = _[0] if _ else "B S"
         raise GraphError(
             f"{self.name} is a dtype, and not called",
             received=f"{value!r}"[:80],

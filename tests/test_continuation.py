@@ -15,7 +15,7 @@ from tests.task_models import byte_level
 from treadle.cli import app
 from treadle.continuation import GrowingText, TextWriter, need_for_text
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.ir.errors import CheckpointError, FrontendError, Hint, UsageError
 from treadle.runtime.beams import Beams
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.stop_strings import StopStrings
@@ -159,7 +159,8 @@ def test_models_that_are_not_causal_are_named_as_what_they_are(tmp_path: Path) -
     byte_level().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="does not continue text: it is not a causal language model") as caught:
         TextWriter.open(tmp_path)
-    assert "treadle embed" in str(caught.value.hint)
+    hint = caught.value.hint
+    assert isinstance(hint, Hint) and "the methods embed, classify" in hint and "treadle embed" in hint.command
 
 
 def test_packages_that_are_missing_are_named_together_before_anything_is_read(

@@ -484,6 +484,25 @@ def test_a_group_norm_is_pytorchs(shape: str, size: tuple[int, ...], groups: int
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(4, 4, 0), (3, 2, 1)])
+def test_a_group_norm_follows_a_strided_convolution(kernel: int, stride: int, padding: int) -> None:
+    """Its axes are divided sizes, H//4 or (H + 1)//2."""
+    torch = pytest.importorskip("torch")
+
+    def body(x: t.Tensor) -> t.Tensor:
+        each = (stride, stride)
+        y = t.convolution(x, 8, (kernel, kernel), strides=each, padding=(padding, padding), name="c")
+        return t.group_norm(y, 2, name="f")
+
+    exe = compile(traced(body, shape="B 3 H W"), backend="numpy")
+    a = np.random.default_rng(0).standard_normal((2, 3, 13, 18)).astype(np.float32)
+    (y,) = exe(x=a).values()
+    w = {name: torch.from_numpy(np.array(array)) for name, array in exe.weights.items()}
+    x = torch.nn.functional.conv2d(torch.from_numpy(a), w["c.weight"], w["c.bias"], stride=stride, padding=padding)
+    expected = torch.nn.functional.group_norm(x, 2, w["f.weight"], w["f.bias"])
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("word", ["max_pool1d", "avg_pool1d"])
 def test_the_hint_for_a_pooling_has_pytorchs_strides(word: str) -> None:
     functional = pytest.importorskip("torch").nn.functional

@@ -694,7 +694,7 @@ def test_hints_for_a_vocabulary_without_a_mask_work(trained: Treadle) -> None:
     assert hint_of(said) == "--objective masked-token"
     said = trained(f"{start} {options} --tokenizer out --objective masked-token")
     refused(said, "the vocabulary has no mask token")
-    assert hint_of(said).startswith("--vocab 8000 in place of --tokenizer")
+    assert hint_of(said).startswith("--vocab 300 in place of --tokenizer")
     assert trained(f"{start} {options} --vocab 300 --objective masked-token").code == 0
     text = Path("new", "tokenizer.json").read_text().replace("<mask>", "<|mask|>")
     Path("new", "tokenizer.json").write_text(text)

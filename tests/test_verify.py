@@ -402,15 +402,24 @@ def test_inputs_that_cannot_be_drawn() -> None:
         verify_model(b.graph, backends=["numpy"])
 
 
+@pytest.mark.parametrize(("window", "found"), [(2, [7, 18]), (12, [18]), (40, [66]), (200, [258])])
+def test_sizes_are_at_least_those_of_windows(window: int, found: list[int]) -> None:
+    b = Builder(Graph("patches"))
+    images, kernel = b.input("images", "f32[B, 3, S]"), b.parameter("kernel", f"f32[4, 3, {window}]")
+    b.outputs(y=b.conv(images, kernel, strides=[window]))
+    assert [sizes["S"] for sizes in small_sizes(b.graph)] == found
+    assert verify_model(b.graph, backends=["numpy"]).passed
+
+
 def test_sizes_that_fit_where_no_small_ones_do() -> None:
     """The hint can be followed to the letter, with sizes for every symbol."""
     b = Builder(Graph("long"))
     x = b.input("x", "f32[S]")
-    b.outputs(y=b.slice(x, axis=0, stop="S - 100"))
+    b.outputs(y=b.slice(x, axis=0, stop="S - 1000"))
     with pytest.raises(UsageError, match="no small sizes fit") as error:
         verify_model(b.graph, backends=["numpy"])
     assert "sizes=[{'S': N}]" in str(error.value)
-    assert verify_model(b.graph, backends=["numpy"], sizes=[{"S": 120}]).passed
+    assert verify_model(b.graph, backends=["numpy"], sizes=[{"S": 1020}]).passed
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
 
 END, MASK = "<|endoftext|>", "<mask>"
+USUAL_VOCABULARY = 8000
+"""A usual number of tokens of a new vocabulary, for hints."""
 _BYTES = 256
 
 
@@ -29,7 +31,7 @@ def train_tokenizer(texts: Sequence[str], size: int, *, mask: bool = False) -> T
         raise UsageError(
             f"a vocabulary has a token for each byte and {len(special)} special: {least} tokens or more",
             received=f"{size}",
-            hint="8000",
+            hint=str(USUAL_VOCABULARY),
         )
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -23,12 +23,15 @@ from treadle.ir.operation import Composite, names_operand
 from treadle.ir.ops.arithmetic import Add, Sub
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.logic import Where
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import bf16
 
 Array = np.ndarray[Any, Any]
 
 _LEADING, _OTHERS = (1, 2, 3), (1, 6, 17)
+_LARGER = (33, 65, 129, 257)
+"""Sizes for models that take no smaller ones: windows of convolutions span several elements."""
 _MOST = 2**31 - 1
 
 
@@ -53,18 +56,20 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
     """Return a few assignments of sizes to the symbols, within their bounds. No two axes have equal sizes if the bounds
     allow that.
 
-    The first sizes are the smallest possible. Sizes for which a dimension would be negative are left out. Raises
-    UsageError if none are left.
+    The first sizes are the smallest possible. Sizes for which a dimension would be negative, or that an op refuses, are
+    left out. Raises UsageError if none are left.
     """
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
+    needed = _nonnegative(graph)
     found: list[dict[str, int]] = []
-    for step in range(len(_OTHERS)):
+    for step, other in enumerate((*_OTHERS, *_LARGER)):
+        if found and step >= len(_OTHERS):
+            break
         sizes = {}
         for number, (symbol, bounds) in enumerate(graph.symbols.items()):
-            size = _LEADING[step] if symbol in leading else _OTHERS[step] + number * (step > 0)
+            size = _LEADING[step % len(_LEADING)] if symbol in leading else other + number * (step > 0)
             sizes[symbol] = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
-        shapes = (v.type.evaluate(sizes) for _, node in graph.walk() for v in node.results)
-        if sizes not in found and all(n >= 0 for shape in shapes for n in shape):
+        if sizes not in found and all(size.evaluate(sizes) >= 0 for size in needed):
             found.append(sizes)
     if not found:
         each, flags = (
@@ -76,6 +81,15 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
             hint=Hint(f"sizes=[{{{each}}}], with sizes that fit", f"--sizes {flags}, with sizes that fit"),
         )
     return found
+
+
+def _nonnegative(graph: Graph) -> set[Size]:
+    """Return the sizes that may not be negative: of the dimensions of all values, and those that ops require."""
+    needed: set[Size] = set()
+    for _, node in graph.walk():
+        needed.update(size for value in node.results for size in value.type.shape)
+        needed.update(size for size, _ in node.op.demands([None if v is None else v.type for v in node.operands]))
+    return {size for size in needed if size.symbols}
 
 
 def filled_sizes(graph: Graph, least: int) -> dict[str, int]:

@@ -61,6 +61,14 @@ def indexed(x: Expr, index: Any) -> Expr:
 
 def _full(x: Expr, items: Sequence[Any]) -> list[Any]:
     """Return one item for each axis of x, and the items that add axes."""
+    for at, item in enumerate(items):
+        if _is_condition(item):
+            further = ", ".join(["None"] * _axes_after(x, items, at))
+            raise _refusal(
+                x,
+                "a condition cannot select elements: the size of the result would depend on data",
+                f"t.where(condition{f'[..., {further}]' * bool(further)}, x, 0.0) keeps the shape",
+            )
     items = [_plain(x, item) for item in items]
     spread = [i for i, item in enumerate(items) if item is Ellipsis]
     if len(spread) > 1:
@@ -72,19 +80,30 @@ def _full(x: Expr, items: Sequence[Any]) -> list[Any]:
     return [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
 
 
+def _is_condition(item: Any) -> bool:
+    """Return True for a tensor, an array or a list of booleans."""
+    if isinstance(item, Expr):
+        return item.dtype.kind == "bool"
+    is_array = isinstance(item, list | np.ndarray | np.generic) or _is_foreign_array(item)
+    return is_array and np.asarray(item).dtype.kind == "b"
+
+
+def _axes_after(x: Expr, items: Sequence[Any], at: int) -> int:
+    """Return the number of axes of x after those that a condition, which is an item of an index, refers to."""
+    counts = [
+        0 if item is None or item is Ellipsis else _index_rank(item) if _is_condition(item) else 1 for item in items
+    ]
+    if any(item is Ellipsis for item in items[:at]):
+        return sum(counts[at + 1 :])
+    return max(0, x.rank - sum(counts[: at + 1]))
+
+
 def _plain(x: Expr, item: Any) -> Any:
     """Return an item of an index as None, Ellipsis, a slice, an integer, a Size, an Expr or an array of integers."""
     if item is None or item is Ellipsis or isinstance(item, slice):
         return item
     is_array = isinstance(item, list | np.ndarray) or _is_foreign_array(item)
     if isinstance(item, Expr) or is_array or (isinstance(item, np.generic) and item.dtype.kind != "i"):
-        flags = item.dtype.kind == "bool" if isinstance(item, Expr) else np.asarray(item).dtype.kind == "b"
-        if flags:
-            raise _refusal(
-                x,
-                "a condition cannot select elements: the size of the result would depend on data",
-                "t.where(condition, x, 0.0) keeps the shape",
-            )
         if isinstance(item, Expr):
             return item
         array = np.asarray(item)
@@ -123,7 +142,7 @@ def _is_basic(item: Any) -> bool:
 
 
 def _index_rank(item: Any) -> int:
-    return int(item.rank if isinstance(item, Expr) else item.ndim)
+    return int(item.rank if isinstance(item, Expr) else np.ndim(item))
 
 
 def _position(x: Expr, axis: int, at: int | Size) -> Expr:

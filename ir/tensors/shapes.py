@@ -67,20 +67,23 @@ def _sides(before: Sequence[Size], after: Sequence[Size]) -> tuple[list[str], li
     names = axis_letters(len(found.sizes), taken)
     left = []
     for pieces in found.before:
-        # All factors but one have their sizes in the pattern. The factor without a size is the one whose size is
-        # hardest to write, or the last one.
+        # All factors but one have their sizes in the pattern. The factor without a size is the one whose size is the
+        # longest to write, or the last one.
         def difficulty(piece: int) -> tuple[bool, int, int]:
             return not _is_plain(found.sizes[piece]), len(found.sizes[piece].symbols), piece
 
         free = max(pieces, key=difficulty, default=None)
-        if any(not _is_plain(found.sizes[p]) for p in pieces if p != free):
-            return None
-        left.append(_dimension([names[p] if p == free else f"{names[p]}={found.sizes[p]}" for p in pieces]))
+        left.append(_dimension([names[p] if p == free else f"{names[p]}={_spelled(found.sizes[p])}" for p in pieces]))
     return left, [_dimension([names[p] for p in pieces]) for pieces in found.after]
 
 
 def _dimension(factors: Sequence[str]) -> str:
     return "1" if not factors else factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
+
+
+def _spelled(size: Size) -> str:
+    """Return a size as text without spaces, as patterns have it."""
+    return str(size).replace(" ", "")
 
 
 def _is_plain(size: Size) -> bool:

@@ -19,7 +19,7 @@ from treadle.continuation import need_for_text
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.frontends.vocabularies.trained_vocabularies import train_tokenizer
+from treadle.frontends.vocabularies.trained_vocabularies import USUAL_VOCABULARY, train_tokenizer
 from treadle.ir.analysis.causality import is_causal
 from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
@@ -131,7 +131,7 @@ class TextData:
         _check_model(resolved, objective)
         documents: Sequence[str] = ()
         if vocab is None:
-            opened = _tokenizer(source)
+            opened = _tokenizer(resolved)
         else:
             _refuse_vocab(source)
             documents = read_documents(files, column)
@@ -279,17 +279,24 @@ def _is_causal(graph: Graph) -> bool:
     return axis is not None and is_causal(run(graph, [Recognize()]).graph, axis, _scored(graph))
 
 
-def _tokenizer(source: ModelSource) -> TextTokenizer:
+def _usual_size(resolved: Resolved) -> int:
+    """Return a usual size of a new vocabulary, at most the number of token ids of the model."""
+    return min(USUAL_VOCABULARY, count_token_ids(resolved.graph.main, "tokens") or USUAL_VOCABULARY)
+
+
+def _tokenizer(resolved: Resolved) -> TextTokenizer:
     """Return the tokenizer of a model, or of the other model whose tokenizer it uses. Raises UsageError if that model
     has no folder.
     """
+    source, size = resolved.source, _usual_size(resolved)
     need_packages(f"training {printable(source.label)} on texts", "tokenizers")
     if source.text_source.path is None:
         raise UsageError(
             f"{printable(source.label)} has no folder, and so no tokenizer",
             hint=Hint(
-                "tokenizer=FOLDER, of a model with the intended vocabulary; or vocab=8000 trains a new one",
-                "--tokenizer FOLDER, of a model with the intended vocabulary; or --vocab 8000, which trains a new one",
+                f"tokenizer=FOLDER, of a model with the intended vocabulary; or vocab={size} trains a new one",
+                "--tokenizer FOLDER, of a model with the intended vocabulary; "
+                f"or --vocab {size}, which trains a new one",
             ),
         )
     need_for_text(source.text_source)
@@ -312,9 +319,10 @@ def _other_way(resolved: Resolved) -> str:
     """Return a hint for a masked-token objective and a vocabulary without a mask token."""
     source = resolved.source
     if source.kind == "declaration" and source.path is None:
+        size = _usual_size(resolved)
         return Hint(
-            "vocab=8000 in place of tokenizer=, which trains a vocabulary with a mask token",
-            "--vocab 8000 in place of --tokenizer, which trains a vocabulary with a mask token",
+            f"vocab={size} in place of tokenizer=, which trains a vocabulary with a mask token",
+            f"--vocab {size} in place of --tokenizer, which trains a vocabulary with a mask token",
         )
     if _is_causal(resolved.graph):
         return Hint(f"objective={NEXT_TOKEN!r}", f"--objective {NEXT_TOKEN}")

@@ -11,6 +11,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
+from treadle.frontends.vocabularies.trained_vocabularies import USUAL_VOCABULARY
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.checkpoints import ReadModel, ReadOptions, read_declaration
 from treadle.program.flag_values import config_texts
@@ -44,7 +45,9 @@ class DeclarationForm(SeparateWeightsForm):
     def without_weights(self) -> UsageError:
         is_family = family_of_declaration(self.model) is not None
         other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
-        trained = f"treadle train {shlex.quote(printable(self.label))} FILES --vocab 8000 -o FOLDER"
+        vocab = {**self.model.defaults, **self.model.config}.get("vocab")
+        size = min(USUAL_VOCABULARY, vocab) if isinstance(vocab, int) else USUAL_VOCABULARY
+        trained = f"treadle train {shlex.quote(printable(self.label))} FILES --vocab {size} -o FOLDER"
         return UsageError(
             f"{printable(self.label)} is a declaration{' of the zoo' * is_family}, without weights",
             hint=Hint(
