@@ -85,8 +85,8 @@ def small(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, theirs: Any, runner: str) -> None:
-    """Compare in float64. If random blocks are ill-conditioned, allow twice the error of Hugging Face's model in
-    float32.
+    """Compare in float64. If random blocks are ill-conditioned, allow four times the error of Hugging Face's
+    model in float32: these errors depend on the CPU's order of summation.
     """
     exact = copy.deepcopy(theirs).double()
     resolved = resolve(path)
@@ -98,7 +98,7 @@ def assert_same(path: Path, theirs: Any, runner: str) -> None:
         with torch.no_grad():
             rounded, expected = (m(input_ids=torch.from_numpy(tokens)).logits.numpy() for m in (theirs, exact))
         ours = run(tokens=tokens)["logits"]
-        allowed = max(TOLERANCE * np.abs(expected).max(), 2 * np.abs(rounded - expected).max())
+        allowed = max(TOLERANCE * np.abs(expected).max(), 4 * np.abs(rounded - expected).max())
         assert np.abs(ours - expected).max() < allowed
 
 

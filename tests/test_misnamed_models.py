@@ -104,6 +104,14 @@ def test_a_missing_file_of_a_folder_is_no_name_of_the_hub() -> None:
     assert str(caught.value.hint) == "o_gpt?"
 
 
+def test_names_are_models_in_a_folder_with_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("o_gpt", "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir("o_gpt")
+    with raises_freely(t.UsageError) as caught:
+        t.compile("gtp2")
+    assert str(caught.value.hint).startswith("gpt2? ")
+
+
 def test_a_text_before_the_model_is_exchanged_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

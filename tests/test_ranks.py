@@ -276,7 +276,7 @@ def test_all_ranks_but_the_first_print_nothing(
 ) -> None:
     """Each rank opens its own step, with the options that all of them received."""
     opened: list[Any] = []
-    joined: Any = lambda timeout, command: nullcontext(SimpleNamespace(rank=rank, timeout=timeout))  # noqa: E731
+    joined: Any = lambda timeout, **_: nullcontext(SimpleNamespace(rank=rank, timeout=timeout))  # noqa: E731
     monkeypatch.setattr(ranks, "join", joined)
     monkeypatch.setattr(rank_models, "open_rank_stepped", lambda *given, **options: opened.append((given, options)))
     with opened_on_ranks("tp=2", "megatron", ["heads=tp"], 7.0, "a text") as step:

@@ -78,10 +78,11 @@ def find_place(name: str) -> Path:
                 else "a folder with config.json and model.safetensors, or such a file",
             )
         return place
-    if Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES):
-        raise UsageError(f"there is no file {name}", hint=nearest_path_hint(name))
-    if os.path.isfile(os.path.join(os.path.dirname(name), CONFIG)):
-        raise UsageError(f"there is no file {name}", hint=argument_hint(name, os.path.dirname(name) or "."))
+    folder, is_file = os.path.dirname(name), Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES)
+    of_folder = argument_hint(name, folder) if folder and os.path.isfile(os.path.join(folder, CONFIG)) else None
+    if is_file or of_folder is not None:
+        near = nearest_path_hint(name) if is_file else None
+        raise UsageError(f"there is no file {name}", hint=near or of_folder)
     if is_hub_name(name):
         try:
             return cached_hub_model(name)
