@@ -78,11 +78,11 @@ def find_place(name: str) -> Path:
                 else "a folder with config.json and model.safetensors, or such a file",
             )
         return place
-    folder, is_file = os.path.dirname(name), Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES)
-    of_folder = argument_hint(name, folder) if folder and os.path.isfile(os.path.join(folder, CONFIG)) else None
+    above, is_file = os.path.dirname(name), Path(name).suffix in (*MODEL_SUFFIXES, *_OTHER_SUFFIXES)
+    of_folder = argument_hint(name, above) if above and os.path.isfile(os.path.join(above, CONFIG)) else None
     if is_file or of_folder is not None:
-        near = nearest_path_hint(name) if is_file else None
-        raise UsageError(f"there is no file {name}", hint=near or of_folder)
+        nearest = nearest_path_hint(name) if is_file else None
+        raise UsageError(f"there is no file {name}", hint=nearest or of_folder)
     if is_hub_name(name):
         try:
             return cached_hub_model(name)
