@@ -16,7 +16,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
+try:
+    import openai
+except ModuleNotFoundError:
+    raise SystemExit("this example needs OpenAI's client: pip install openai") from None
 
 
 def start(model: str, backend: str) -> tuple[subprocess.Popen, dict]:

@@ -25,6 +25,8 @@ _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword ar
 _SIMILAR = (
     0.75  # difflib's ratio of names of which one is misspelled: `rlu` and `relu` have 0.86, `rand` and `round` 0.67
 )
+_KNOWN_SIZE = ("linear", "layer_norm", "rms_norm", "self_attention", "mlp", "gated_mlp")
+"""Layers whose classes in PyTorch have the input's size as their first argument."""
 _NOT_CALLED = "'Type' object is not callable"
 
 
@@ -97,6 +99,9 @@ def call_hint(error: BaseException) -> str | None:
     wanted = re.search(r"'(\w+)'", rest) if problem.startswith("got") else None
     guess = option_guess(wanted[1], signature) if wanted else ""
     guess = guess if of_tensors else other_meaning(name, _innermost(error)) + guess
+    numbers = re.match(r" (\d+) positional arguments? but (\d+)", rest) if name in _KNOWN_SIZE else None
+    if numbers is not None and int(numbers[2]) == int(numbers[1]) + 1:
+        guess = "leave out the size of x, which is known: "
     if of_tensors:
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     return f"{guess}{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"

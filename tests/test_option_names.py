@@ -57,6 +57,7 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
         ("generate", "--n-predict", "--tokens"),
         ("generate", "--max-tokens", "--tokens"),
         ("generate", "-n", "--tokens"),
+        ("serve", "--model", "MODEL... is an argument of treadle serve"),
         ("generate", "--prompt", "TEXTS is an argument of treadle generate"),
         ("chat", "--ctx-size", "--context"),
         ("serve", "--max-model-len", "--context"),

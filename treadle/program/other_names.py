@@ -53,6 +53,7 @@ _OTHERS = {
     "prefix_cache": "enable_prefix_caching",
     "mesh": "tensor_parallel_size tp tp_size tensor_split",
     # models, precision and devices
+    "models": "model",
     "model models": "model_name model_path model_id model_name_or_path pretrained_model_name_or_path",
     "weights": "state_dict checkpoint ckpt",
     "dtype": "torch_dtype precision fp16 bf16 half float16 bfloat16",
