@@ -308,6 +308,20 @@ def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guar
     np.testing.assert_allclose(run(session(made.path), given)["y"], interpret(graph, given)["y"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("keys", "kept"), [("S", False), ("5", True)])
+def test_probabilities_have_the_axes_of_the_graph(keys: str, kept: bool, tmp_path: Path) -> None:
+    """onnx infers that probabilities of a symbolic number of keys are empty, so the operator is spelled out."""
+    b = Builder(Graph("pool"))
+    q, k = b.input("q", "f32[B, 1, 2, 4]"), b.input("k", f"f32[B, 1, {keys}, 4]")
+    out, probabilities = b.attention_with_probabilities(q, k, k)
+    b.outputs(out=out, probabilities=probabilities)
+    made, _ = exported(b.graph, tmp_path, opset=23)
+    assert made.operators.get("Attention", 0) == kept
+    axes = {each.name: each.shape for each in session(made.path).get_outputs()}
+    assert axes == {"out": ["B", 1, 2, 4], "probabilities": ["B", 1, 2, int(keys) if kept else keys]}
+    same_at(b.graph, tmp_path, 23, {"B": 2, "S": 5}, {"B": 1, "S": 3} if not kept else {"B": 1})
+
+
 def test_one_mask_for_all_layers(tmp_path: Path) -> None:
     """A computation that layers share, from the same lengths, is in the file once."""
 

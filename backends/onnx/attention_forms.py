@@ -34,11 +34,12 @@ _AFTER_SOFTMAX = 3  # the mode in which the fourth result is the Softmax's
 
 def attention(line: OnnxLine) -> Sequence[Tensor]:
     """Emit the Attention operator if the opset has it and the dtype is not f64, for which ONNX Runtime has no kernel.
-    Otherwise emit its body.
+    Otherwise emit its body, also for probabilities of a symbolic number of keys: onnx infers 0 of them.
 
     The operator's results are the output, keys and values (with past ones), and the probabilities.
     """
-    if line.w.opset < 23 or line.q.dtype is f64:
+    infers_none = len(line.node.results) == 2 and line.type("k").shape[2].constant is None
+    if line.w.opset < 23 or line.q.dtype is f64 or infers_none:
         return _spelled_out(line)
     others = [t for t in line.op.terms if not isinstance(t, Causal)]
     attributes: dict[str, Any] = {"scale": _scale(line)}
