@@ -185,7 +185,7 @@ def parse_assignments(texts: Iterable[str], example: str, several: str = "one va
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
             received = printable(text) if text else "nothing"
-            hint = f"{example.partition('=')[0]}={text}" if _VALUE.fullmatch(text) else example
+            hint = f"{example.partition('=')[0]}={_with_commas(text)}" if _VALUE.fullmatch(text) else example
             raise UsageError("an option must be NAME=VALUE", received=received, hint=printable(hint))
         if name in found:
             raise UsageError(
@@ -214,6 +214,11 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
+def _with_commas(text: str) -> str:
+    """Return numbers with commas between them in place of spaces: `1 2 3` as `1,2,3`."""
+    return re.sub(r"(?<=[\d.\],])\s+(?=[\d\[-])", ",", text.strip()).replace(",,", ",")
+
+
 def _numbers(name: str, text: str) -> Any:
     """Parse a number, or nested lists of numbers."""
     try:
@@ -223,9 +228,11 @@ def _numbers(name: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         has_words = re.search("[A-Za-z]{2}", text[:80]) is not None
         others = "; texts and images are for treadle generate, embed, classify, label, ..." if has_words else ""
+        separated = _with_commas(text)
+        meant = f"{name}={separated}" if separated != text and _VALUE.fullmatch(text) else None
         raise UsageError(
             f"input {name} is neither a .npy file nor numbers",
             received=f"{printable(text, 80)}: {error}",
-            hint=f"{name}=FILE.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]{others}",
+            hint=meant or f"{name}=FILE.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]{others}",
         ) from None
     return value
