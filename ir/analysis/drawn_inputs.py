@@ -52,15 +52,17 @@ class Range:
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def small_sizes(graph: Graph) -> list[dict[str, int]]:
+def small_sizes(graph: Graph, *, refused: bool = False) -> list[dict[str, int]]:
     """Return a few assignments of sizes to the symbols, within their bounds. No two axes have equal sizes if the bounds
     allow that.
 
-    The first sizes are the smallest possible. Sizes for which a dimension would be negative, or that an op refuses, are
-    left out. Raises UsageError if none are left.
+    refused  include sizes that an op refuses, such as those that a window does not fit into
+
+    The first sizes are the smallest possible. Sizes for which a dimension would be negative are left out. Raises
+    UsageError if none are left.
     """
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
-    needed = _nonnegative(graph)
+    needed = _nonnegative(graph, of_ops=not refused)
     found: list[dict[str, int]] = []
     for step, other in enumerate((*_OTHERS, *_LARGER)):
         if found and step >= len(_OTHERS):
@@ -83,12 +85,15 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
     return found
 
 
-def _nonnegative(graph: Graph) -> set[Size]:
-    """Return the sizes that may not be negative: of the dimensions of all values, and those that ops require."""
+def _nonnegative(graph: Graph, *, of_ops: bool) -> set[Size]:
+    """Return the sizes that may not be negative: of the dimensions of all values, and, if `of_ops`, those that ops
+    require.
+    """
     needed: set[Size] = set()
     for _, node in graph.walk():
         needed.update(size for value in node.results for size in value.type.shape)
-        needed.update(size for size, _ in node.op.demands([None if v is None else v.type for v in node.operands]))
+        if of_ops:
+            needed.update(size for size, _ in node.op.demands([None if v is None else v.type for v in node.operands]))
     return {size for size in needed if size.symbols}
 
 

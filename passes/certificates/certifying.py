@@ -339,7 +339,7 @@ def _sizes(graph: Graph) -> list[Sizes]:
     main.nodes = graph.main.nodes
     main.inputs = [v for v in graph.main.inputs if not v.name.startswith("size ")]
     alone.functions["main"] = main
-    return list(small_sizes(alone))
+    return list(small_sizes(alone, refused=True))
 
 
 def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
