@@ -32,6 +32,7 @@ from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, spe
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
+from treadle.tasks.causal_models import causality_of
 from treadle.tasks.fitted_tokenizers import are_logits, fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.images.prompts import ImagePrompts, ReadImage, without_images
@@ -207,10 +208,10 @@ class TextWriter:
             asked, template = FolderRules.read(source), source.chat_template
         except TreadleError:  # of a file; first the errors of a model that no file mends
             graph = optimized_graph(Program(source, chosen))
-            with _refusing_other_kinds(source):
+            with _refusing_other_kinds(source, chosen):
                 _check_inputs(graph.name, derive_step(graph))
             raise
-        with _refusing_other_kinds(source):
+        with _refusing_other_kinds(source, chosen):
             made = stepped(source, **chosen.keywords())
         derived = made.derived
         _check_inputs(made.name, derived)
@@ -384,7 +385,7 @@ class TextWriter:
 
 
 @contextmanager
-def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
+def _refusing_other_kinds(source: ModelSource, chosen: CompileOptions) -> Iterator[None]:
     """Raise NotGeneratingError if no step can be derived from the model."""
     try:
         yield
@@ -394,12 +395,19 @@ def _refusing_other_kinds(source: ModelSource) -> Iterator[None]:
         hint: str | None = _OTHER_KINDS
         if error.is_fixed:
             why, received, hint = "the length of its inputs is fixed", error.received, error.hint
-        elif error.is_causal:
+        elif error.is_causal or _is_causal(source, chosen):
             why = "it has no decoding step"
             hint = f"{_CAUSAL}; treadle run and perplexity compute all positions of a text at once"
         raise NotGeneratingError(
             f"{printable(source.label)} does not continue text: {why}", received=received, hint=hint
         ) from error
+
+
+def _is_causal(source: ModelSource, chosen: CompileOptions) -> bool:
+    try:
+        return bool(causality_of(chosen.resolve(source, deferred=True)))
+    except TreadleError:  # an artifact has no model to resolve
+        return False
 
 
 def _check_inputs(name: str, derived: DerivedStep) -> None:

@@ -17,7 +17,7 @@ the Kullback-Leibler divergence, sum p ln(p / q), where p is the original probab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.causality import is_causal
+from treadle.ir.analysis.observed_causality import observed_causality
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -111,7 +112,7 @@ class PerplexityMeter:
             _check_causal(optimized_graph(program), source)
             raise
         made = compile_program(program)
-        logits = _check_causal(made.graph, source)
+        logits = _check_causal(made.graph, source, made.weights)
         tokenizer = fit_tokenizer(tokenizer, source, made.graph.main, made.inputs[0].name)
         if not are_logits(logits, made.graph.main.outputs[logits].type, tokenizer):
             raise UsageError(
@@ -219,7 +220,7 @@ def _logits(model: Compiled, tokens: Array) -> Array:
     return found
 
 
-def _check_causal(graph: Graph, source: ModelSource) -> str:
+def _check_causal(graph: Graph, source: ModelSource, weights: Mapping[str, Array] | None = None) -> str:
     """Return the name of the logits of a causal model that maps tokens [B, S], its only input, to logits: the output
     of this name, or the only output. Raises UsageError for another model.
     """
@@ -230,7 +231,9 @@ def _check_causal(graph: Graph, source: ModelSource) -> str:
     if "logits" in outputs or len(outputs) == 1:
         logits = "logits" if "logits" in outputs else next(iter(outputs))
     if axis is not None and logits is not None:
-        if axis in outputs[logits].type.symbols and is_causal(graph, axis, logits):
+        if axis in outputs[logits].type.symbols and (
+            is_causal(graph, axis, logits) or observed_causality(graph, axis, logits, weights)
+        ):
             return logits
         if with_all_positions(graph, axis) is not None:
             raise UsageError(

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from treadle.artifacts.tasks import continues_text
 from treadle.frontends.vocabularies.folder_vocabulary import VOCABULARIES
-from treadle.ir.analysis.causality import is_causal
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import TreadleError
 from treadle.passes.stages import Recognize, run
 from treadle.program.source import Resolved
+from treadle.tasks.causal_models import causality_of
 from treadle.tasks.heads import HEADS
 from treadle.training.text_data import TextFiles
 
@@ -54,9 +54,10 @@ def use_of_declaration(resolved: Resolved) -> SavedUse:
     count = 0 if source.text_source is source else len(source.tokenizer().vocabulary())
     if classes is not None and classes < count:
         return SavedUse("tag")
-    axis, graph = logits.type.shape[1].as_symbol, run(resolved.graph, [Recognize()]).graph
-    if axis is None or not is_causal(graph, axis, "logits"):
+    axis = logits.type.shape[1].as_symbol
+    if axis is None or not causality_of(resolved):
         return SavedUse("fill")
+    graph = run(resolved.graph, [Recognize()]).graph
     return SavedUse("generate" if follow(graph, axis).step() else "perplexity")
 
 

@@ -20,7 +20,6 @@ from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import USUAL_VOCABULARY, train_tokenizer
-from treadle.ir.analysis.causality import is_causal
 from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -32,6 +31,7 @@ from treadle.program.given_texts import read_documents
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
 from treadle.runtime.language_models import count_token_ids
+from treadle.tasks.causal_models import causality_of, logits_of
 from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -41,6 +41,11 @@ _IN_PYTHON = Hint(
     "t.Trainer, with batches and targets of your own: docs/training.md",
     "in Python, t.Trainer with batches and targets of your own: docs/training.md",
 )
+_BY_MASK = Hint(
+    "mask=t.causal of t.attention, which shows it; or t.Trainer, with batches and targets of your own",
+    "mask=t.causal of t.attention, which shows it; or in Python, t.Trainer, with batches and targets of your own",
+)
+_MASKED = Hint(f"objective={MASKED_TOKEN!r}", f"--objective {MASKED_TOKEN}")
 _MASKED_HEAD = Hint(
     f'head="masked_lm" and objective={MASKED_TOKEN!r}', f"--set head=masked_lm --objective {MASKED_TOKEN}"
 )
@@ -152,7 +157,7 @@ class TextData:
         texts = _text_files(source, opened, end, vocab)
         if texts is not None and objective == MASKED_TOKEN:
             texts = replace(texts, mask=opened.mask)
-        note = _CAUSAL_MASKS if objective == MASKED_TOKEN and _is_causal(resolved.graph) else None
+        note = _CAUSAL_MASKS if objective == MASKED_TOKEN and causality_of(resolved) else None
         return cls(asked, batches, blocks[kept:], _digest(documents), texts, note)
 
 
@@ -233,7 +238,7 @@ def _check_model(resolved: Resolved, objective: str) -> None:
             hint=_IN_PYTHON,
         )
     outputs = {name: value.type for name, value in graph.main.outputs.items()}
-    scored = _scored(graph)
+    scored = logits_of(graph)
     if scored not in outputs or scored == "hidden" or outputs[scored].shape[:-1] != tokens.shape:
         raise UsageError(
             f"{shown} cannot be trained on texts: it has no logits for each token",
@@ -247,12 +252,12 @@ def _check_model(resolved: Resolved, objective: str) -> None:
             received=f"{classes:,} classes, {count:,} tokens",
             hint=_IN_PYTHON,
         )
-    if objective == NEXT_TOKEN and not _is_causal(graph):
-        raise UsageError(
-            f"{shown} sees the tokens that it must predict: it is not a causal language model",
-            received=f"objective {NEXT_TOKEN}",
-            hint=Hint(f"objective={MASKED_TOKEN!r}", f"--objective {MASKED_TOKEN}"),
-        )
+    causality = causality_of(resolved) if objective == NEXT_TOKEN else True
+    if not causality:
+        what, hint = "sees the tokens that it must predict: it is not a causal language model", _MASKED
+        if causality is None:
+            what, hint = "may see the tokens that it must predict: no op shows that it is causal", _BY_MASK
+        raise UsageError(f"{shown} {what}", received=f"objective {NEXT_TOKEN}", hint=hint)
 
 
 def _has_masked_head(resolved: Resolved) -> bool:
@@ -264,19 +269,6 @@ def _has_masked_head(resolved: Resolved) -> bool:
         return "logits" in model.configure(head="masked_lm").graph().main.outputs
     except FrontendError:
         return False
-
-
-def _scored(graph: Graph) -> str:
-    """Return the name of the output with logits: `logits`, or the only output."""
-    outputs = graph.main.outputs
-    return "logits" if "logits" in outputs or len(outputs) != 1 else next(iter(outputs))
-
-
-def _is_causal(graph: Graph) -> bool:
-    """Return True if no logits depend on later tokens."""
-    tokens = next(value.type for value in graph.main.inputs if value.name == "tokens")
-    axis = tokens.shape[-1].as_symbol
-    return axis is not None and is_causal(run(graph, [Recognize()]).graph, axis, _scored(graph))
 
 
 def _usual_size(resolved: Resolved) -> int:
@@ -324,7 +316,7 @@ def _other_way(resolved: Resolved) -> str:
             f"vocab={size} in place of tokenizer=, which trains a vocabulary with a mask token",
             f"--vocab {size} in place of --tokenizer, which trains a vocabulary with a mask token",
         )
-    if _is_causal(resolved.graph):
+    if causality_of(resolved):
         return Hint(f"objective={NEXT_TOKEN!r}", f"--objective {NEXT_TOKEN}")
     return Hint("tokenizer=FOLDER, with a mask token", "--tokenizer FOLDER, with a mask token")
 

@@ -1,0 +1,32 @@
+"""Whether the logits of a model of tokens depend on earlier tokens alone, as next-token training and a perplexity need.
+
+causality_of(resolved)  # True; False for an encoder; None for a large model that no rule shows to be causal
+"""
+
+from __future__ import annotations
+
+from treadle.ir.analysis.causality import is_causal
+from treadle.ir.analysis.observed_causality import observed_causality
+from treadle.ir.graph import Graph
+from treadle.passes.stages import Recognize, run
+from treadle.program.source import Resolved
+
+
+def logits_of(graph: Graph) -> str:
+    """Return the name of the output with logits: `logits`, or the only output."""
+    outputs = graph.main.outputs
+    return "logits" if "logits" in outputs or len(outputs) != 1 else next(iter(outputs))
+
+
+def causality_of(resolved: Resolved) -> bool | None:
+    """Return True if the logits of a model of tokens [B, S] depend on no later tokens, by the rules of the ops or in
+    runs, and False if they do. Return None if no rule shows it, and the model is too large to run in a moment.
+    """
+    graph = resolved.graph
+    tokens, logits = next(iter(graph.main.inputs), None), graph.main.outputs.get(logits_of(graph))
+    axis = None if tokens is None or tokens.type.rank != 2 else tokens.type.shape[-1].as_symbol
+    if axis is None or logits is None or axis not in logits.type.symbols:
+        return False
+    if is_causal(run(graph, [Recognize()]).graph, axis, logits_of(graph)):
+        return True
+    return observed_causality(graph, axis, logits_of(graph), resolved.weights)
