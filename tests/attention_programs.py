@@ -409,6 +409,10 @@ MASKS = [
     Form("causal, added", lambda b: scaled(b, lambda x: x + addend(b, triangle(b), LOW)), "causal"),
     Form("causal, added -inf", lambda b: scaled(b, lambda x: x + addend(b, triangle(b), -math.inf)), "causal"),
     Form("causal, i - j >= 0", lambda b: masked(b, lambda: _difference(b) >= 0), "causal"),
+    Form("causal, floats", lambda b: masked(b, lambda: _as_floats(b)[0] >= _as_floats(b)[1]), "causal"),
+    Form("causal, float distance", lambda b: masked(b, lambda: b.cast(_difference(b), to="f32") > -1.0), "causal"),
+    Form("causal, half a float", lambda b: masked(b, lambda: b.cast(_difference(b), to="f32") > -0.5), "mask(s t)"),
+    Form("causal window, floats", lambda b: masked(b, lambda: _float_window(b), LOW), "causal, window(3)"),
     Form("causal, constant", lambda b: masked(b, lambda: _constant_triangle(b)), "causal"),
     Form("causal, constant added", lambda b: scaled(b, lambda x: x + _constant_triangle(b, LOW)), "causal"),
     Form("causal, constant -inf", lambda b: scaled(b, lambda x: x + _constant_triangle(b, -math.inf)), "causal"),
@@ -588,10 +592,30 @@ def _t5_by_logarithms(b: Builder, rows: int, far: int, bidirectional: bool) -> E
     return b.rearrange(b.embedding(table, bucket), pattern="s t h -> 1 h s t")
 
 
-def _alibi(b: Builder) -> Expr:
+def _alibi(b: Builder, sign: int = 1) -> Expr:
     i, j = places(b)
     slopes = b.constant(np.float32([0.5, 0.25, 0.125, 0.0625]))
-    return b.rearrange(slopes, pattern="h -> h 1 1") * b.cast(j - i, to="f32")
+    return b.rearrange(slopes, pattern="h -> h 1 1") * b.cast(j - i if sign > 0 else i - j, to="f32")
+
+
+def _as_floats(b: Builder) -> tuple[Expr, Expr]:
+    i, j = places(b)
+    return b.cast(i, to="f32"), b.cast(j, to="f32")
+
+
+def _float_window(b: Builder) -> Expr:
+    i, j = _as_floats(b)
+    return (i - j < 3.0) & (j <= i)
+
+
+def _alibi_of_floats(b: Builder) -> Expr:
+    i, j = _as_floats(b)
+    return b.rearrange(b.constant(np.float32([0.5, 0.25, 0.125, 0.0625])), pattern="h -> h 1 1") * (j - i)
+
+
+def _one_slope(b: Builder) -> Expr:
+    i, j = places(b)
+    return b.cast(i - j, to="f32") * -0.5
 
 
 def _of_later_keys(b: Builder) -> Expr:
@@ -651,6 +675,15 @@ BIASES = [
     ),
     Form("a table of later keys", lambda b: products(b, lambda x: x + _of_later_keys(b)), "bias(h s t)", scale=1.0),
     Form("a table by place", lambda b: products(b, lambda x: x + _by_place(b)), "bias(h s t)", scale=1.0),
+    Form(
+        "alibi, floats",
+        lambda b: scaled(b, lambda x: b.where(triangle(b), x + _alibi_of_floats(b), LOW)),
+        "causal, alibi",
+    ),
+    Form("alibi, i - j", lambda b: scaled(b, lambda x: b.where(triangle(b), x - _alibi(b, -1), LOW)), "causal, alibi"),
+    Form(
+        "alibi, one slope", lambda b: scaled(b, lambda x: b.where(triangle(b), x + _one_slope(b), LOW)), "causal, alibi"
+    ),
     Form("alibi", lambda b: scaled(b, lambda x: b.where(triangle(b), x + _alibi(b), LOW)), "causal, alibi"),
     Form("a bias by -inf", lambda b: scaled(b, lambda x: x + b.log(_positive(b))), "bias(b t)", keeps_nan=True),
 ]

@@ -10,6 +10,7 @@ import pytest
 
 import treadle as t
 from tests.op_checks import Case
+from treadle.ir.analysis.causal_runs import causality_in_runs
 from treadle.ir.analysis.causality import is_causal
 from treadle.ir.analysis.following import follow
 from treadle.ir.op_registry import OPS
@@ -91,6 +92,78 @@ def test_a_model_is_causal_if_no_logits_depend_on_later_tokens(name: str) -> Non
         assert is_causal(graph, "S", "logits") == wanted
         assert not is_causal(graph, "S", "pooled")
         assert wanted or not follow(graph, "S").step()
+
+
+def attended(x: t.Tensor, weigh: Callable[[t.Tensor, t.Tensor], t.Tensor]) -> t.Tensor:
+    """Return values weighted by a function of the scores of all pairs and a triangle of ones for later keys."""
+    i = t.iota(size=x.shape[1])
+    q, k, v = (t.linear(x, 8, name=name) for name in "qkv")
+    return weigh(q @ k.mT, (i[None] > i[:, None]).float()) @ v
+
+
+UNPROVED: dict[str, tuple[Callable[[t.Tensor], t.Tensor], bool]] = {
+    "linear attention": (lambda x: attended(x, lambda s, later: s * (1.0 - later)), True),
+    "numbers": (lambda x: attended(x, lambda s, later: (s * (1.0 - later) - 1e4 * later).softmax(-1)), True),
+    "sigmoid": (lambda x: attended(x, lambda s, later: s.sigmoid() * (1.0 - later)), True),
+    "softmax before the mask": (lambda x: attended(x, lambda s, later: s.softmax(-1) * (1.0 - later)), False),
+    "a mask that is off by one": (
+        lambda x: attended(x, lambda s, later: s * t.pad(1.0 - later, axis=1, before=1)[:, :-1]),
+        False,
+    ),
+    "a weak mask": (lambda x: attended(x, lambda s, later: (s - 12.0 * later).softmax(-1)), False),
+    "zeros": (lambda x: x.mean(1, keepdim=True) * t.parameter("gate", 8, init="zeros"), False),
+    "the length": (lambda x: attended(x, lambda s, later: s * (1.0 - later)) * x.shape[1], False),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVED)
+def test_runs_show_what_no_rule_does(name: str) -> None:
+    mix, wanted = UNPROVED[name]
+
+    @t.model
+    def mixed(tokens: Tokens) -> t.Tensor:
+        x = t.embed(tokens, 20, 8, name="wte")
+        for _ in t.stack("h", 2):
+            x += t.linear(mix(x), 8, name="out")
+        return {"logits": t.unembed(x, tied="wte")}
+
+    graph = mixed.graph()
+    assert not is_causal(graph, "S", "logits")
+    assert causality_in_runs(graph, "S", "logits") == wanted
+    weights = t.compile(mixed, backend="numpy").weights
+    assert causality_in_runs(graph, "S", "logits", weights) == wanted
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_runs_agree_with_the_rules(name: str) -> None:
+    """But for the last position of a text that is moved back and forth: it is lost, and so depends on the length."""
+    mix, wanted = MIXES[name]
+
+    @t.model
+    def mixed(tokens: Tokens) -> t.Tensor:
+        x = t.embed(tokens, 20, 8, name="wte")
+        return {"logits": t.unembed(x + t.linear(mix(x), 8, name="out"), tied="wte")}
+
+    assert causality_in_runs(mixed.graph(), "S", "logits") == (wanted and name != "back and forth")
+
+
+def test_models_that_runs_cannot_try() -> None:
+    """Without an axis in the output, with weights of several gigabytes, and with an axis of one position."""
+
+    def of(context: int | None, size: int) -> t.Graph:
+        @t.model
+        def model(tokens: Tokens) -> t.Tensor:
+            if context is not None:
+                t.bound("S", upper=context)
+            x = t.embed(tokens, 20, size, name="wte")
+            return {"logits": x, "first": x[:, 0]}
+
+        return model.graph()
+
+    assert causality_in_runs(of(None, 8), "S", "first") is None
+    assert causality_in_runs(of(None, 1 << 24), "S", "logits") is None
+    assert causality_in_runs(of(1, 8), "S", "logits") is None
+    assert causality_in_runs(of(2, 8), "S", "logits") is True
 
 
 @pytest.mark.parametrize("model", [gpt2, llama, opt])

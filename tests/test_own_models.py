@@ -687,6 +687,35 @@ def test_a_model_without_logits_of_tokens_is_not_trained_on_texts(how: str, trai
     assert hint_of(said) == "--set head=masked_lm --objective masked-token"
 
 
+LINEAR = """
+from typing import Annotated
+import treadle as t
+
+@t.model
+def linear(tokens: Annotated[t.Tensor, t.i64["B S"]], *, vocab: int = 300) -> t.Tensor:
+    x = t.embed(tokens, vocab, 8, name="e")
+    return t.unembed((x @ x.mT).tril() @ x, tied="e")
+
+@t.model
+def leaking(tokens: Annotated[t.Tensor, t.i64["B S"]], *, vocab: int = 300) -> t.Tensor:
+    x = t.embed(tokens, vocab, 8, name="e")
+    return t.unembed((x @ x.mT).tril(1) @ x, tied="e")
+"""
+
+
+def test_a_model_is_causal_if_runs_show_it(trained: Treadle) -> None:
+    """Linear attention has no rule that shows it, and no decoding step."""
+    Path("linear.py").write_text(LINEAR, encoding="utf-8")
+    options = "corpus.txt --vocab 300 --steps 1 --length 16 -o linear"
+    refused(trained(f"train linear.py:leaking {options}"), "sees the tokens that it must predict", "masked-token")
+    said = trained(f"train linear.py:linear {options}")
+    assert said.code == 0 and "treadle perplexity linear.py:linear --weights linear FILE" in said.out
+    assert trained("perplexity linear.py:linear --weights linear corpus.txt").code == 0
+    refused(
+        trained("generate linear.py:linear a --weights linear"), "it has no decoding step", "treadle run and perplex"
+    )
+
+
 def test_hints_for_a_vocabulary_without_a_mask_work(trained: Treadle) -> None:
     Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
     start, options = "train models.py:my_encoder corpus.txt -o new", TRAIN.replace("--vocab 300", "")

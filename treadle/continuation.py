@@ -385,7 +385,7 @@ class TextWriter:
 
 
 @contextmanager
-def _refusing_other_kinds(source: ModelSource, chosen: CompileOptions) -> Iterator[None]:
+def _refusing_other_kinds(source: ModelSource, options: CompileOptions) -> Iterator[None]:
     """Raise NotGeneratingError if no step can be derived from the model."""
     try:
         yield
@@ -395,7 +395,7 @@ def _refusing_other_kinds(source: ModelSource, chosen: CompileOptions) -> Iterat
         hint: str | None = _OTHER_KINDS
         if error.is_fixed:
             why, received, hint = "the length of its inputs is fixed", error.received, error.hint
-        elif error.is_causal or _is_causal(source, chosen):
+        elif error.is_causal or _is_causal(source, options):
             why = "it has no decoding step"
             hint = f"{_CAUSAL}; treadle run and perplexity compute all positions of a text at once"
         raise NotGeneratingError(
@@ -403,9 +403,9 @@ def _refusing_other_kinds(source: ModelSource, chosen: CompileOptions) -> Iterat
         ) from error
 
 
-def _is_causal(source: ModelSource, chosen: CompileOptions) -> bool:
+def _is_causal(source: ModelSource, options: CompileOptions) -> bool:
     try:
-        return bool(causality_of(chosen.resolve(source, deferred=True)))
+        return bool(causality_of(options.resolve(source, deferred=True)))
     except TreadleError:  # an artifact has no model to resolve
         return False
 

@@ -1,12 +1,12 @@
-"""Whether the logits of a model of tokens depend on earlier tokens alone, as next-token training and a perplexity need.
+"""Causal models of tokens: their logits depend on no later tokens, as next-token training and a perplexity need.
 
 causality_of(resolved)  # True; False for an encoder; None for a large model that no rule shows to be causal
 """
 
 from __future__ import annotations
 
+from treadle.ir.analysis.causal_runs import causality_in_runs
 from treadle.ir.analysis.causality import is_causal
-from treadle.ir.analysis.observed_causality import observed_causality
 from treadle.ir.graph import Graph
 from treadle.passes.stages import Recognize, run
 from treadle.program.source import Resolved
@@ -29,4 +29,4 @@ def causality_of(resolved: Resolved) -> bool | None:
         return False
     if is_causal(run(graph, [Recognize()]).graph, axis, logits_of(graph)):
         return True
-    return observed_causality(graph, axis, logits_of(graph), resolved.weights)
+    return causality_in_runs(graph, axis, logits_of(graph), resolved.weights)

@@ -28,8 +28,8 @@ from treadle.compiling import compile_program, optimized_graph
 from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
+from treadle.ir.analysis.causal_runs import causality_in_runs
 from treadle.ir.analysis.causality import is_causal
-from treadle.ir.analysis.observed_causality import observed_causality
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -232,7 +232,7 @@ def _check_causal(graph: Graph, source: ModelSource, weights: Mapping[str, Array
         logits = "logits" if "logits" in outputs else next(iter(outputs))
     if axis is not None and logits is not None:
         if axis in outputs[logits].type.symbols and (
-            is_causal(graph, axis, logits) or observed_causality(graph, axis, logits, weights)
+            is_causal(graph, axis, logits) or causality_in_runs(graph, axis, logits, weights)
         ):
             return logits
         if with_all_positions(graph, axis) is not None:

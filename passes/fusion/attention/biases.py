@@ -208,25 +208,27 @@ def _alibi(roles: Roles, placed: Placed, factor: float) -> Fused | None:
         return None
     for slopes, offset in (node.inputs, node.inputs[::-1]):
         own = beneath(roles.axes, Placed(slopes, narrowed(slopes, placed.layout)))
-        if roles.held(own.layout) in ("h", "") and _is_offset(roles, Placed(offset, narrowed(offset, placed.layout))):
-            return Fused(Alibi(), (PlacedOperand(own, "h", factor=factor),))
+        sign = _offset_sign(roles, Placed(offset, narrowed(offset, placed.layout)))
+        if roles.held(own.layout) in ("h", "") and sign is not None:
+            return Fused(Alibi(), (PlacedOperand(own, "h", factor=sign * factor),))
     return None
 
 
-def _is_offset(roles: Roles, placed: Placed) -> bool:
-    """Return True if the value is j - i, cast to a float, plus a number that is the same for all keys of a query, which
-    does not change probabilities.
+def _offset_sign(roles: Roles, placed: Placed) -> int | None:
+    """Return 1 if the value is j - i, as a float, plus a number that is the same for all keys of a query, which does
+    not change probabilities; -1 if it is i - j; None for any other value.
     """
     offsets = offset_table(roles, placed)
     if offsets is not None:
-        array, exact = offsets
-        return bool(np.array_equal(array - array[:, :1], exact - exact[:, :1]))
+        array, exact = (x - x[:, :1] for x in offsets)
+        return next((sign for sign in (1, -1) if np.array_equal(array, sign * exact)), None)
     under = beneath(roles.axes, placed)
-    cast = under.value.node
-    if cast is None or not isinstance(cast.op, Cast) or not cast.inputs[0].type.dtype.is_int:
-        return False
-    found = affine(roles, Placed(cast.inputs[0], under.layout))
-    return found is not None and found.t == 1 and all("t" not in roles.held(x.layout) for _, x in found.tensors)
+    node = under.value.node
+    is_cast = node is not None and isinstance(node.op, Cast) and node.inputs[0].type.dtype.is_int
+    found = affine(roles, Placed(node.inputs[0], under.layout) if is_cast and node is not None else under)
+    if found is None or found.t not in (1, -1) or any("t" in roles.held(x.layout) for _, x in found.tensors):
+        return None
+    return found.t
 
 
 # -- possible values of addends --------------------------------------------------------------------------------

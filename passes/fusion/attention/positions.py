@@ -19,6 +19,7 @@ from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.types import f32, f64
 from treadle.passes.cleanup.canonicalize import is_lossless
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.roles import Roles
@@ -26,6 +27,8 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
 MOST_PARTS = 32
 """The greatest number of levels of an expression; deeper expressions are not analyzed."""
+_MOST_POSITIONS = 2**24
+"""All integers up to this number are exact in f32."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ def affine_difference(roles: Roles, x: Placed, y: Placed) -> Affine | None:
 
 
 def affine(roles: Roles, placed: Placed, depth: int = 0) -> Affine | None:
-    """Return an integer value as an expression by position, or None for any other value."""
+    """Return an integer value as an expression by position, or None for any other value. Floats are integers if they
+    are converted positions: f32 has all integers up to 2**24, and attention has fewer positions.
+    """
     value, layout = placed.value, placed.layout
-    if not value.type.dtype.is_int:
+    if not value.type.dtype.is_int and value.type.dtype not in (f32, f64):
         return None
     number = number_of(value)
     if number is not None:
-        return Affine(constant=Size.of(int(number)))
+        return Affine(constant=Size.of(int(number))) if value.type.dtype.is_int or _is_position(number) else None
     start = _counted_from(value, layout, roles)
     if start is not None:
         axis, first = start
@@ -77,7 +82,12 @@ def affine(roles: Roles, placed: Placed, depth: int = 0) -> Affine | None:
         made = _affine_op(roles, node, layout, depth + 1)
         if made is not None:
             return made
-    return Affine(tensors=((1, placed),))
+    return Affine(tensors=((1, placed),)) if value.type.dtype.is_int else None
+
+
+def _is_position(number: Any) -> bool:
+    """Return True for a float that is an integer of a size that positions have."""
+    return abs(number) <= _MOST_POSITIONS and float(number).is_integer()
 
 
 def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine | None:
@@ -95,9 +105,11 @@ def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine |
             above = roles.axes.above(node, layout)
             return None if above is None else affine(roles, Placed(node.inputs[0], above), depth)
         case Cast():
-            x = node.inputs[0]
-            keeps = x.type.dtype.is_int and is_lossless(x.type.dtype, node.results[0].type.dtype)
-            return of(x) if keeps else None
+            x, to = node.inputs[0], node.results[0].type.dtype
+            if x.type.dtype.is_int and is_lossless(x.type.dtype, to):
+                return of(x)
+            made = None if to.is_int else of(x)
+            return None if made is None or made.tensors else made
         case Add() | Sub():
             left, right = map(of, node.inputs)
             sign = 1 if isinstance(node.op, Add) else -1
@@ -125,9 +137,12 @@ def _counted_from(value: Value, layout: Layout, roles: Roles) -> tuple[str, int]
     if table is None:
         return None
     array, axes = table
-    if len(axes) != 1 or not np.array_equal(array, np.arange(len(array)) + array[0]):
+    first = array.reshape(-1)[0]
+    if len(axes) != 1 or not np.array_equal(array, np.arange(len(array)) + first):
         return None
-    return axes[0], int(array[0])
+    if not value.type.dtype.is_int and not _is_position(first):
+        return None
+    return axes[0], int(first)
 
 
 def beneath(axes: Axes, placed: Placed) -> Placed:

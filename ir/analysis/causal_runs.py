@@ -1,10 +1,10 @@
-"""`observed_causality`: whether runs show that an output of a model depends on later tokens.
+"""`causality_in_runs`: whether runs show that an output of a model depends on later tokens.
 
 No rule of an op shows that some models are causal: attention that hides later keys by arithmetic, as in
 `scores * triangle - 1e4 * (1 - triangle)`, that mixes heads before its mask, or that multiplies a triangle of scores
 by the values. Runs do: if later tokens change, or are left out, the output stays as it is at all positions before them.
 
-    is_causal(graph, "S", "logits") or observed_causality(graph, "S", "logits", weights)
+    is_causal(graph, "S", "logits") or causality_in_runs(graph, "S", "logits", weights)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEAR = 1e-9
 """The part of the largest number by which sums of other lengths may differ."""
 
 
-def observed_causality(graph: Graph, axis: str, output: str, weights: Mapping[str, Array] | None = None) -> bool | None:
+def causality_in_runs(graph: Graph, axis: str, output: str, weights: Mapping[str, Array] | None = None) -> bool | None:
     """Return False if a run shows that positions of an output along an axis depend on later positions of the inputs,
     True if none of several runs does, and None if the model cannot be run in a moment.
 
@@ -93,10 +93,10 @@ def _is_kept(
 
 
 def _changed(
-    graph: Graph, axis: str, drawn: tuple[Mapping[str, Array], Mapping[str, Array]], cut: int
+    graph: Graph, axis: str, pair: tuple[Mapping[str, Array], Mapping[str, Array]], cut: int
 ) -> Iterator[dict[str, Array]]:
     """Yield inputs that are equal before the position `cut`: with other values from there on, and without the rest."""
-    first, others = drawn
+    first, others = pair
 
     def parts(value: Value) -> tuple[slice, ...]:
         return tuple(slice(0, cut if size.as_symbol == axis else None) for size in value.type.shape)
