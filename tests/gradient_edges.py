@@ -148,7 +148,7 @@ _each(
 CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), within=1e-7)  # PyTorch has 1/6 in float32
 _each(
     {
-        **{name: getattr(torch, name) for name in ("log", "sqrt", "rsqrt", "reciprocal", "log1p")},
+        **{name: getattr(torch, name) for name in ("log", "sqrt", "rsqrt", "reciprocal", "log1p", "log2", "log10")},
         "roots": lambda x: (x**0.5, x**-0.5, x**1.7, x**-2.0, x**-1),
         "xlogy": lambda x: torch.xlogy(x, x),
     },

@@ -327,6 +327,22 @@ def test_log1p_and_expm1_lose_nothing_near_zero_and_at_the_ends() -> None:
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=8 * 2.0**-24, atol=0)
 
 
+@pytest.mark.parametrize("name", ["log2", "log10", "exp2", "tan", "sinh", "cosh"])
+def test_functions_that_ops_spell(name: str) -> None:
+    """Of floats, of 16-bit floats, and of integers, which PyTorch converts."""
+    function = getattr(torch, name)
+    x = torch.cat([torch.linspace(0.01, 9, 40), torch.tensor([1e-12, 1e-3, 0.0, torch.inf, torch.nan])])
+    for given in (x, x.half(), torch.arange(1, 9)):
+        module = Rule(lambda x: function(x))
+        (wanted,) = (function(given).float().numpy(),)
+        room = 2.0**-9 if given.dtype == torch.half else 64 * 2.0**-24
+        for backend in ("numpy", "torch"):
+            (got,) = treadle.compile(treadle.from_torch(module, (given,)), backend=backend)(
+                args_0=given.numpy()
+            ).values()
+            np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=room, atol=room / 8)
+
+
 def test_writes_have_the_bits_of_what_is_written() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0]])
     source = torch.tensor([[torch.nan, -torch.inf]])

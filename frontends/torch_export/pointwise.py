@@ -10,7 +10,7 @@ from treadle.frontends.recipes.activations import exponential_unit
 from treadle.frontends.recipes.quotients import remainder_like_dividend, truncated_quotient
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
-from treadle.ir.builder import Expr
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import DType, f32
 
 # -- identities --------------------------------------------------------------------------------------------------
@@ -318,6 +318,22 @@ def _trunc(site: TorchSite) -> Made:
 def _wide(x: Expr) -> Expr:
     """Convert 16-bit floats to float32, in which PyTorch computes functions of them."""
     return x.cast(f32) if x.dtype.bytes == 2 else x
+
+
+def _wide_function(name: str, of: Callable[[Builder, Expr], Expr]) -> None:
+    """Spell a function of PyTorch in ops, in float32 or wider."""
+
+    @operator(f"{name}.default")
+    def _applied(site: TorchSite) -> Made:
+        return of(site.b, _wide(site.operand("self", site.dtype()))).cast(site.dtype())
+
+
+_wide_function("log2", lambda b, x: b.log(x) * (1 / math.log(2)))
+_wide_function("log10", lambda b, x: b.log(x) * (1 / math.log(10)))
+_wide_function("exp2", lambda b, x: b.exp(x * math.log(2)))
+_wide_function("tan", lambda b, x: b.sin(x) / b.cos(x))
+_wide_function("sinh", lambda b, x: (b.expm1(x) - b.expm1(-x)) * 0.5)
+_wide_function("cosh", lambda b, x: (b.exp(x) + b.exp(-x)) * 0.5)
 
 
 @operator("elu.default")

@@ -15,7 +15,7 @@ _OTHERS = {
     "length": "block_size",
     "length sizes context window": "max_length seq_len seq_length sequence_length max_seq_len max_seq_length",
     "gradient_accumulation_steps": "accumulation_steps grad_accum gradient_accumulation grad_accumulation_steps",
-    "max_grad_norm": "max_norm clip_grad_norm grad_clip clip",
+    "max_grad_norm": "max_norm clip_grad_norm grad_clip clip gradient_clip_val gradient_clip gradient_clipping",
     "warmup": "warmup_steps num_warmup_steps warmup_iters",
     "schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay",
     "optimizer": "optim",
