@@ -158,6 +158,31 @@ def test_the_outputs_of_a_module_decide_its_tasks(words: Path, module: TorchMode
         assert what in refused(lambda kind=kind, task=task: getattr(models[kind], task)("the cat")).what, (kind, task)
 
 
+class MaskedMean(nn.Module):
+    """A classifier as transformers writes them: a mean over the tokens of a mask, and one tensor as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.labels = nn.Embedding(500, 16), nn.Linear(16, 3)
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        kept = attention_mask[..., None].float()
+        return self.labels((self.words(input_ids) * kept).sum(1) / kept.sum(1))
+
+
+def test_a_classifier_with_a_mask_of_padding_takes_texts(words: Path) -> None:
+    module, ids = MaskedMean().eval(), torch.zeros(2, 5, dtype=torch.long)
+    axes = dict.fromkeys(("input_ids", "attention_mask"), "B S")
+    imported = t.from_torch(module, (ids, torch.ones_like(ids)), dynamic=axes)
+    texts = ["the cat", "the old cat sits"]
+    found = t.load(imported, backend="numpy", tokenizer=words).classify(texts)
+    for text, each in zip(texts, found, strict=True):
+        given = torch.tensor(t.ModelSource.open(imported, tokenizer=words).tokenizer().ids([text]))
+        wanted = module(given, torch.ones_like(given)).softmax(-1)[0].tolist()
+        scores = {scored.label: scored.score for scored in each.scores}
+        np.testing.assert_allclose([scores[label] for label in "012"], wanted, rtol=1e-5)
+
+
 def test_training_on_texts_needs_another_tokenizer(module: TorchModel, words: Path) -> None:
     error = refused(lambda: t.ModelSource.open(module).tokenizer())
     assert error.what == "SmallGPT is an imported module, without a tokenizer"

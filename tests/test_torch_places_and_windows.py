@@ -329,7 +329,7 @@ def test_log1p_and_expm1_lose_nothing_near_zero_and_at_the_ends() -> None:
 
 @pytest.mark.parametrize("name", ["log2", "log10", "exp2", "tan", "sinh", "cosh"])
 def test_functions_that_ops_spell(name: str) -> None:
-    """Of floats, of 16-bit floats, and of integers, which PyTorch converts."""
+    """The operands are floats, 16-bit floats, and integers, which PyTorch converts."""
     function = getattr(torch, name)
     x = torch.cat([torch.linspace(0.01, 9, 40), torch.tensor([1e-12, 1e-3, 0.0, torch.inf, torch.nan])])
     for given in (x, x.half(), torch.arange(1, 9)):

@@ -69,6 +69,9 @@ def for_text(graph: Graph) -> Graph:
         _rename_tokens(made, found[0])
     shapes = [v.type.shape for v in found]
     scores = [n for n, v in main.outputs.items() if v.type.dtype.is_float and v.type.shape[:-1] in shapes]
+    if not scores and len(main.outputs) == 1:  # logits of labels, [B, labels]
+        rows = [shape[:1] for shape in shapes]
+        scores = [n for n, v in main.outputs.items() if v.type.dtype.is_float and v.type.shape[:-1] in rows]
     if len(scores) == 1 and LOGITS not in main.outputs:
         main.outputs = {LOGITS if name in scores else name: v for name, v in main.outputs.items()}
     return made

@@ -67,6 +67,9 @@ class OpenedModel:
         of `compile`.
         """
         source = program.source
+        if source.kind == "graph":  # rows are not padded, so a mask of padding is not needed
+            source = source.for_text()
+            program = Program(source, program.options)
         by_outputs = outputs_decide(source)
         if by_outputs:
             declared, config = _checked_outputs(program, head)
