@@ -176,6 +176,13 @@ def test_help_and_version_are_options(words: list[str], meant: str) -> None:
     assert CliRunner().invoke(app, meant.split()[1:]).exit_code == 0
 
 
+def test_a_model_in_the_place_of_the_command(tmp_path: Path) -> None:
+    for model in ("models.py:gpt", str(tmp_path)):
+        done = CliRunner().invoke(app, [model, "x"], env={"COLUMNS": "300"})
+        assert done.exit_code == 2 and f"a command comes first: treadle inspect {model}" in done.output
+    assert "Missing option '-o' / '--output'. File to write" in refusal("export", "gpt2")
+
+
 def test_an_option_with_no_similar_name_is_unknown_without_a_guess() -> None:
     assert refusal("generate", "--foobar", "3") == "No such option: --foobar"
 

@@ -64,6 +64,8 @@ class _Command(TyperCommand):
                 point_to_meant(error, str(self.name), self.get_params(ctx), given, group.commands)
             elif "unexpected extra argument" in str(getattr(error, "message", "")):
                 point_to_place(error, str(self.name), self.get_params(ctx), given)
+            elif getattr(getattr(error, "param", None), "param_type_name", "") == "option":
+                error.message = getattr(error, "message", None) or error.param.help  # type: ignore[attr-defined]
             raise
         if not ctx.resilient_parsing:
             refuse_several_values(self.make_parser(ctx).parse_args(given)[2], ctx)
@@ -82,6 +84,8 @@ class _Group(TyperGroup):
             if args[0] in ("help", "version") and hasattr(error, "format_message"):
                 command = " ".join(["treadle", *(word for word in args[1:2] if word in self.commands)])
                 error.message = f"No such command '{args[0]}'; {command} --{args[0]}"  # type: ignore[attr-defined]
+            if (":" in args[0] or os.path.exists(args[0])) and hasattr(error, "format_message"):
+                error.message = f"No such command '{args[0]}'; a command comes first: treadle inspect {args[0]}"  # type: ignore[attr-defined]
             if other is not None and hasattr(error, "format_message"):
                 message = (
                     f"No such command '{args[0]}'; treadle {other}: {self.commands[other].get_short_help_str(200)}"
