@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 import treadle as t
 from tests.task_models import byte_level, save, without_specials
+from treadle.backends.registry import backend_names
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.training.weight_files import write_weights
 
@@ -181,6 +182,26 @@ def test_a_classifier_with_a_mask_of_padding_takes_texts(words: Path) -> None:
         wanted = module(given, torch.ones_like(given)).softmax(-1)[0].tolist()
         scores = {scored.label: scored.score for scored in each.scores}
         np.testing.assert_allclose([scores[label] for label in "012"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_a_module_that_is_trained_further_changes_no_compiled_model(backend: str, tmp_path: Path) -> None:
+    """Weights come from the import, or from the caller as tensors or arrays; artifacts have the same."""
+    module, x = nn.Linear(4, 3).eval(), np.ones((1, 4), np.float32)
+    imported = t.from_torch(module, (torch.zeros(2, 4),), dynamic={"input": "B 4"})
+    arrays = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    given: list[Any] = [None, module.state_dict(), arrays]
+    compiled = [t.compile(imported, backend=backend, weights=weights) for weights in given]
+    before = module(torch.from_numpy(x)).detach().numpy()
+    with torch.no_grad():
+        module.weight += 1
+        module.bias += 10
+    for exe in compiled:
+        exe.save(tmp_path / "m.treadle")
+        for each in (exe, t.load_artifact(tmp_path / "m.treadle", backend=backend)):
+            np.testing.assert_allclose(each(input=x)["output"], before, rtol=1e-5)
+    again = t.compile(imported, backend=backend, weights=compiled[0].weights)
+    assert np.shares_memory(again.weights["weight"], compiled[0].weights["weight"]), "read-only weights are not copied"
 
 
 def test_training_on_texts_needs_another_tokenizer(module: TorchModel, words: Path) -> None:

@@ -61,8 +61,7 @@ def compile(
               mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
               declaration, a graph or an imported module, the folder or .safetensors file that holds them. If there are
-              none, initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them
-              afterwards
+              none, initial values are drawn from `seed`. Arrays are copied, unless they are read-only
     seed      an integer, 0 or more
     passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
               graph as declared; None: `treadle.passes.pipelines.DEFAULT`
@@ -131,8 +130,7 @@ def load(
               mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
               declaration, a graph or an imported module, the folder or .safetensors file that holds them. If there are
-              none, initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them
-              afterwards
+              none, initial values are drawn from `seed`. Arrays are copied, unless they are read-only
     passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
               graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)

@@ -86,7 +86,7 @@ _ELSEWHERE |= {"inputs": "example=...", "example_args": "example=...", "example_
 def from_torch(
     module: torch.nn.Module, example: tuple[Any, ...] | Mapping[str, Any], *, dynamic: Dynamic | None = None
 ) -> TorchModel:
-    """Import a module.
+    """Import a module, with a copy of its weights: a module that is trained further is imported again.
 
     example  arguments of the module's forward, as a tuple or a dict by name: tensors, whose values do not matter, and
              other arguments, which become constants of the graph
@@ -299,7 +299,7 @@ class TorchImporter:
                 self.known[key] = triangle.build(self.b, dtype)
             else:
                 self.known[key] = self.b.parameter(name, Type(dtype, tuple(map(Dim.of, tensor.shape))))
-                self.weights[name] = array
+                self.weights[name] = array.copy()  # training the module further changes no imported model
                 if not is_buffer and tensor.requires_grad:
                     self.learned.append(name)
         return self.known[key]

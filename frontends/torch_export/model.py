@@ -28,8 +28,7 @@ class TorchModel:
 
     name       the module's class
     graph      the module's computation
-    weights    the module's parameters and buffers by the graph's names: views of the module's own memory if NumPy has
-               their dtype; bfloat16 is converted to float32
+    weights    the module's parameters and buffers by the graph's names, as copies; bfloat16 is converted to float32
     inputs     the graph's inputs, in the order of the module's arguments
     symbols    the size of each dimension named in `dynamic`
     operators  number of imported nodes of each operator

@@ -117,7 +117,7 @@ class WeightOptions:
         None,
         "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a declaration, "
         "a graph or an imported module, the folder or .safetensors file that holds them. If there are none, initial "
-        "values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards",
+        "values are drawn from `seed`. Arrays are copied, unless they are read-only",
         "For a declaration: the folder or the .safetensors file with its weights.",
         Flag("weights", "FOLDER"),
         but={"artifact"},

@@ -34,7 +34,9 @@ def weights_of(
     """
     if weights is not None:
         _refuse_unknown({*map(str, weights)}.difference(resolved.unused), resolved.graph.parameters)
-    given = weights if weights is not None else resolved.weights
+    given = (
+        {name: _kept(str(name), array) for name, array in weights.items()} if weights is not None else resolved.weights
+    )
     if given is not None:
         if resolved.new_weights:
             given = {**given, **{name: initial_weight(resolved.graph, name, seed) for name in resolved.new_weights}}
@@ -156,6 +158,17 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
             if some
             else "leave it out: the model has no parameters",
         )
+
+
+def _kept(name: str, array: Any) -> Any:
+    """Return an array of the caller, copied if it can be written, or a tensor of PyTorch as an array: a backend packs
+    some weights and reads others in place, so a later write would change the results only in part.
+    """
+    if hasattr(array, "detach"):
+        from treadle.frontends.torch_export.model import array_of
+
+        array = array_of(name, array)
+    return array.copy() if isinstance(array, np.ndarray) and array.flags.writeable else array
 
 
 def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
