@@ -46,7 +46,7 @@ def causality_in_runs(graph: Graph, axis: str, output: str, weights: Mapping[str
     lengths = {min(max(n, bounds.lower), n if bounds.upper is None else bounds.upper) for n in _LENGTHS}
     try:
         used = _used_weights(graph, weights)
-        if used is None or max(lengths) < 2:
+        if used is None or min(lengths) < 2:
             return None
         sizes = small_sizes(graph)[-1]
         return all(_is_kept(graph, {**sizes, axis: n}, axis, (output, dims[0]), used) for n in sorted(lengths))
@@ -81,9 +81,7 @@ def _is_kept(
     first, others = (draw_inputs(graph, sizes, [sizes[axis], seed]) for seed in (0, 1))
     whole = interpret(graph, first, weights, float64=True)[name]
     near = _NEAR * float(np.abs(whole).max(initial=0.0))
-    for cut in sorted({1, sizes[axis] // 2, sizes[axis] - 1}):
-        if not max(1, graph.symbols[axis].lower) <= cut < sizes[axis]:
-            continue
+    for cut in sorted({1, sizes[axis] // 2, sizes[axis] - 1} - {0, sizes[axis]}):
         before = np.take(whole, range(cut), axis=dim)
         for inputs in _changed(graph, axis, (first, others), cut):
             changed = interpret(graph, inputs, weights, float64=True)[name]
@@ -95,7 +93,9 @@ def _is_kept(
 def _changed(
     graph: Graph, axis: str, pair: tuple[Mapping[str, Array], Mapping[str, Array]], cut: int
 ) -> Iterator[dict[str, Array]]:
-    """Yield inputs that are equal before the position `cut`: with other values from there on, and without the rest."""
+    """Yield inputs that are equal before the position `cut`: with other values from there on, and without the rest, if
+    the axis may be so short.
+    """
     first, others = pair
 
     def parts(value: Value) -> tuple[slice, ...]:
@@ -105,4 +105,5 @@ def _changed(
     for value in graph.main.inputs:
         mixed[value.name][parts(value)] = first[value.name][parts(value)]
     yield mixed
-    yield {value.name: first[value.name][parts(value)] for value in graph.main.inputs}
+    if cut >= graph.symbols[axis].lower:
+        yield {value.name: first[value.name][parts(value)] for value in graph.main.inputs}

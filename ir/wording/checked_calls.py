@@ -208,6 +208,10 @@ def check_call(
             raise UsageError(f"{name} needs the argument {each.name}", hint=call)
 
 
+_WHOLE = re.compile(r"(?<=[=(])\d+(?![\w.])")
+"""A whole number in a hint, which stands for the caller's: `most=64`, `t.Beams(count=4)`."""
+
+
 def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any]) -> dict[str, str]:
     """Return hints with the numbers of a call in place of an example's: `most=5` for `most=64`, and only the options
     that the call has for `Sampling(temperature=0.7, top_k=50)`.
@@ -221,10 +225,8 @@ def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any])
     typed = {name: repr(value) for name, value in options.items() if type(value) in (int, float)}
     found = {}
     for other, hint in hints.items():
-        if option in typed:
-            hint = re.sub(
-                r"^(\w+=|.*[( ](?:count|best|most|no_repeat_ngram)=)[0-9]+(?![.0-9])", rf"\g<1>{typed[option]}", hint
-            )
+        if option in typed and len(_WHOLE.findall(hint)) == 1:
+            hint = _WHOLE.sub(typed[option], hint)
         inside = re.findall(r"[(, ](\w+)=(?!t\.)", hint)
         given = [f"{name}={value}" for name, value in typed.items() if name in inside]
         found[other] = re.sub(r"\(\w+=[^()]*\)", f"({', '.join(given)})", hint) if given else hint
