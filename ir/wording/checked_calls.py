@@ -209,7 +209,7 @@ def check_call(
 
 
 _WHOLE = re.compile(r"(?<=[=(])\d+(?![\w.])")
-"""A whole number in a hint, which stands for the caller's: `most=64`, `t.Beams(count=4)`."""
+"""The whole number of a hint, in the place of the number of a call: `most=64`, `t.Beams(count=4)`."""
 
 
 def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any]) -> dict[str, str]:
