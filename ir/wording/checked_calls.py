@@ -209,7 +209,6 @@ def check_call(
 
 
 _WHOLE = re.compile(r"(?<=[=(])\d+(?![\w.])")
-"""The whole number of a hint, in the place of the number of a call: `most=64`, `t.Beams(count=4)`."""
 
 
 def _as_typed(hints: Mapping[str, str], option: str, options: Mapping[str, Any]) -> dict[str, str]:
