@@ -81,13 +81,14 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
     """After the last test of a module, free the memory that models in reference cycles and the allocator hold, if much
-    was added since the last time.
+    was added since the last time. What is left belongs to imported modules: the collector skips it from now on.
     """
     yield
     if nextitem is None or nextitem.path != item.path:
         now = _resident_bytes()
         if now > _RESIDENT[-1] + MOST_GARBAGE:
             gc.collect()
+            gc.freeze()
             _TRIM(0)
             _RESIDENT[:] = [_resident_bytes()]
 

@@ -349,7 +349,10 @@ class TextWriter:
         if self.template is None:
             raise UsageError(
                 f"{self.model.name} has no chat template: it was not trained for conversations",
-                hint="a chat model, or a prompt to continue",
+                hint=Hint(
+                    "generate, without chat=True, continues a prompt",
+                    "treadle generate, without --chat, continues a prompt",
+                ),
             )
         return ChatTemplate(self.template, self.tokenizer.special_names)
 

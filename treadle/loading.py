@@ -53,7 +53,7 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
             raise UsageError(
                 "an artifact is one compiled function, not a model for tasks",
                 received=name,
-                hint=f"treadle.load_artifact({name!r})",
+                hint=f"treadle.load_artifact({name!r}); or, for a model that continues text, tokenizer=FOLDER",
             )
     if "check" in options:
         what = "a model that is loaded for tasks does not accept check"
