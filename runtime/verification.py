@@ -15,13 +15,15 @@ In the third comparison, each op gets correct operands, so errors of earlier ops
 **Tolerances** are defined in `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
 with every operand changed by one spacing, with a random sign. In a model every op rounds, and later ops may amplify
 the error. So the whole graph is evaluated with the operands and results of every op changed
-(`treadle.runtime.roundings`). Integers and booleans must be equal, except elements that differ in the changed
-evaluation: rounding errors alone may change them.
+(`treadle.runtime.roundings`), and, if activations are rounded to blocks, with the rounded numbers changed by half a
+step. Integers and booleans must be equal, except elements that differ in the changed evaluation: rounding errors alone
+may change them.
 
 **Inconclusive results.** If a change of the last bits changes a model's result by half of its size or more, correct and
-incorrect outputs cannot be distinguished, and the report states this. It names the first op whose integers or booleans
-change, such as a `top_k` of nearly equal numbers, if there is one. If a result is NaN in the reference itself, equal
-results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
+incorrect outputs cannot be distinguished, unless they agree all the same, and the report states this. It names the
+first op whose integers or booleans change, such as a `top_k` of nearly equal numbers, if there is one. If a result is
+NaN in the reference itself, equal results prove nothing: the report names the op or the weight that the NaN comes from
+(`treadle.runtime.not_finite`).
 """
 
 from __future__ import annotations
@@ -307,5 +309,6 @@ def compare(made: Any, expected: Array, moved: Moved, spacing: float, growth: fl
     if not off.plain.any() and np.isnan(wanted).any():
         return Difference(0.0, math.inf)  # all numbers are NaN or infinite
     most_moved = float(np.max(moved.by, initial=0.0, where=off.plain))
-    tolerance = room(spacing, off.scale, most_moved, growth) + float(narrow.tiny)
+    in_blocks = float(np.max(np.where(off.plain, moved.in_blocks, 0.0), initial=0.0))
+    tolerance = room(spacing, off.scale, most_moved, growth) + in_blocks + float(narrow.tiny)
     return Difference(off.most / off.scale, tolerance / off.scale)

@@ -9,6 +9,8 @@ from typing import Any
 
 LOOSEST = 0.5
 """If a tolerance, relative to the largest element, is above this value, the comparison is inconclusive."""
+CLOSE = 1 / 16
+"""Results that differ by no more, relative to the largest element, agree, whatever the tolerance is."""
 
 _MARKS = {True: "ok", False: "WRONG", None: "-"}
 
@@ -26,8 +28,9 @@ class Difference:
 
     @property
     def shows_nothing(self) -> bool:
-        """True if the tolerance is so large that nearly any result would be within it."""
-        return not self.exceeds and self.tolerance > LOOSEST
+        """True if the tolerance is so large that nearly any result would be within it, and the results differ."""
+        close = self.value <= CLOSE and self.tolerance < math.inf
+        return not self.exceeds and self.tolerance > LOOSEST and not close
 
     def worse(self, other: Difference) -> Difference:
         """Return the difference that is larger relative to its tolerance."""

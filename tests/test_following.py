@@ -366,6 +366,13 @@ def test_a_scatter_and_a_count_along_a_divided_axis_need_nothing() -> None:
     assert [(c.encounter.op, c.by) for c in follow(b.graph, "u[1]").split().combine] == [("scatter_add", "sum")]
 
 
+def test_an_axis_that_the_model_does_not_have() -> None:
+    graph = gpt2.configure(layers=1).graph()
+    with pytest.raises(GraphError, match="there is no axis 'T'") as caught:
+        follow(graph, "T")
+    assert follow(graph, str(caught.value.hint).rpartition("such as ")[2]).places
+
+
 @pytest.mark.parametrize("name", ["wte.weight", "tokens"])
 def test_a_weight_or_an_input_without_a_dimension(name: str) -> None:
     graph = gpt2.configure(layers=1).graph()

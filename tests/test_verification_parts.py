@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.types import boolean, f32, i64
@@ -39,6 +40,8 @@ NEAR, FAR, LOOSE = Difference(1e-7, 1e-5), Difference(0.1, 1e-5), Difference(0.1
         (math.inf, math.inf, False, True),
         (0.1, 0.5, False, False),
         (0.1, 0.5000001, False, True),
+        (0.0625, 0.7, False, False),
+        (0.0, math.inf, False, True),
         (0.6, 0.55, True, False),
     ],
 )
@@ -214,6 +217,18 @@ def test_each_op_rounds_what_it_computes_and_no_constant() -> None:
     assert roundings.ROUNDS == 2
     alone = moved_by_rounding(b.graph, arrays, {}, expected, rounds=1)
     assert np.all(alone["doubled"].by <= found["doubled"].by)
+
+
+def test_numbers_that_are_rounded_to_blocks_change_by_half_a_step() -> None:
+    b = Builder(Graph("rounds"))
+    x, encoding = b.input("x", "f32[2, 8]"), Encoding("int8_rows")
+    b.outputs(y=b.decode(b.encode(x, None, to=encoding), of=encoding), alone=x + 0.0)
+    arrays = {"x": np.linspace(-3, 127, 16).reshape(2, 8)}
+    found = moved_by_rounding(b.graph, arrays, {}, interpret(b.graph, arrays, {}, float64=True))
+    steps = np.abs(arrays["x"]).max(axis=1, keepdims=True) / 127
+    most = np.max(found["y"].in_blocks, axis=1, keepdims=True) / steps
+    assert np.all((most > 0.4) & (most < 1.5)), "a change by half a step rounds to the next step, and moves the steps"
+    assert not np.any(found["alone"].in_blocks)
 
 
 # -- NaN and infinite values -------------------------------------------------------------------------------------------

@@ -181,6 +181,19 @@ def test_a_refusal_of_many_ops_is_one_line() -> None:
     assert "NumPy has no bf16" in refused and refused.endswith(" more") and "\n" not in refused
 
 
+@t.model
+def small_differences(x: t.f32["B 64"]):
+    return t.linear(x + 80.0, 64, bias=False, name="w")
+
+
+def test_rounded_activations_whose_error_grows_are_no_error() -> None:
+    """Neighbors are subtracted from each other, so a step of 8 bits is larger than eight of the result's."""
+    weight = np.eye(64, dtype=np.float32) - np.roll(np.eye(64, dtype=np.float32), 1, axis=0)
+    report = verify_model(small_differences, weights={"w.weight": weight}, backends=["numpy"], quantize="int8")
+    assert report.passed, str(report)
+    assert report.rewrites.value > 8 / 127
+
+
 # -- differences -----------------------------------------------------------------------------------------------------
 
 

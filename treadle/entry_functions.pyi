@@ -204,7 +204,7 @@ class Trainer(_Trainer):
                     `treadle.ir.transforms.training_losses`
         gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
         gradient_accumulation_steps  number of calls of `step` whose gradients are accumulated for one update
-        tokenizer   as in `compile`: a model whose tokenizer is saved with a checkpoint of the trained weights
+        tokenizer   another model, whose tokenizer is saved with a checkpoint of the trained weights
         new_weights  patterns of names of weights that are drawn from `seed`, such as a new head: ("logits.*",). The
                     others are read from `weights`, which may be those of another declaration
         options     as in `compile`; with dtype="bf16", matrix products have bf16 operands

@@ -145,10 +145,9 @@ def follow(graph: Graph, axis: str) -> Following:
     if not closure.places:
         known = sorted(graph.symbols) + sorted(named_axes(graph))
         one_of = f"one of {', '.join(known)}, or a" if known else "a"
-        values = {value.name for value in graph.main.arguments}
-        raise GraphError(
-            f"there is no axis {axis!r}", hint=f"{one_of} dimension such as {axis if axis in values else 'x'}[0]"
-        )
+        values = [value.name for value in graph.main.arguments if value.type.rank]
+        example = f" such as {axis if axis in values else values[0]}[0]" if values else ""
+        raise GraphError(f"there is no axis {axis!r}", hint=f"{one_of} dimension{example}")
     order = {v: i for i, v in enumerate(ordered_values(graph.main))}
     places = sorted(closure.places, key=lambda p: (order[p.value], p.dim, str(p.inner)))
     outputs = [v for v in graph.main.outputs.values() if v.node is not None and dims_held(v, places) > 1]

@@ -14,6 +14,9 @@ caller determines which numbers are changed:
     a model        operands and results of every op change; n is 1, since each op is changed by itself
     a rewrite      inputs and constants of the two sides change; n is their number of ops
 
+Rounding to blocks changes a number by up to half a step, and later ops may amplify that. In a model, the largest change
+of a result when all numbers to be rounded change by half a step is added.
+
 **Huge** numbers represent infinity, and masks often contain them. They do not count for the scale of the other numbers,
 and must stay huge, with the same sign. Each caller defines which numbers are huge.
 """
@@ -48,13 +51,13 @@ def coarsest_spacing(graph: Graph) -> float:
     0 if there is no float.
     """
     values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
-    rounded = [e.block.spacing for _, node in graph.walk() for e in _made_blocks(node)]
+    rounded = [e.block.spacing for _, node in graph.walk() if (e := rounds_to(node)) is not None]
     return max([*(spacing_of(v.type.dtype) for v in values), *rounded], default=0.0)
 
 
-def _made_blocks(node: Node) -> list[Encoding]:
-    """Return the encodings to which a node rounds values that are not weights."""
-    return [node.op.to] if isinstance(node.op, Encode) and not is_made_of_weights(node.inputs[0]) else []
+def rounds_to(node: Node) -> Encoding | None:
+    """Return the encoding to which a node rounds values that are not weights; None for other nodes."""
+    return node.op.to if isinstance(node.op, Encode) and not is_made_of_weights(node.inputs[0]) else None
 
 
 def room(spacing: float, size: Numbers, moved: Numbers, growth: float = 1.0) -> Numbers:
