@@ -226,7 +226,7 @@ class Precision(PassStage):
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTED:
-            hint = value_hint("dtype", self.dtype, COMPUTED)
+            hint = value_hint("dtype", self.dtype, COMPUTED, alone=self.computed)
             raise UsageError(f"unknown computation dtype {str(self.dtype)[:40]!r}", hint=hint)
 
     def passes(self) -> Sequence[Pass]:

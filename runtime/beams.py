@@ -21,6 +21,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.wording.checked_calls import with_checked_constructor
 from treadle.runtime.generation import Ending, checked_prompts, count_of
 from treadle.runtime.row_inputs import RowPrompt
+from treadle.runtime.sampling import no_finite_logit
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -229,7 +230,7 @@ class _Search:
             totals.append(scores + beam.total)
         flat = np.concatenate(totals)
         if np.isnan(flat).any():
-            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")
+            raise no_finite_logit()
         vocabulary = len(totals[0])
         order = np.argsort(-flat, kind="stable")[:count]
         return [(self.going[i // vocabulary], int(i % vocabulary), float(flat[i])) for i in order if flat[i] > -np.inf]

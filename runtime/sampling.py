@@ -145,4 +145,4 @@ def most_likely(scores: Array, count: int) -> Array:
 
 def no_finite_logit() -> UsageError:
     """Return the error for logits from which no token can be chosen."""
-    return UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")
+    return UsageError("no token can be chosen: the logits are not finite", hint="`treadle verify MODEL` finds the op")

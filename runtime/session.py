@@ -15,7 +15,8 @@ row does not depend on other rows. A session holds the states of the decoding st
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
@@ -47,9 +48,9 @@ CHUNK = 256
 """Default maximum number of tokens of a row that one call prefills."""
 _WIDTH = 16  # chunk widths are multiples of this, so that few sizes occur
 _RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
-_TOKENS = "session.prefill({row: [464, 3139]})"
-_APPENDED = f"{_TOKENS}, or session.step({{row: 464}})"
-_PROMPT = "session.prompt([464, 3139])"
+_TOKENS = "session.prefill({row: [4, 3]})"  # small ids: vocabularies may be small
+_APPENDED = f"{_TOKENS}, or session.step({{row: 4}})"
+_PROMPT = "session.prompt([4, 3])"
 
 
 @with_attribute_hints("a session", SESSION_ATTRIBUTES)
@@ -576,16 +577,20 @@ def _ids(who: str, tokens: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
-        given: Any = tokens
-        hint = "integers"
-        if not hasattr(given, "__len__"):
-            hint = f"a sequence of integers, such as [{given}]"
-        elif isinstance(given, Mapping):
-            hint = "a list of integers, such as [464, 3139]"
-        elif isinstance(given, str) or any(isinstance(each, str) for each in given):
-            hint = 'the ids of a text: tokenizer.ids(["a text"])[0]'
-        elif len(given) == 1 and getattr(given[0], "ndim", 0) == 1 and "float" in str(given[0].dtype):
-            hint = "int(logits.argmax()), if this is a row of logits"
-        elif any(isinstance(each, Sized) for each in given):
-            hint = "the ids of one row: tokens[0]; session.prefill appends several ids, session.step one"
-        raise UsageError(f"{who} has a value that is not a token id", received=repr(tokens)[:200], hint=hint) from error
+        what = f"{who} has a value that is not a token id"
+        raise UsageError(what, received=repr(tokens)[:200], hint=_ids_hint(tokens)) from error
+
+
+def _ids_hint(value: Any) -> str:
+    """Return the hint for a value that is not a list of token ids."""
+    with suppress(TypeError):
+        return f"a list of integers: [{operator.index(value)}]"
+    if isinstance(value, Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return "a list of integers, such as [4, 3]"
+    if isinstance(value, str) or any(isinstance(each, str) for each in value):
+        return 'the ids of a text: tokenizer.ids(["a text"])[0]'
+    if len(value) == 1 and getattr(value[0], "ndim", 0) == 1 and "float" in str(value[0].dtype):
+        return "int(logits.argmax()), if this is a row of logits"
+    if any(isinstance(each, Sized) and getattr(each, "ndim", 1) for each in value):
+        return "the ids of one row: tokens[0]; session.prefill appends several ids, session.step one"
+    return "integers"

@@ -210,7 +210,7 @@ def test_arrays_are_lists_of_numbers() -> None:
         ),
         (lambda s: s.length("a"), "row must be an integer", None),
         (lambda s: s.close(0, keep="no"), "keep must be True or False", "keep=False"),
-        (lambda s: s.prefix_length([1]), "prompt must be a prompt", "session.prompt([464, 3139])"),
+        (lambda s: s.prefix_length([1]), "prompt must be a prompt", "session.prompt([4, 3])"),
     ],
 )
 def test_hints_for_arguments_of_another_kind(call: Callable[[Any], Any], what: str, hint: str | None) -> None:

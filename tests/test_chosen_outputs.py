@@ -99,6 +99,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize(("axes", "parts"), [("B 8", 3), ("B", 2)])
+def test_the_hint_for_a_malformed_part_names_an_output_of_the_model(axes: str, parts: int) -> None:
+    def twice(x: Any) -> dict[str, t.Tensor]:
+        return {"other": x + 1.0, "double.x": x * 2.0}
+
+    twice.__annotations__["x"] = t.f32[axes]
+    model = t.model(twice)
+    with pytest.raises(UsageError, match="names no output") as caught:
+        treadle.compile(model, outputs=["duble.x[:, 0"], backend="numpy")
+    choices = str(caught.value.hint).split(" or ")
+    assert len(choices) == parts
+    for choice in choices:
+        exe = treadle.compile(model, outputs=[eval(choice)], backend="numpy")
+        assert [port.name for port in exe.outputs] == ["double.x"]
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_positions_of_each_row(backend: str) -> None:
     pytest.importorskip({"torch": "torch", "tvm": "tvm"}.get(backend, "numpy"))

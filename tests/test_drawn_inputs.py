@@ -7,7 +7,7 @@ import pytest
 
 from treadle.ir.analysis.drawn_inputs import Range, draw_inputs, held, index_ranges, small_sizes
 from treadle.ir.builder import Builder
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import SizeError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.types import parse_type
@@ -80,6 +80,15 @@ def test_an_index_points_inside_every_axis() -> None:
     assert index_ranges(indexing(-3, -3), {"B": 3}) == {"i": Range(3, 7)}
     with pytest.raises(UsageError, match="no value of input i is a valid index for every axis that it indexes"):
         draw_inputs(indexing(5, 0), {"B": 3}, [0])
+
+
+def test_a_negative_size_of_an_input_is_refused() -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.concat(b.input("x", "f32[S]"), b.input("rest", "f32[S-600]"), axis=0))
+    with pytest.raises(SizeError, match="input rest has a negative size, where S = 128") as caught:
+        draw_inputs(b.graph, {"S": 128}, [0])
+    assert caught.value.hint == "sizes for which S-600 is 0 or more"
+    assert draw_inputs(b.graph, {"S": 600}, [0])["rest"].shape == (0,)
 
 
 def test_ranges_meet() -> None:

@@ -29,10 +29,10 @@ def attended(x: t.Tensor, **masks: Any) -> t.Tensor:
 
 
 WRONG: list[tuple[Callable[[t.Tensor], Any], str, str]] = [
-    (lambda x: t.causal | t.window(4), "masks have no union", 't.boolean_mask(x, "s t")'),
-    (lambda x: t.causal ^ t.window(4), "masks have no difference", 't.boolean_mask(x, "s t")'),
-    (lambda x: t.causal - t.window(4), "masks have no difference", 't.boolean_mask(x, "s t")'),
-    (lambda x: ~t.causal, "masks have no complement", 't.boolean_mask(x, "s t")'),
+    (lambda x: t.causal | t.window(4), "masks have no union", 't.boolean_mask(seen, "s t")'),
+    (lambda x: t.causal ^ t.window(4), "masks have no difference", 't.boolean_mask(seen, "s t")'),
+    (lambda x: t.causal - t.window(4), "masks have no difference", 't.boolean_mask(seen, "s t")'),
+    (lambda x: ~t.causal, "masks have no complement", 't.boolean_mask(seen, "s t")'),
     (lambda x: True & t.causal, "masks intersect with masks only", ""),
     (lambda x: t.alibi(np.ones(2)) & t.causal, "biases add up, and do not intersect", "attention takes both"),
     (
@@ -40,11 +40,11 @@ WRONG: list[tuple[Callable[[t.Tensor], Any], str, str]] = [
         "masks intersect with masks only",
         'mask=t.causal for a lower triangle; t.boolean_mask(x, "s t")',
     ),
-    (lambda x: attended(x, mask=x[:, :, 0]), "masks intersect with masks only", 't.boolean_mask(x, "b t")'),
+    (lambda x: attended(x, mask=x[:, :, 0]), "masks intersect with masks only", 't.boolean_mask(x != 0, "b t")'),
     (
         lambda x: attended(x, mask=t.boolean_mask(np.tril(np.ones((3, 3))), "s t")),
         "the mask has 3 positions, but the model takes any number of them, S",
-        'mask=t.causal, or t.boolean_mask(x, "s t")',
+        'mask=t.causal, or t.boolean_mask(seen, "s t")',
     ),
     (
         lambda x: t.boolean_mask(np.triu(np.full((3, 3), -np.inf), 1), "s t"),
@@ -91,6 +91,49 @@ def test_the_hints_work() -> None:
     assert traced(lambda x: attended(x, mask=t.causal & t.window(8)))
     assert traced(lambda x: t.linear(x, "4*2", name="l"))
     assert traced(lambda x: [t.linear(x, 8, name="l") for _ in t.stack("h", 2)][-1])
+
+
+@pytest.mark.parametrize("axes", ["B T 8", "B 3 8"])
+def test_the_hint_for_a_union_of_masks_fits_every_model(axes: str) -> None:
+    def compiled(union: Callable[[t.Tensor], Any]) -> None:
+        def tiny(x: Any) -> t.Tensor:
+            return t.self_attention(x, 2, mask=union(x), name="a")
+
+        tiny.__annotations__["x"] = t.f32[axes]
+        t.compile(t.model(tiny), backend="numpy")
+
+    with raises_freely(TreadleError, match="masks have no union") as caught:
+        compiled(lambda x: t.causal | t.window(4))
+    mask, _, positions = str(caught.value.hint).partition(", with seen of positions: ")
+    first, _, second = positions.partition(", seen = ")
+
+    def followed(x: t.Tensor) -> Any:
+        names: dict[str, Any] = {"t": t, "x": x}
+        exec(f"{first}; seen = {second}", names)
+        return eval(mask, names)
+
+    compiled(followed)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i64", "boolean"])
+def test_the_hint_for_a_tensor_in_place_of_a_mask_or_a_bias(dtype: str) -> None:
+    """Such as the attention_mask of Hugging Face, of integers."""
+
+    def compiled(named: str, follow: bool) -> None:
+        def tiny(h: Any, x: Any) -> t.Tensor:
+            value = eval(calls[named], {"t": t, "x": x}) if follow else x
+            return t.self_attention(h, 2, name="a", **{named: value})
+
+        tiny.__annotations__.update(h=t.f32["B S 8"], x=getattr(t, dtype)["B S"])
+        t.compile(t.model(tiny), backend="numpy")
+
+    calls: dict[str, str] = {}
+    for named in ("mask", "bias"):
+        with raises_freely(TreadleError, match="with masks only|to biases only") as caught:
+            compiled(named, follow=False)
+        mask, bias = str(caught.value.hint).split(" as a mask, ")
+        calls = {"mask": mask, "bias": bias.partition(" as a bias")[0]}
+        compiled(named, follow=True)
 
 
 def test_masks_and_biases_may_be_tensors_of_pytorch() -> None:

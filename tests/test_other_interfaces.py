@@ -87,7 +87,8 @@ def names() -> dict[str, Any]:
     session = exe.session(rows=2, capacity=16)
     return {
         **{"t": t, "np": np, "exe": exe, "session": session, "row": session.open(), "model": classes},
-        **{"tokens": TOKENS, "targets": TOKENS, "weights": dict(exe.weights), "array": torch.ones(1, 2)},
+        **{"inputs": {"tokens": TOKENS}, "batch": {"tokens": TOKENS, "targets": TOKENS}},
+        **{"weights": dict(exe.weights), "array": torch.ones(1, 2)},
         **{"trainer": t.Trainer(classes, backend="numpy"), "module": torch.nn.Linear(2, 2).eval()},
     }
 
@@ -119,6 +120,14 @@ def test_every_hint_runs(
     model = t.load("encoder" if "embed" in code else "folder", backend="numpy") if is_loaded else classes
     tokenizer = t.ModelSource.open("folder").tokenizer()
     exec(code, {**names, "model": model, "tokenizer": tokenizer, "graph": names["exe"].graph})
+
+
+def test_hints_name_no_input_that_a_model_may_lack() -> None:
+    """Those of calls take any model's arrays by name. Devices are those that a trainer and a compiled model take."""
+    assert not [code for code, _ in HINTS if re.search(r"\btokens=", code)]
+    assert TRAINER_ATTRIBUTES["cuda"].startswith("leave it out")
+    for table in (MODEL_ATTRIBUTES, COMPILED_ATTRIBUTES, LOADED_ATTRIBUTES):
+        assert 'target="cpu"' in table["cpu"] and 'dtype="f32"' in table["float"]
 
 
 @pytest.mark.parametrize("word", ENTRY_WORDS)

@@ -408,9 +408,17 @@ def test_axes_may_have_the_names_of_a_sessions_sizes() -> None:
         ([3], "the ids of one row: tokens[0]"),
         (np.zeros(5, np.float32), "int(logits.argmax())"),
         (3.0, "integers"),
+        (np.array(3.5), "integers"),
     ],
 )
 def test_the_hint_for_a_token_that_is_no_id(token: Any, hint: str) -> None:
     with pytest.raises(UsageError, match="not a token id") as caught:
         _ids("row 0", [token])
     assert str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize("tokens", [3, np.array(3), 4.5, np.array(4.5), None, {"input_ids": [1]}])
+def test_the_hint_for_ids_that_are_no_list_names_one(tokens: Any) -> None:
+    with pytest.raises(UsageError, match="not a token id") as caught:
+        _ids("row 0", tokens)
+    assert _ids("row 0", eval(str(caught.value.hint).replace("such as", ":").rpartition(":")[2]))

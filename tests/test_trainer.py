@@ -609,6 +609,23 @@ def test_an_output_without_classes_is_not_trained_as_one() -> None:
     trainer = Trainer(summed, loss="mse", backend="numpy")
     assert np.isfinite(trainer.step(x=np.ones((2, 4), np.float32), targets=np.ones(2)).loss)
 
+    @t.model
+    def scalar(x: Annotated[t.Tensor, t.f32["B 4"]]) -> t.Tensor:
+        return t.linear(x, 1, name="out").mean()
+
+    with pytest.raises(UsageError, match="has no classes along its last axis") as caught:
+        Trainer(scalar, backend="numpy", output="output")
+    assert caught.value.hint == "loss='output' without output=, to minimize it"
+    assert Trainer(scalar, backend="numpy", loss="output")
+
+
+def test_the_hint_for_a_dtype_names_no_option_that_training_lacks() -> None:
+    for dtype in ("int8", "q4_0"):
+        with pytest.raises(UsageError, match="unknown computation dtype") as caught:
+            Trainer(summed, loss="mse", backend="numpy", dtype=dtype)
+        assert caught.value.hint == "dtype='f32' or 'bf16'"
+    assert Trainer(summed, loss="mse", backend="numpy", dtype="f32")
+
 
 @t.model
 def with_columns(x: t.f32["B 4"], labels: t.i64["B 1"]):  # type: ignore[no-untyped-def]

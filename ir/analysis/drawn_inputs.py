@@ -16,7 +16,7 @@ import numpy as np
 from treadle.ir.analysis.length_inputs import row_lengths
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import Hint, SizeError, UsageError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Composite, names_operand
@@ -199,7 +199,7 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
 
     Floats are normally distributed. Indices are drawn from their whole range. Lengths of rows are between 1 and the
     number of positions, other integers between 1 and the greatest size. Three in four booleans are true. Raises
-    UsageError if no index is valid for all uses of an input.
+    UsageError if no index is valid for all uses of an input, SizeError for a negative size.
     """
     ranges = index_ranges(graph, sizes)
     positions = {name: size.evaluate(sizes) for name, size in row_lengths(graph).items()}
@@ -207,6 +207,12 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
     for number, value in enumerate(graph.main.inputs):
         rng = np.random.default_rng([*seed, number])
         dtype, shape = value.type.dtype, value.type.evaluate(sizes)
+        if negative := [size for size, count in zip(value.type.shape, shape, strict=True) if count < 0]:
+            raise SizeError(
+                f"input {value.name} has a negative size, where {', '.join(f'{s} = {n}' for s, n in sizes.items())}",
+                received=f"{value.name}: {value.type}",
+                hint=f"sizes for which {negative[0]} is 0 or more",
+            )
         if dtype.is_float:
             drawn: Array = held(rng.standard_normal(shape), value)
         elif dtype.is_int:

@@ -30,6 +30,7 @@ from treadle.ir.builder import Builder, Expr, ExprLike
 from treadle.ir.errors import GraphError, Hint
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.source_lines import user_line
+from treadle.ir.types import boolean
 
 _POSITIONS = 2  # the axis of positions of q [b, h, s, d] and k [b, h, t, d]
 
@@ -101,7 +102,10 @@ class Masks(_Applied):
 
     sign = "&"
     noun = "masks"
-    by_tensor = 't.boolean_mask(x, "s t"), with x of positions: i = t.iota(size="S"), x = i[:, None] >= i[None, :]'
+    by_tensor = (
+        't.boolean_mask(seen, "s t"), with seen of positions: i = t.iota(size=x.shape[-2]), '
+        "seen = i[:, None] >= i[None, :]"
+    )
 
     def __and__(self, other: object) -> Masks:
         """Return the intersection. Raises GraphError if `other` is not masks."""
@@ -154,7 +158,11 @@ def _tensor_hint(x: Any) -> str:
         return "mask=t.padding(x), with a length for each row; bias=t.alibi(x), with a slope for each head"
     of_rows = len(shape) == 2 and shape[0] != shape[1]  # such as the attention_mask of Hugging Face
     mask, bias = _AXES.get(len(shape), ("b t", "b t") if of_rows else ("s t", "s t"))
-    hint = f't.boolean_mask(x, "{mask}") as a mask, t.tensor_bias(x, "{bias}") as a bias, with the axes of x'
+    is_array = not isinstance(x, Expr)  # whose zeros and ones, or numbers, are converted
+    boolean_x = "x" if is_array or x.dtype is boolean else "x != 0"
+    float_x = "x" if is_array or x.dtype.is_float else "x.to(t.f32)"
+    masks, biases = f't.boolean_mask({boolean_x}, "{mask}")', f't.tensor_bias({float_x}, "{bias}")'
+    hint = f"{masks} as a mask, {biases} as a bias, with the axes of x"
     return hint if mask != "s t" or isinstance(x, Expr) else f"mask=t.causal for a lower triangle; {hint}"
 
 

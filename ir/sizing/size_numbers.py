@@ -139,7 +139,8 @@ class SizeNumbers:
         low, high = size.interval(dict.fromkeys(size.symbols, Bounds(1, _LONGEST)))
         least, most = compare(low, beside), compare(high, beside)
         if least is not most:
-            chosen = f', or t.where(t.size(value="{self}", dtype=t.f32) {sign} {other}, a, b)'
+            sides = [str(x) if isinstance(x, Real) else f't.size(value="{x}", dtype=t.f32)' for x in (self, other)]
+            chosen = f", or t.where({f' {sign} '.join(sides)}, a, b)"
             raise SizeError(
                 f"{self} {sign} {other} is unknown while a model is traced, since sizes differ from call to call",
                 hint="declare the axis with a number" + (chosen if abs(beside) <= _LONGEST else ""),

@@ -9,13 +9,13 @@ choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.ir.graph import Graph
+from treadle.ir.graph import Graph, Value
 from treadle.ir.naming import free_name
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import Size
@@ -73,7 +73,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     positions: dict[str, Expr] = {}
     b = Builder(copy)
     for asked in outputs:
-        name, spans = _parsed(asked)
+        name, spans = _parsed(asked, known)
         if name not in known:
             raise UnknownOutputError(
                 f"{graph.name} has no output {name[:80]!r}",
@@ -96,30 +96,34 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     return copy
 
 
-def _parsed(asked: str) -> tuple[str, list[_Span | _Given]]:
+def _parsed(asked: str, outputs: Mapping[str, Value]) -> tuple[str, list[_Span | _Given]]:
     match = _ASKED.fullmatch(asked.strip())
-    if match is None:
-        raise _unreadable(asked)
-    name, part = match["name"].strip(), match["part"]
-    return name, [] if part is None else [_span(span.strip(), asked) for span in part.split(",")]
+    part = None if match is None else match["part"]
+    spans = [] if part is None else [_span(span.strip()) for span in part.split(",")]
+    if match is None or None in spans:
+        raise _unreadable(asked, outputs)
+    return match["name"].strip(), [span for span in spans if span is not None]
 
 
-def _span(text: str, asked: str) -> _Span | _Given:
+def _span(text: str) -> _Span | _Given | None:
+    """Return a part of one axis, or None if the text is none."""
     if _NAME.fullmatch(text) is not None:
         return _Given(text)
     match = _SPAN.fullmatch(text)
     if match is None or not text:
-        raise _unreadable(asked)
+        return None
     start, stop = (None if edge is None else int(edge) for edge in (match["start"], match["stop"]))
     return _Span(start, stop, single=match["colon"] is None)
 
 
-def _unreadable(asked: str) -> UsageError:
+def _unreadable(asked: str, outputs: Mapping[str, Value]) -> UsageError:
     opened = asked.count("[") > asked.count("]")
+    name = (NearestNames(outputs).of(asked.partition("[")[0].strip()) or list(outputs))[0]
+    parts = {0: [], 1: ["[0]"]}.get(outputs[name].type.rank, ["[:, 0]", "[:, -1:]"])
     return UsageError(
         f"{asked[:80]!r} names no output",
         received="a bracket that is not closed" if opened else None,
-        hint='a name, or one with a part, such as "hidden[:, 0]" or "logits[:, -1:]"',
+        hint=" or ".join([f'"{name}"', *[f'"{name}{part}"' for part in parts]]),
     )
 
 

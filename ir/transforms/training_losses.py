@@ -95,8 +95,13 @@ def _scored(graph: Graph, output: str) -> tuple[Builder, Expr, Expr]:
     b = Builder(clone_graph(graph))
     scores = _output(b, output)
     if not scores.rank or scores.dtype is not f32 or scores.shape[-1].constant is None:
+        numbers = (
+            f'loss="{SQUARED_ERROR}" for numbers' if scores.rank else f"loss={output!r} without output=, to minimize it"
+        )
         raise UsageError(
-            f"output {output} has no classes along its last axis", received=str(scores.type), hint=BUILT_IN
+            f"output {output} has no classes along its last axis",
+            received=str(scores.type),
+            hint=numbers if scores.dtype is f32 else OWN_LOSS,
         )
     targets = b.input(_free(graph, TARGETS), Type(i64, scores.type.dims[:-1]))
     return b, scores, targets

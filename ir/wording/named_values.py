@@ -20,15 +20,17 @@ _OTHERS = {
 _MEANT = {other: named for named, others in _OTHERS.items() for other in others.split()}
 
 
-def value_hint(option: str, value: object, values: Sequence[str]) -> Hint:
+def value_hint(option: str, value: object, values: Sequence[str], *, alone: bool = False) -> Hint:
     """Return the hint for an unknown value of an option, `dtype` or `quantize`: the value with this name in other
     tools, also of the other option; else the most similar one of its values, or all of them.
+
+    alone  the caller does not take the other option
     """
     text = str(value)[:40].lower()
     plain = text.replace("-", "").replace("_", "").replace("torch.", "")
     named = _MEANT.get(plain, f"{'quantize' if option == 'dtype' else 'dtype'}={plain}")
-    if plain in _MEANT or plain in ("int8", "int4", "bf16", "f32"):
-        name, _, meant = named.partition("=")
+    name, _, meant = named.partition("=")
+    if (plain in _MEANT or plain in ("int8", "int4", "bf16", "f32")) and not (alone and name != option):
         return Hint(f"{name}={meant!r}", f"--{name} {meant}")
     near = NearestNames(values).of(text, 1, 0.8) or list(values)
     return Hint(f"{option}={' or '.join(map(repr, near))}", f"--{option} {' or '.join(near)}")

@@ -10,6 +10,7 @@ import re
 
 _COMPILE = "t.compile(model)"
 _CUDA = 't.compile(model, target="cuda")'
+_CPU = 't.compile(model, target="cpu")'
 _EXPORT = (
     "from treadle.backends.onnx.exporter import export_onnx; "
     'export_onnx(exe.graph, exe.weights, "model.onnx")  # exe = t.compile(model)'
@@ -17,7 +18,10 @@ _EXPORT = (
 _QUANTIZE = 't.compile(model, quantize="int8-weights")  # or "int4", or "int8"'
 _GENERATE = 't.load("folder").generate("Once upon a time")'
 _SAMPLING = "t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
-_STEP = "t.Trainer(model).step(tokens=tokens, targets=targets)  # for each batch"
+_NAMED = "  # arrays by the names of the model's inputs"
+_CALL = f"t.compile(model)(**inputs){_NAMED}"
+_BATCHES = f"{_NAMED}, and targets; for each batch"
+_STEP = f"t.Trainer(model).step(**batch){_BATCHES}"
 _THREADS = 't.compile(model, target=t.Target("cpu", threads=4))'
 _BF16 = 't.compile(model, dtype="bf16")'
 _WEIGHTS = "t.compile(model, weights=weights)  # arrays by name, or a folder"
@@ -92,7 +96,7 @@ ENTRY_WORDS = _by_word(
         "checkpoint": "t.Trainer(model, gradient_checkpointing=True)",
         "clip_grad_norm_": "t.Trainer(model, max_grad_norm=1.0)",
         "vmap": 't.f32["B 8"]  # a type with a symbolic axis B: a model takes every size of it',
-        "predict forward run inference": "t.compile(model)(tokens=tokens)",
+        "predict forward run inference": _CALL,
         "generate": _GENERATE,
         "GenerationConfig SamplingParams": _SAMPLING,
         "LLM": 't.load("folder").generate(["Once", "The"])',
@@ -156,8 +160,10 @@ def entry_word(name: str) -> str | None:
 
 _ANY = {
     "eval train requires_grad_": _NO_MODES,
-    "to cuda cpu": _CUDA,
-    "half float bfloat16 double": _BF16,
+    "to cuda": _CUDA,
+    "cpu": _CPU,
+    "half bfloat16": _BF16,
+    "float double": 't.compile(model, dtype="f32")',
     "quantize": _QUANTIZE,
     "export to_onnx export_onnx": _EXPORT,
     "load_state_dict": _WEIGHTS,
@@ -177,7 +183,7 @@ MODEL_ATTRIBUTES = _by_word(
         "inspect summary": "print(t.compile(model).graph)",
         "state_dict parameters named_parameters": "t.compile(model).weights",
         "save save_pretrained": _SAVE,
-        "forward predict run": "t.compile(model)(tokens=tokens)",
+        "forward predict run": _CALL,
     }
 )
 """Attributes of a model in other libraries, which a declaration lacks."""
@@ -188,7 +194,7 @@ COMPILED_ATTRIBUTES = _by_word(
         "state_dict parameters named_parameters": "exe.weights",
         "inspect summary": "print(exe.graph)",
         "save_pretrained": 'exe.save("model.treadle")',
-        "forward predict": "exe(tokens=tokens)",
+        "forward predict": f"exe(**inputs){_NAMED}",
         "get_inputs input_names": "[port.name for port in exe.inputs]",
         "get_outputs output_names": "[port.name for port in exe.outputs]",
         "get_providers device": "exe.backend, exe.target",
@@ -202,8 +208,10 @@ _LOADED = 't.compile("folder")'
 LOADED_ATTRIBUTES = _by_word(
     {
         "eval train requires_grad_": _NO_MODES,
-        "to cuda cpu": 't.load("folder", target="cuda")',
-        "half float bfloat16": 't.load("folder", dtype="bf16")',
+        "to cuda": 't.load("folder", target="cuda")',
+        "cpu": 't.load("folder", target="cpu")',
+        "half bfloat16": 't.load("folder", dtype="bf16")',
+        "float double": 't.load("folder", dtype="f32")',
         "quantize": 't.load("folder", quantize="int8-weights")',
         "tokenize decode tokenizer": _TOKENIZER,
         "encode encode_query encode_document": (
@@ -223,16 +231,16 @@ LOADED_ATTRIBUTES = _by_word(
 
 TRAINER_ATTRIBUTES = _by_word(
     {
-        "train fit": "trainer.step(tokens=tokens, targets=targets)  # for each batch",
+        "train fit": f"trainer.step(**batch){_BATCHES}",
         "backward": "leave it out: trainer.step computes the gradients and updates the weights",
-        "eval loss": "trainer.evaluate(tokens=tokens, targets=targets)",
+        "eval loss": f"trainer.evaluate(**batch){_BATCHES}",
         "forward predict model": "trainer.compiled()",
         "state_dict parameters named_parameters": "trainer.weights",
         "load_state_dict load_state load load_checkpoint resume": 'trainer.restore("state.safetensors")  # a file of '
         "trainer.save_state",
         "save_model save_pretrained": 'trainer.save("trained")',
         "save_checkpoint": 'trainer.save_state("state.safetensors")',
-        "to cuda cpu": 't.Trainer(model, target="cuda")',
+        "to cuda cpu": "leave it out: training runs on the CPU",
         "learning_rate lr": "trainer.schedule(trainer.steps + 1)  # t.Trainer(model, learning_rate=0.01) sets it",
     }
 )
@@ -244,14 +252,14 @@ IMPORTED_ATTRIBUTES = _by_word(
         "inspect summary": "print(imported.graph)",
         "state_dict parameters named_parameters": "imported.weights",
         "save save_pretrained": _SAVE,
-        "forward predict run": "t.compile(model)(tokens=tokens)",
+        "forward predict run": _CALL,
     }
 )
 """Attributes of a module of PyTorch, which the model that `t.from_torch` returns lacks."""
 
 SESSION_ATTRIBUTES = _by_word(
     {
-        "generate": _GENERATE,
+        "generate": "from treadle.runtime.generation import generate; list(generate(session, [[4, 3]], most=8))",
         "run forward append extend": "session.prefill({row: [4, 3]})  # row = session.open()",
         "get_inputs get_outputs": "t.compile(model).inputs  # and .outputs",
     }
