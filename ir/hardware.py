@@ -148,8 +148,7 @@ _OTHER_NAMES = {
     for name, others in {
         "cpu": "native host",
         "cuda": "gpu nvidia",
-        "metal": "mps",
-        "webgpu": "wgpu",
+        "webgpu": "wgpu mps",  # kernels for metal are not launched
         "x86-64-amx": "amx",
         "x86-64-v4": "avx512",
         "x86-64-v3": "avx2",

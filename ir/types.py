@@ -44,14 +44,21 @@ class DType:
             return parse_type(f"{self.name}[{dims}]")
         return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
 
-    def __call__(self, *_: object) -> NoReturn:
+    def __call__(self, *arguments: object) -> NoReturn:
         """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
-        value = _[0] if _ else "B S"
+        name, dims = f"t.{'boolean' if self.name == 'bool' else self.name}", arguments or ("B S",)
+        if len(dims) == 1 and isinstance(dims[0], tuple):  # a shape
+            dims = dims[0]
+        each = ", ".join(f'"{dim}"' if isinstance(dim, str) else repr(dim) for dim in dims)
+        if len(dims) == 1 and not isinstance(dims[0], str):
+            hint = f"t.constant({each}, {name})" if isinstance(dims[0], int | float) else f"x.to({name})"
+        else:
+            hint = f"{name}[{each}]"
         raise GraphError(
             f"{self.name} is a dtype, and not called",
-            received=f"{value!r}"[:80],
+            received=each[:80],
             source=str(user_line() or "") or None,
-            hint=f't.{self.name}["{value}"]' if isinstance(value, str) else f"x.to(t.{self.name})",
+            hint=hint,
         )
 
     def __eq__(self, other: object) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Function, Value
 from treadle.ir.operation import Composite
 from treadle.passes.stepping.derivation import DerivedStep, logits_of
@@ -51,7 +51,10 @@ def token_ports(derived: DerivedStep) -> TokenPorts:
         raise UsageError(
             f"a session feeds token ids, and {derived.graph.name} has no input for them",
             received=f"{tokens.name}: {tokens.type}",
-            hint='an input i64["B S"]; for any other model, call the entries of derive_step directly',
+            hint=Hint(
+                'an input i64["B S"]; for any other model, call the entries of derive_step directly',
+                "treadle run, for one call of any model",
+            ),
         )
     vocabulary = count_token_ids(function, tokens.name)
     return TokenPorts(tokens.name, dtype.numpy, vocabulary, logits_of(derived.graph.name, function, derived.axis))

@@ -15,7 +15,7 @@ row does not depend on other rows. A session holds the states of the decoding st
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import Any, Literal, SupportsIndex, TypeVar
 
@@ -510,7 +510,7 @@ class Session:
         ways = [f"capacity={length} or more"] if context is None or length <= context else []
         slides = [] if self.full == "slide" else ["full='slide', which forgets the older half"]
         if half and (slides or count > half):
-            ways.append(" and ".join([*slides, *[f"at most {half} tokens in a call"] * (count > half)]))
+            ways.append(", with ".join([*slides, *[f"at most {half} tokens in a call"] * (count > half)]))
         return ", or ".join(ways) or f"a shorter text: the model takes {context} positions"
 
     def _slide(self, row: int) -> None:
@@ -585,7 +585,7 @@ def _ids_hint(value: Any) -> str:
     """Return the hint for a value that is not a list of token ids."""
     with suppress(TypeError):
         return f"a list of integers: [{operator.index(value)}]"
-    if isinstance(value, Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+    if isinstance(value, Mapping) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
         return "a list of integers, such as [4, 3]"
     if isinstance(value, str) or any(isinstance(each, str) for each in value):
         return 'the ids of a text: tokenizer.ids(["a text"])[0]'

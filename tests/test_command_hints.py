@@ -214,7 +214,7 @@ def test_no_line_of_text_leads_to_an_argument(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("gpu", "cuda"), ("mps", "metal"), ("avx2", "x86-64-v3"), ("A100", "a100")]
+    ("name", "meant"), [("gpu", "cuda"), ("mps", "webgpu"), ("avx2", "x86-64-v3"), ("A100", "a100")]
 )
 def test_other_names_of_targets(name: str, meant: str) -> None:
     assert refused("inspect", "gpt2", *SMALL, "--source", "--target", name)[1].startswith(f"{meant}? one of ")

@@ -198,6 +198,10 @@ def test_a_constant_takes_the_name_of_a_dtype() -> None:
         (lambda x: t.reshape(x, shape=("B", -1)), "x.reshape('B', -1), whose -1 is the rest"),
         (lambda x: t.reshape(x, shape=(-1, 8)), "x.reshape(-1, 8), whose -1 is the rest"),
         (lambda x: t.f32("B 8"), 't.f32["B 8"]'),
+        (lambda x: t.f32("B", 8), 't.f32["B", 8]'),
+        (lambda x: t.f32((2, 8)), "t.f32[2, 8]"),
+        (lambda x: t.f32(2.5), "t.constant(2.5, t.f32)"),
+        (lambda x: t.boolean(x), "x.to(t.boolean)"),
         (lambda x: t.f16(x), "x.to(t.f16)"),
         (lambda x: t.f32[None, 8], 'a name such as "B"'),  # type: ignore[index]
         (lambda x: t.f32["? 8"], 'a name such as "B"'),

@@ -253,8 +253,9 @@ def test_ids_are_those_of_the_table_and_logits_those_of_that_name() -> None:
         session.step({row: 40})
     with pytest.raises(UsageError, match="returns hidden, scores for each token, and none is named logits"):
         t.compile(unnamed, seed=1).session(capacity=8)
-    with pytest.raises(UsageError, match="feeds token ids, and of_vectors has no input for them"):
+    with pytest.raises(UsageError, match="feeds token ids, and of_vectors has no input for them") as caught:
         t.compile(of_vectors, seed=1).session(capacity=8)
+    assert isinstance(caught.value.hint, Hint) and caught.value.hint.command.startswith("treadle run, ")
 
 
 def test_inputs_may_be_named_as_a_step_names_its_rows() -> None:

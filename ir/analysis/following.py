@@ -138,7 +138,7 @@ def follow(graph: Graph, axis: str) -> Following:
     graph = getattr(graph, "graph", graph)
     graph = graph() if callable(graph) else graph
     if not isinstance(graph, Graph):
-        raise UsageError("follow takes a graph", received=f"{graph!r}"[:80], hint='t.follow(exe.graph, "S")')
+        raise UsageError("follow takes a graph", received=f"{graph!r}"[:80], hint=f"t.follow(exe.graph, {axis!r})")
     tracer = Tracer(graph, axis)
     seeds = set(tracer.seeds())
     closure = tracer.close(graph.main, frozenset(seeds))

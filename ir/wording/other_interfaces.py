@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _COMPILE = "t.compile(model)"
-_CUDA = 't.compile(model, target="cuda")'
+_CUDA = 't.compile(model, target="cuda")  # or "cpu"'
 _CPU = 't.compile(model, target="cpu")'
 _EXPORT = (
     "from treadle.backends.onnx.exporter import export_onnx; "
