@@ -11,7 +11,7 @@ import pytest
 import treadle as t
 from tests.stepped_models import MODELS, Model, Tokens
 from treadle.compiled import Compiled
-from treadle.ir.errors import BackendError, PassError, UsageError
+from treadle.ir.errors import BackendError, Hint, PassError, UsageError
 from treadle.runtime.generation import generate
 from treadle.runtime.session import _ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -165,10 +166,10 @@ ELEMENTS: dict[str, Body] = {
 }
 
 
-def refusal(body: Body) -> TreadleError:
+def refusal(body: Body, **options: str) -> TreadleError:
     """Return the error of tracing a model with this body. It names a line of this file."""
     with pytest.raises(TreadleError) as caught:
-        traced(body)
+        traced(body, **options)
     assert (caught.value.source or "").startswith("tests/test_tensor_methods.py:")
     return caught.value
 
@@ -332,7 +333,7 @@ def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
         (lambda x: x.mean((1, 2)) * x, "sizes disagree: B in x, 8 in y", "x[..., None, None], since"),
         (lambda x: x * x.mT, "sizes disagree", None),
         (lambda x: x[[True, False]], "a condition cannot select elements", "t.where(condition[..., None, None], x"),
-        (lambda x: x[: x.sum().long()], "the bounds of a slice cannot be a tensor", "t.gather(x, positions, axis=1)"),
+        (lambda x: x[: x.sum().long()], "the bounds of a slice cannot be a tensor", "t.gather(x, positions, axis=0)"),
         (lambda x: x[:, 3:-1:-1], "a slice that ends at the last position and goes down has no elements", None),
         (lambda x: x.movedim((0, 1), 1), "movedim needs a destination for each axis", "x.movedim(1, 0)"),
         (lambda x: x.roll((1, 2), 1), "roll needs a shift for each axis, received 2 for 1", None),
@@ -345,7 +346,7 @@ def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
         (lambda x: x.to(torch.device("cpu")), ".to takes a dtype of Treadle, not 'cpu'", "x  # leave it out"),
         (lambda x: x.type(t.f16), "cannot be traced: TypeError: 'Type' object is not callable", "x.to(t.f32)"),
         (lambda x: t.f16(x), "f16 is a dtype, and not called", "x.to(t.f16)"),
-        (lambda x: x[..., ::0], "the step of a slice must be", None),
+        (lambda x: x[..., ::0], "the step of a slice must be", "x[:, :, ::2]"),
         (lambda x: x[:, [-1]], "negative positions on an axis whose size differs from call to call: S", "x[:, -1]"),
         (lambda x: x[x.argmax(0), x.argmax(1)], "only one axis may be indexed by a tensor", None),
         (lambda x: x.sum(3), "there is no axis 3 in a tensor of rank 3", None),
@@ -360,7 +361,7 @@ def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
         (lambda x: x.split(HEADS, -1), "a size is an integer or an expression", LABELLED),
         (lambda x: t.reshape(x, shape=(*x.shape[:2], HEADS, 4)), "a size is an integer or an expression", LABELLED),
         (lambda x: t.split_heads(x, HEADS), "split_heads: heads must be an integer", LABELLED),
-        (lambda x: x.view(t.Dim.of("B"), -1), "a shape consists of sizes", "x.reshape(2, -1)"),
+        (lambda x: x.view(t.Dim.of("B"), -1), "a shape consists of sizes", "x.reshape(-1, x.shape[-1])"),
         (lambda x: x.view(3, 8), "the tensor has 8*B*S elements, but the shape has 24", None),
         (
             lambda x: x.view(x.size(0), 2, -1, 4),
@@ -374,11 +375,19 @@ def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
         ),
         (lambda x: x.squeeze(1), "axis 1 can only be dropped if its size is 1, and S differs", "x[:, 0]"),
         (lambda x: x.unflatten(-1, (3, -1)), "an axis of 8 is not a multiple of 3", None),
-        (lambda x: x.split(2, dim=1), "the number of parts of 2 elements of an axis of S differs", None),
+        (
+            lambda x: x.split(2, dim=1),
+            "the number of parts of 2 elements of an axis of S differs",
+            "x.split([2, x.shape[1]",
+        ),
         (lambda x: x.split([1, 2], dim=2), "the parts have 3 elements, but the axis has 8", None),
         (lambda x: x.chunk(2, dim=1), "an axis of S has no 2 equal parts", None),
-        (lambda x: x.unbind(1), "whose size differs from call to call: S", None),
-        (lambda x: list(x), "whose size differs from call to call: B", None),
+        (
+            lambda x: x.unbind(1),
+            "whose size differs from call to call: S",
+            "ops work on all positions at once; x[:, 0]",
+        ),
+        (lambda x: list(x), "whose size differs from call to call: B", "ops work on all positions at once; x[0]"),
         (lambda x: x.repeat(2), "repeat needs a number for each of the 3 axes, received (2,)", "x.repeat(1, 1, 2)"),
         (lambda x: x[0, 0].tril(), "a triangle has two axes, and the tensor has 1", None),
         (lambda x: x.gather(3, x.long()), "there is no axis 3 in a tensor of rank 3", None),
@@ -399,6 +408,27 @@ def test_what_an_index_or_a_method_refuses(body: Body, said: str, tried: str | N
     error = refusal(body)
     assert said in error.what
     assert tried is None or (error.hint or "").startswith(tried), error.hint
+
+
+@pytest.mark.parametrize("shape", ["S", "B S", "B 2 S"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, _: x.unbind(-1),
+        lambda x, _: x.split(2, -1),
+        lambda x, axis: x[(*[slice(None)] * axis, slice(None, None, 0))],
+        lambda x, axis: x[(*[slice(None)] * axis, [-1])],
+        lambda x, _: x.reshape(-1, -1),
+    ],
+)
+def test_the_hints_name_the_axis(wrong: Callable[[Any, int], Any], shape: str) -> None:
+    """The hint works for an axis of any place, in a tensor of any rank."""
+    axis = len(shape.split()) - 1
+    hint = refusal(lambda x: wrong(x, axis), shape=shape).hint or ""
+    (call,) = re.findall(r"x(?:\.\w+\(.*\)|\[[^\]]*\])", hint)
+    results = []
+    traced(lambda x: results.append(eval(call, {"x": x})), shape=shape)
+    assert results
 
 
 def test_an_assignment_is_refused() -> None:

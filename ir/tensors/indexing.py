@@ -124,12 +124,6 @@ def _edge(x: Expr, item: Any) -> int | Size:
         return item if item.constant is None else item.constant
     if isinstance(item, int | np.integer) and not isinstance(item, bool):
         return int(item)
-    if isinstance(item, Expr):
-        raise _refusal(
-            x,
-            "the bounds of a slice cannot be a tensor: the size of the result would depend on data",
-            "t.gather(x, positions, axis=1) reads a fixed number of positions",
-        )
     raise _unreadable(x, item)
 
 
@@ -152,10 +146,17 @@ def _position(x: Expr, axis: int, at: int | Size) -> Expr:
 
 def _span(x: Expr, axis: int, span: slice) -> Expr:
     """Return a slice along one axis. On an axis of constant size, positions past its ends are clamped."""
-    start, stop, step = (None if edge is None else _edge(x, edge) for edge in (span.start, span.stop, span.step))
+    edges = (span.start, span.stop, span.step)
+    if any(isinstance(edge, Expr) for edge in edges):
+        raise _refusal(
+            x,
+            "the bounds of a slice cannot be a tensor: the size of the result would depend on data",
+            f"t.gather(x, positions, axis={axis}) reads a fixed number of positions",
+        )
+    start, stop, step = (None if edge is None else _edge(x, edge) for edge in edges)
     step = 1 if step is None else step
     if not isinstance(step, int) or step == 0:
-        raise _refusal(x, f"the step of a slice must be an integer other than 0, is {step}", "x[:, ::2]")
+        raise _refusal(x, f"the step of a slice must be an integer other than 0, is {step}", f"x[{':, ' * axis}::2]")
     size = x.shape[axis]
     if step < 0:
         return _reversed_span(x, axis, start, stop, step)
@@ -196,7 +197,7 @@ def _positions(x: Expr, axis: int, item: Any) -> Expr:
             raise _refusal(
                 x,
                 f"negative positions on an axis whose size differs from call to call: {x.shape[axis]}",
-                "x[:, -1] reads the last position",
+                f"x[{':, ' * axis}-1] reads the last position",
             )
         item = np.where(item < 0, item + size, item)
     return x.builder.constant(item.astype(np.int64))

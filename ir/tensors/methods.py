@@ -68,7 +68,7 @@ class TensorMethods(CastMethods):
             raise self._refusal(
                 f"a tensor cannot be iterated over along an axis whose size differs from call to call: "
                 f"{self.shape[axis]}",
-                "ops work on all positions at once; x[:, 0] is one position",
+                f"ops work on all positions at once; x[{':, ' * axis}0] is one position",
             )
         return tuple(self._along(axis, i) for i in range(count))
 
@@ -78,9 +78,10 @@ class TensorMethods(CastMethods):
         size = self.shape[axis]
         if not isinstance(split_size, Sequence):
             if size.constant is None or Size.of(split_size).constant is None:
+                part = split_size if isinstance(split_size, int) else 2
                 raise self._refusal(
                     f"the number of parts of {split_size} elements of an axis of {size} differs from call to call",
-                    "x.split([2, x.shape[1] - 2], dim=1) lists the sizes",
+                    f"x.split([{part}, x.shape[{axis}] - {part}], dim={axis}) lists the sizes",
                 )
             step = operator.index(split_size)
             if step < 1:
@@ -526,11 +527,13 @@ class TensorMethods(CastMethods):
         try:
             sizes = [Size.of(s if isinstance(s, Size | str) else operator.index(s)) for s in shape]
         except TypeError:
-            hint = next((hint for s in shape if isinstance(s, Dim) and (hint := s.label_hint)), "x.reshape(2, -1)")
+            hint = next(
+                (hint for s in shape if isinstance(s, Dim) and (hint := s.label_hint)), "x.reshape(-1, x.shape[-1])"
+            )
             raise self._refusal(f"a shape consists of sizes, not {tuple(shape)!r:.80}", hint) from None
         free = [i for i, s in enumerate(sizes) if s.constant == -1]
         if any(s.constant is not None and s.constant < -1 for s in sizes) or len(free) > 1:
-            raise self._refusal("one size of a shape may be -1", "x.reshape(2, -1)")
+            raise self._refusal("one size of a shape may be -1", "x.reshape(-1, x.shape[-1])")
         whole, known = product(self.shape), product(s for s in sizes if s.constant != -1)
         if free:
             rest = whole.divide(known) if known.constant != 0 else None
