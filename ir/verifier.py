@@ -340,9 +340,9 @@ class _FunctionCheck:
 
     def symbols(self, type: Type, index: int | None) -> None:
         if undeclared := type.symbols - self.declared:
-            raise self.error(
-                f"symbol {min(undeclared)} is not declared", index, received=str(type), hint="Graph.bound declares it"
-            )
+            known = [f"one of {', '.join(sorted(self.declared))}, the sizes of the inputs"] * bool(self.declared)
+            hint = "; ".join([*known, "Graph.bound declares another"])
+            raise self.error(f"symbol {min(undeclared)} is not declared", index, received=str(type), hint=hint)
         self.checked_types.add(id(type))
 
     def error(

@@ -678,6 +678,12 @@ def test_a_bias_must_be_a_tensor_or_an_array() -> None:
         ),
         (lambda x: t.rearrange(x, pattern="b s d"), "rearrange: '->' is missing", "b s d\n     ^", '"b s d -> b d s"'),
         (
+            lambda x: t.rearrange(x, pattern="b s (h=2 d)"),
+            "rearrange: '->' is missing",
+            "b s (h=2 d)\n           ^",
+            '"b s (h=2 d) -> b (h d) s"',
+        ),
+        (
             lambda x: t.rearrange(x, pattern="b s (h d) -> b h s d"),
             "rearrange: cannot infer the sizes of h and d",
             "b s (h d) -> b h s d\n     ^",

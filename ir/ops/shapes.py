@@ -61,12 +61,15 @@ class Rearrange(Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if "->" not in self.pattern:
-            raise RuleError("'->' is missing", within=marked(self.pattern, len(self.pattern)), hint='"b s d -> b d s"')
+            parts = re.findall(r"\([^)]*\)|[^\s(),]+", self.pattern)
+            right = re.sub(r"=[^\s)]*", "", " ".join([*parts[:-2], *parts[:-3:-1]]))  # the last two change places
+            hint = f'"{" ".join(parts)} -> {right}"'
+            raise RuleError("'->' is missing", within=marked(self.pattern, len(self.pattern)), hint=hint)
         if "," in self.pattern:
             raise RuleError(
                 "a pattern has no commas",
                 within=marked(self.pattern, self.pattern.index(",")),
-                hint='separate axes by spaces: "b s d -> b d s"',
+                hint=f'separate axes by spaces: "{" ".join(self.pattern.replace(",", " ").split())}"',
             )
         rule = self.rule(())
         lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
