@@ -62,8 +62,8 @@ class Rearrange(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         if "->" not in self.pattern:
             parts = re.findall(r"\([^)]*\)|[^\s(),]+", self.pattern)
-            right = re.sub(r"=[^\s)]*", "", " ".join([*parts[:-2], *parts[:-3:-1]]))  # the last two change places
-            hint = f'"{" ".join(parts)} -> {right}"'
+            swapped = re.sub(r"=[^\s)]*", "", " ".join([*parts[:-2], *parts[:-3:-1]]))  # the last two change places
+            hint = f'"{" ".join(parts)} -> {swapped}"'
             raise RuleError("'->' is missing", within=marked(self.pattern, len(self.pattern)), hint=hint)
         if "," in self.pattern:
             raise RuleError(
