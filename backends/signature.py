@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import keyword
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -180,7 +181,8 @@ def _fixed_size(port: Port, shape: Sequence[int]) -> Hint | None:
 
 
 def _to_give(names: Sequence[str]) -> Hint | None:
-    return Hint(", ".join(f"{n}=..." for n in names), " ".join(f"--input {n}=..." for n in names)) if names else None
+    python = [f"{n}=..." if n.isidentifier() and not keyword.iskeyword(n) else f"**{{{n!r}: ...}}" for n in names]
+    return Hint(", ".join(python), " ".join(f"--input {n}=..." for n in names)) if names else None
 
 
 def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> str:

@@ -55,9 +55,10 @@ def attention(
         return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
     except RuleError as error:
         if q.rank == k.rank == v.rank == 3:
-            error.hint = (
-                "t.merge_heads(t.attention(*[t.split_heads(x, 1) for x in (q, k, v)]))  # of one head, or of more"
-            )
+            options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap}
+            given = "".join(f", {name}=..." for name, value in options.items() if value is not None)
+            split = f"*[t.split_heads(x, 1) for x in (q, k, v)]{given}"
+            error.hint = f"t.merge_heads(t.attention({split}))  # of one head, or of more"
         raise
 
 

@@ -9,8 +9,10 @@ import ast
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from importlib.abc import SourceLoader
 from pathlib import Path
+from typing import Any
 
 from treadle.files.nearest_names import NearestNames, argument_hint, nearest_path_hint
 from treadle.frontends.declarations import Model
@@ -82,14 +84,26 @@ def load_declaration(path: Path, function: str) -> Model:
         meant = vars(module).get(function)
         hint = "one of " + ", ".join(models) if models else f"{path}:FUNCTION, a function with the decorator @t.model"
         if _is_torch_module(meant):
-            made = f"{function}()" if inspect.isclass(meant) else function
-            hint = f"in Python: treadle.compile(treadle.from_torch({made}, (x,))), where x is an input of its forward"
+            made = f"{function}({'...' if _required(meant) else ''})" if inspect.isclass(meant) else function
+            names = [name for name in _required(meant.forward) if name != "self"]
+            example = f"({', '.join(names)}{',' * (len(names) == 1)})"
+            hint = f"in Python: treadle.compile(treadle.from_torch({made}, {example})), with tensors for its forward"
         elif inspect.isfunction(meant):
             hint = "decorate it with @t.model"
         elif near:
             hint = argument_hint(f"{path}:{function}", f"{path}:{near[0]}")
         raise UsageError(f"{path.name} declares no model {function!r}", hint=hint)
     return models[function]
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Return the parameters without defaults that can be passed by position; ... if they are unknown."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function without Python code
+        return ["..."]
+    return [each.name for each in found if each.kind in kinds and each.default is each.empty]
 
 
 def _is_torch_module(value: object) -> bool:

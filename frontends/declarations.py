@@ -125,10 +125,9 @@ class Model(Generic[P, R]):
             if unknown := [n for n in asked if n not in known]:
                 error = self._lacks(kind, unknown, known)
                 if kind == "option" and any(unknown[0] in each.type.symbols for each in self.declared_inputs):
-                    error.hint = Hint(
-                        f"leave it out: {unknown[0]} is an axis of the inputs, of the size of the arrays of a call",
-                        f"--sizes {unknown[0]}={config[unknown[0]]}, or, for treadle run, an --input of that size",
-                    )
+                    axis = f"leave it out: {unknown[0]} is an axis of the inputs, of the size of"
+                    costs = f"`treadle inspect` takes --sizes {unknown[0]}={config[unknown[0]]} for costs at that size"
+                    error.hint = Hint(f"{axis} the arrays of a call", f"{axis} the inputs; {costs}")
                 raise error
         for name, value in config.items():
             default = self.defaults[name]
@@ -138,7 +137,7 @@ class Model(Generic[P, R]):
                     received=repr(value),
                     source=_definition(self.function),
                 )
-            if callable(default) and isinstance(value, str):
+            if callable(default) and default is not inspect.Parameter.empty and isinstance(value, str):
                 raise FrontendError(
                     f"option {name} of model {self.name} is a function",
                     received=repr(value),
@@ -219,7 +218,7 @@ class Model(Generic[P, R]):
         Inputs are passed by position or name. Optional inputs may be left out at the end.
         """
         if CURRENT.get() is None:
-            chosen = [f"{name}={value!r}" for name, value in config.items() if name in self.defaults]
+            chosen = [f"{name}={_expression(value)}" for name, value in config.items() if name in self.defaults]
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
                 hint=f"treadle.compile({', '.join([self.name, *chosen])}), which returns an executable",
@@ -294,6 +293,16 @@ def model(function: Any = None) -> Any:
             "t.from_torch(module, example_inputs)",
         )
     return Model(function)
+
+
+def _expression(value: object) -> str:
+    """Return an option's value as Python code: a function by its name, with `t.` for a function of the DSL."""
+    import treadle.frontends.language as language
+
+    if not callable(value):
+        return repr(value)
+    name = getattr(value, "__name__", "")
+    return "t." * (getattr(language, name, None) is value) + name if name.isidentifier() else "..."
 
 
 def _declared(module: str, path: str) -> Any:

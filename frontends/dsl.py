@@ -94,8 +94,8 @@ MOST_REPETITIONS = 10_000
 class Repetitions(Iterator[int]):
     """The repetitions of `stack`, as an iterator. In a `with` statement it raises FrontendError."""
 
-    def __init__(self, name: str, numbers: Iterator[int]) -> None:
-        self._name, self._numbers = name, numbers
+    def __init__(self, name: str, count: int | Size, numbers: Iterator[int]) -> None:
+        self._name, self._count, self._numbers = name, count, numbers
 
     def __next__(self) -> int:
         return next(self._numbers)
@@ -105,7 +105,7 @@ class Repetitions(Iterator[int]):
         raise FrontendError(
             f"stack {self._name!r} is a loop, not a block",
             source=describe_source(user_line(), trace().scope),
-            hint=f'for i in t.stack("{self._name}", 12):',
+            hint=f'for i in t.stack("{self._name}", {self._count}):',
         )
 
     def __exit__(self, *_: object) -> None: ...
@@ -125,7 +125,7 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
             source=describe_source(user_line(), trace().scope),
             hint=other_meaning("stack") + 'for i in t.stack("layer", 12):',
         )
-    return Repetitions(name, _repeated(name, count, shared))
+    return Repetitions(name, count, _repeated(name, count, shared))
 
 
 def _repeated(name: str, count: int | Size, shared: bool) -> Iterator[int]:

@@ -296,7 +296,9 @@ def _no_weights(place: ModelFolder, *, is_plain: bool = False) -> CheckpointErro
         f"the folder has {'none of ' if is_plain else 'neither '}{names}",
         received=_list(entries),
         within=place.shown,
-        hint="the folder, or the safetensors file, that holds the weights",
+        hint="the folder, or the safetensors file, that holds the weights"
+        if is_plain
+        else f"put {_SINGLE} of the model there, or name the folder that holds it, with its {CONFIG}",
     )
 
 

@@ -70,6 +70,7 @@ _FOREIGN: tuple[tuple[bytes, str, str | None], ...] = (
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 _CONVERSION = """import safetensors.torch, torch
 tensors = torch.load({file!r}, weights_only=True, map_location='cpu')
+# if the file holds more than weights, select them: tensors = tensors["state_dict"], or another key
 safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in tensors.items()}}, {made!r})"""
 
 
@@ -79,7 +80,10 @@ def conversion(file: str) -> str:
     """
     missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
     install = f"pip install {' '.join(missing)}, and " if missing else ""
-    made = str(PurePath(file).with_name("model.safetensors"))
+    path = PurePath(file)
+    others = [str(path.with_name(name)) for name in ("model.safetensors", f"{path.stem}.safetensors")]
+    unused = [each for each in others if not os.path.exists(each)] or [f"{file}.safetensors"]
+    made = file if path.suffix == ".safetensors" else unused[0]  # a pickle under that name is replaced
     return f"if you trust the file, {install}convert it:\n{_CONVERSION.format(file=file, made=made)}"
 
 

@@ -12,6 +12,7 @@ import treadle as t
 from tests.error_texts import raises_freely
 from tests.op_checks import BACKENDS
 from treadle.ir.errors import BackendError
+from treadle.ir.text.parser import parse_graph
 
 
 @t.model
@@ -53,6 +54,15 @@ def test_inputs_are_passed_in_order(exe: t.Compiled) -> None:
 def test_calls_that_do_not_match_are_refused(ordered: Any, named: Any, words: str) -> None:
     with pytest.raises(BackendError, match=words):
         t.compile(scaled)(*ordered, **named)
+
+
+def test_a_hint_passes_an_input_whose_name_is_no_identifier() -> None:
+    graph = parse_graph('graph g { main("a.b": f32[2]) -> (y: f32[2]) { y = neg("a.b")\n return y = y } }')
+    exe = t.compile(graph, backend="numpy")
+    with pytest.raises(BackendError, match=r"no value for a\.b") as refused:
+        exe()
+    assert refused.value.hint == "**{'a.b': ...}"
+    assert exe(**{"a.b": np.ones(2, np.float32)})["y"].tolist() == [-1, -1]
 
 
 def test_float64_is_rounded_to_float32(exe: t.Compiled) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.backend_checks import graph_of
 from tests.random_steps import drawn_model
 from tests.stepped_models import (
     AS_IT_IS_BUILT,
@@ -235,7 +236,9 @@ def test_models_too_large_for_a_step_are_refused_when_it_is_built(name: str) -> 
 def test_a_model_of_two_texts_needs_to_be_told_the_axis() -> None:
     with pytest.raises(PassError, match="two_texts may be stepped along several axes") as caught:
         derive_step(optimized(two_texts))
-    assert caught.value.hint == "name one of S, T"
+    assert caught.value.hint == "a number in place of all but one of S, T, in the types of the inputs"
+    with_number = re.sub(r"\bT\b", "7", str(optimized(two_texts)).replace("S, T", "S"))
+    assert derive_step(parse_graph(with_number)).axis == "S"
 
 
 def test_a_derived_graph_has_no_step_of_its_own() -> None:
@@ -261,6 +264,25 @@ def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:
 def test_tokens_without_rows_first_are_refused() -> None:
     with pytest.raises(PassError, match="the first dimension of its tokens is not the rows"):
         derive_step(optimized(rows_last), "S")
+
+
+@pytest.mark.parametrize(
+    ("types", "name", "axes"),
+    [
+        (["i64[S, B]"], "t0", "B S"),
+        (["i64[1, S]"], "t0", "B S"),
+        (["i64[B, S]", "i64[1, S]"], "t1", "B S"),
+        (["f32[S, 4]"], "t0", "B S 4"),
+    ],
+)
+def test_tokens_without_rows_are_refused_with_the_axes_that_they_need(types: list[str], name: str, axes: str) -> None:
+    graph = graph_of(lambda b: {f"y{i}": b.input(f"t{i}", text) * 1 for i, text in enumerate(types)})
+    with pytest.raises(PassError, match="is not the rows") as refused:
+        derive_step(graph, "S")
+    dtype = types[-1][:3]
+    assert (refused.value.hint or "").startswith(f'names of the sizes, as "{axes}": {name}: t.{dtype}["{axes}"]')
+    named = [f"{dtype}[{axes.replace(' ', ', ')}]" for _ in types]
+    derive_step(graph_of(lambda b: {f"y{i}": b.input(f"t{i}", text) * 1 for i, text in enumerate(named)}), "S")
 
 
 def test_prefill_computes_one_row_of_logits() -> None:

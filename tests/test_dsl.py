@@ -274,6 +274,43 @@ def test_a_model_is_no_function_outside_another() -> None:
     assert caught.value.hint == "treadle.compile(sample), which returns an executable"
 
 
+def test_a_call_outside_a_model_is_compiled_with_its_options() -> None:
+    @t.model
+    def activated(x: t.f32["B 4"], *, act: Any = t.relu, width: int) -> t.Tensor:
+        return act(t.linear(x, width, name="f"))
+
+    with pytest.raises(FrontendError, match="is declared, not compiled") as caught:
+        activated(1.0, act=t.gelu, width=3)
+    assert (caught.value.hint or "").startswith("treadle.compile(activated, act=t.gelu, width=3)")
+    assert (caught.value.hint or "").endswith("which returns an executable")
+    with pytest.raises(FrontendError) as caught:
+        activated(1.0, act=lambda x: x)
+    assert (caught.value.hint or "").startswith("treadle.compile(activated, act=...)")
+    with pytest.raises(FrontendError, match="must consist of numbers"):  # not: width is a function
+        activated.configure(width="wide").graph()
+
+
+def test_attention_without_heads_keeps_its_options() -> None:
+    @t.model
+    def plain(x: t.f32["B S 8"]) -> t.Tensor:
+        return t.attention(x, x, x, mask=t.causal, scale=1.0)
+
+    with pytest.raises(RuleError, match="q must have rank 4") as caught:
+        plain.graph()
+    assert "for x in (q, k, v)], mask=..., scale=...))" in (caught.value.hint or "")
+
+
+def test_a_stack_in_a_with_statement_keeps_its_number() -> None:
+    @t.model
+    def twice(x: t.f32["B 8"]) -> t.Tensor:
+        with t.stack("h", 2):  # type: ignore[attr-defined]
+            return x
+
+    with pytest.raises(FrontendError, match="is a loop, not a block") as caught:
+        twice.graph()
+    assert caught.value.hint == 'for i in t.stack("h", 2):'
+
+
 def wrong_sizes(x: t.f32["B 4"]):
     with t.scope("inner"):
         return x + t.parameter("w", 5)

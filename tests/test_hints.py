@@ -321,3 +321,61 @@ def test_a_step_with_too_many_tokens_names_the_flag(
     said = run(*line, "--target", target, "--past", "20")
     refused(said, "the model takes 20 positions", "try       --past 19 or less")
     assert run(*line, "--target", target, "--past", "19").code == 0
+
+
+def test_an_axis_after_set_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    for line in (["compile", "model.py:scale"], ["explain", "model.py:scale", "fusion"]):
+        said = run(*line, "--set", "B=3")
+        refused(said, "model scale has no option B", "try       leave it out: B is an axis of the inputs")
+        assert run(*line).code == 0
+    ((command, sizes),) = re.findall(r"`treadle (\w+)` takes (--sizes \w+=3)", said.err)
+    assert "at B=3" in run(command, "model.py:scale", *sizes.split()).out
+
+
+MODULES = """\
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def forward(self, query, key, scale=1.0):
+        return self.layer(query + key)
+
+layer = torch.nn.Linear(4, 2)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("name", ["Net", "layer"])
+def test_a_module_in_place_of_a_declaration_is_imported_in_python(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    (tmp_path / "modules.py").write_text(MODULES, encoding="utf-8")
+    said = run("inspect", f"modules.py:{name}")
+    refused(said, f"modules.py declares no model '{name}'")
+    names: dict[str, Any] = dict.fromkeys(("query", "key", "input"), torch.ones(1, 4)) | {"treadle": treadle}
+    exec(MODULES, names)
+    (called,) = re.findall(r"in Python: (treadle\.compile\(.*\)), with tensors", said.err)
+    exe = eval(called, names)
+    assert exe(**dict.fromkeys((port.name for port in exe.inputs), np.ones((1, 4), np.float32))).output.shape == (1, 2)
+
+
+def test_several_numbers_that_determine_a_shape_are_set_as_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    body = "agraph (float[6] x, int64[2] wanted) => (float[N, M] y) { y = Reshape(x, wanted) }"
+    header = '<ir_version: 8, opset_import: ["" : 17]>'
+    onnx.save(onnx.parser.parse_model(header + body), "model.onnx")
+    refused(run("inspect", "model.onnx"), "try       --set wanted=VALUE")
+    said = run("inspect", "model.onnx", "--set", "wanted=2,3")
+    refused(said, "try       --set wanted=[NUMBER,...], a value of INT64[2]")
+    assert "f32[2, 3]" in run("inspect", "model.onnx", "--set", "wanted=[2,3]").out

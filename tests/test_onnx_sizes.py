@@ -18,7 +18,7 @@ from tests.onnx_models import answers, model, ops, runtime, same_as_runtime
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.ir.errors import FrontendError
+from treadle.ir.errors import FrontendError, Hint
 from treadle.ir.sizing.sizes import Size
 
 RNG = np.random.default_rng(0)
@@ -354,7 +354,9 @@ def test_allowed_static_arguments(declared: str, given: Any, what: str | None, h
         return
     with pytest.raises(FrontendError, match=what) as caught:
         import_onnx(proto, static={"k": given})
+    assert isinstance(caught.value.hint, Hint)
     assert caught.value.hint == hint
+    assert caught.value.hint.command.startswith("--set k=[" if "[" in hint else "--set k=NUMBER")
     assert (caught.value.within or "").startswith("input k, ")
 
 

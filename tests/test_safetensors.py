@@ -285,6 +285,23 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     assert "safetensors" in (error.hint or "")
 
 
+@pytest.mark.parametrize("others", [[], ["model.safetensors"], ["model.safetensors", "a.safetensors"]])
+def test_a_pickle_is_converted_to_a_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    for name in others:
+        Path(name).write_bytes(b"before")
+    torch.save({"w": torch.ones(2)}, "a.pt")
+    with pytest.raises(CheckpointError) as refused:
+        SafetensorsFile.open("a.pt")
+    exec((refused.value.hint or "").partition("\n")[2])
+    assert all(Path(name).read_bytes() == b"before" for name in others)
+    (made,) = {path.name for path in tmp_path.iterdir()} - {"a.pt", *others}
+    assert SafetensorsFile.open(made).array("w").tolist() == [1, 1]
+
+
 # -- refusing: the rules -----------------------------------------------------------------------------------
 
 PAIR = {"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 2, 4)}

@@ -82,6 +82,8 @@ def test_unknown_arguments_are_refused(module: Any, words: str) -> None:
         ((torch.ones(2, 3),), "B S", "try       dynamic={'x': 'B S'}"),
         ((torch.ones(2, 3),), "B S _", "try       dynamic={'x': 'B _'}"),
         ((torch.ones(2, 3),), ["B", "S"], "try       dynamic={'x': 'B S'}"),
+        ((torch.ones(2, 3),), ["x"], "try       dynamic={'x': 'B _'}"),
+        ((torch.ones(2, 3),), True, "try       dynamic={'x': 'B _'}"),
         (torch.ones(2, 3), None, "try       a tuple of tensors, (x,) for one argument"),
         ((np.ones((2, 3)),), None, "try       torch.from_numpy(x)"),
     ],

@@ -14,13 +14,13 @@ from tests.lab_checks import apart
 from tests.sharded_models import recognized
 from tests.wrong_shardings import changed_node
 from treadle.ir.builder import Builder
-from treadle.ir.errors import GraphError, PassError, TreadleError, UsageError
+from treadle.ir.errors import GraphError, Hint, PassError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import parse_placement
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.rank_programs import rank_program
-from treadle.passes.sharding.recipes import shard
+from treadle.passes.sharding.recipes import RECIPES, shard
 from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import shard_model, try_in_lab
 
@@ -46,6 +46,24 @@ EXACT = 1e-7
 def test_unplannable_graphs_are_refused(options: dict[str, Any], report: str) -> None:
     with pytest.raises(UsageError, match=report):
         shard(recognized("gpt2"), "tp=2", **options)
+
+
+LACKING = [
+    (recipe, mesh)
+    for recipe in RECIPES
+    for mesh in ("x=1", "x=2", "tp=4", "dp=4")
+    if not {*RECIPES[recipe].needs} <= {name for name, _ in Mesh.of(mesh).axes}
+]
+
+
+@pytest.mark.parametrize(("recipe", "mesh"), LACKING)
+def test_a_mesh_without_the_axes_of_a_recipe_is_replaced_by_one_with_them(recipe: str, mesh: str) -> None:
+    with pytest.raises(UsageError, match="which the mesh does not have") as refused:
+        shard(recognized("gpt2"), mesh, recipe=recipe)
+    assert isinstance(refused.value.hint, Hint)
+    fitting = refused.value.hint.command.removeprefix("--mesh ")
+    assert refused.value.hint == f'mesh="{fitting}"'
+    shard(recognized("gpt2"), fitting, recipe=recipe)
 
 
 def test_a_rank_that_there_is_not_is_refused() -> None:

@@ -12,7 +12,7 @@ from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.rules.elements import Element, carried
 from treadle.frontends.onnx_import.scopes import Scope
 from treadle.frontends.onnx_import.values import Known
-from treadle.ir.errors import FrontendError
+from treadle.ir.errors import FrontendError, Hint
 from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def _static_input(work: Importer, declared: Any, scope: Scope) -> None:
     kind, type = _tensor_type(work, declared)
     where = f"input {printable(declared.name)}, {work.file.shown}"
     sizes = declared_sizes(declared)
-    hint = f"a value of {kind}" + (f"[{printable(', '.join(sizes))}]" if sizes else ", a number")
+    value = f"a value of {kind}" + (f"[{printable(', '.join(sizes))}]" if sizes else ", a number")
+    form = "[" * len(sizes) + "NUMBER,..." + "]" * len(sizes) if sizes else "NUMBER"
+    hint = Hint(value, f"--set {printable(declared.name)}={form}, {value}")
     given = work.static[declared.name]
     try:
         fits, array = _holds(kind, given), carried(kind, given)

@@ -127,7 +127,7 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
     sizes: dict[str, int] = {}
     tensors = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
     if dynamic is not None and not isinstance(dynamic, Mapping):
-        raise _not_by_argument(dynamic, {name: arguments[name].ndim for name in tensors})
+        raise _not_by_argument(dynamic, {name: tuple(arguments[name].shape) for name in tensors})
     for name, given in (dynamic or {}).items():
         tensor = arguments.get(name)
         if not isinstance(tensor, torch.Tensor):
@@ -145,19 +145,27 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
     return found
 
 
-def _not_by_argument(dynamic: object, ranks: Mapping[str, int]) -> UsageError:
+def _not_by_argument(dynamic: object, shapes: Mapping[str, tuple[int, ...]]) -> UsageError:
     """Return the error for a `dynamic` without names of arguments; its hint has the text for each tensor that it fits.
 
-    ranks  the number of dimensions of each tensor of the example
+    shapes  the shape of each tensor of the example
     """
-    words = dynamic if isinstance(dynamic, str) else "B S"
-    fitting = [name for name, rank in ranks.items() if rank == len(words.split())]
-    texts = dict.fromkeys(fitting, words) or {name: " ".join("B____"[:rank]) for name, rank in ranks.items() if rank}
+    given = dynamic.split() if isinstance(dynamic, str) else dynamic if isinstance(dynamic, list | tuple) else []
+    words = [] if any(each in shapes for each in given) else [str(each) for each in given]
+    fitting = [name for name, shape in shapes.items() if len(shape) == len(words)]
+    batch = next((shape[:1] for shape in shapes.values() if shape), ())
+    rows = {name: _rows(len(shape)) for name, shape in shapes.items() if shape and shape[:1] == batch}
+    texts = dict.fromkeys(fitting, " ".join(words)) if words and fitting else rows
     return UsageError(
         "dynamic= must be a mapping by argument",
         received=printable(repr(dynamic)),
-        hint=f"dynamic={texts or {'x': 'B S'}}",
+        hint=f"dynamic={texts}" if texts else "leave dynamic= out: tensors in containers keep their sizes",
     )
+
+
+def _rows(rank: int) -> str:
+    """Return the text of `dynamic` for a tensor whose first dimension is the batch: `B _ _`."""
+    return " ".join(["B", *["_"] * (rank - 1)])
 
 
 def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
@@ -182,7 +190,7 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
     else:
         raise UsageError(
             f"dynamic= for {name} is {given!r}"[:120],
-            hint=f"{{{name!r}: {' '.join('B____'[:rank])!r}}}, or {{{name!r}: {{0: 'B'}}}}",
+            hint=f"{{{name!r}: {_rows(rank)!r}}}, or {{{name!r}: {{0: 'B'}}}}",
         )
     for axis, symbol in list(dims.items()):
         if not isinstance(axis, int) or not -rank <= axis < rank:

@@ -164,10 +164,12 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
         raise UsageError(f"unknown recipe {name!r}", hint="one of " + ", ".join(RECIPES))
     missing = [axis for axis in found.needs if axis not in dict(mesh.axes)]
     if missing:
+        others = [f"{axis}=2" for axis in found.needs[1:]]
+        fitting = ",".join([f"{found.needs[0]}={max(mesh.ranks // 2 ** len(others), 2)}", *others])
         raise UsageError(
             f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh does not have",
             received=str(mesh),
-            hint=f"{missing[0]}={mesh.ranks}",
+            hint=Hint(f'mesh="{fitting}"', f"--mesh {fitting}"),
         )
     return found
 

@@ -255,8 +255,9 @@ def _stepped_axis(graph: Graph) -> str:
     against: list[str] = []
     measured: list[str] = []
     first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
-    if first.issuperset(symbols) and any(v.type.dtype.is_int and v.type.rank == 2 for v in graph.main.inputs):
-        raise _fixed_sizes(graph)
+    fixed = next((v for v in graph.main.inputs if v.type.dtype.is_int and v.type.rank == 2), None)
+    if fixed is not None and fixed.type.shape[1].constant is not None and first.issuperset(symbols):
+        raise _fixed_sizes(graph, fixed.name)
     for symbol in symbols:
         following = follow(graph, symbol)
         verdict = following.step()
@@ -270,7 +271,8 @@ def _stepped_axis(graph: Graph) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise PassError(f"{graph.name} may be stepped along several axes", hint="name one of " + ", ".join(found))
+        sizes = f"a number in place of all but one of {', '.join(found)}, in the types of the inputs"
+        raise PassError(f"{graph.name} may be stepped along several axes", hint=sizes)
     bound = "an option of the model that bounds {}: for rotary positions that are scaled by the length, {}N, up to the "
     bound += "number of positions before scaling"
     hint = Hint(*(bound.format(measured[0], each) for each in ("longest=", "--set longest="))) if measured else None
@@ -308,13 +310,11 @@ def _stepped_alone(graph: Graph, symbols: Sequence[str]) -> str | None:
     return None
 
 
-def _fixed_sizes(graph: Graph) -> NoStep:
-    inputs = graph.main.inputs
-    first = next(v.name for v in inputs if v.type.dtype.is_int and v.type.rank == 2)
+def _fixed_sizes(graph: Graph, name: str) -> NoStep:
     error = NoStep(
         f"{graph.name} has no axis that may be stepped: the length of its inputs is fixed",
-        received=", ".join(f"{v.name}: {v.type}" for v in inputs),
-        hint=named_sizes_hint(first, "i64", "B S"),
+        received=", ".join(f"{v.name}: {v.type}" for v in graph.main.inputs),
+        hint=named_sizes_hint(name, "i64", "B S"),
     )
     error.is_fixed = True
     return error
@@ -336,9 +336,15 @@ def _rows(graph: Graph, axis: str) -> str:
     tokens: list[Value] = [v for v in graph.main.inputs if axis in v.type.symbols]
     rows = {v.type.shape[0].as_symbol for v in tokens}
     if len(rows) != 1 or None in rows or axis in rows:
+        named = next((row for row in rows if row not in (None, axis)), None) or unused_symbol("B", graph.symbols)
+        wrong = next((v for v in tokens if v.type.shape[0].as_symbol != named), tokens[0])
+        first, *others = map(str, wrong.type.dims)
+        if first == axis and wrong.type.rank > 1 and wrong.type.shape[1].as_symbol is not None:
+            named = others.pop(0)  # the tokens are [S, B]
+        leading = [named, axis] if first == axis else [named]
         raise PassError(
             f"{graph.name} has no step: the first dimension of its tokens is not the rows of a batch",
             received=", ".join(f"{v.name}: {v.type}" for v in tokens),
-            hint='tokens: i64["B S"]',
+            hint=named_sizes_hint(wrong.name, wrong.type.dtype, " ".join([*leading, *others])),
         )
     return str(next(iter(rows)))
