@@ -19,7 +19,8 @@ number. A mesh may have more axes than a recipe needs: `megatron` splits the bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from treadle.ir.errors import Hint, UsageError
@@ -103,11 +104,13 @@ def shard(
         stored = mesh.parts_of(known.stored) if known.stored else ()
         staged = known.staged
     elif not chosen:
-        recipe_name = " or ".join(RECIPES)
-        raise UsageError(
-            "the split of the model is not specified",
-            hint=Hint(f"recipe={recipe_name}", f"--recipe {recipe_name}"),
-        )
+        names = dict(mesh.axes)
+        fitting = " or ".join(name for name, each in RECIPES.items() if names.keys() >= set(each.needs))
+        hint = Hint(f"recipe={fitting}", f"--recipe {fitting}")
+        if not fitting:
+            over = next(iter(names))
+            hint = Hint(f"axes={{'batch': {over!r}}}, or another axis", f"--axis batch={over}, or another axis")
+        raise UsageError("the split of the model is not specified", hint=hint)
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
         if not has_axis(graph, "batch"):
@@ -158,16 +161,29 @@ def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:
     return [size.evaluate(known)] if len(known) == len(upper) else []
 
 
+def mesh_for(recipe: str | None, axes: Iterable[str], ranks: int | None = None) -> str:
+    """Return a mesh, `tp=2`, that has the mesh axes of a recipe and of named axes.
+
+    axes   mesh axes of named axes: `tp`, `dp tp`, `-`
+    ranks  the number of ranks; None: 2 along each mesh axis
+    """
+    needs = RECIPES[recipe].needs if recipe in RECIPES else ()
+    named = [name for each in axes for name in re.findall(r"[A-Za-z_]\w*", each)]
+    first, *others = dict.fromkeys([*needs, *named] or ["tp"])
+    return ",".join([f"{first}={ranks or 2}", *(f"{name}={2 if ranks is None else 1}" for name in others)])
+
+
 def _find(name: str, mesh: Mesh) -> SplitRecipe:
     found = RECIPES.get(name)
     if found is None:
         raise UsageError(f"unknown recipe {name!r}", hint="one of " + ", ".join(RECIPES))
     missing = [axis for axis in found.needs if axis not in dict(mesh.axes)]
     if missing:
+        sizes = {axis: size for axis, size in mesh.axes if axis in found.needs} or {missing[0]: mesh.ranks}
         raise UsageError(
             f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh does not have",
             received=str(mesh),
-            hint=f"{missing[0]}={mesh.ranks}",
+            hint=",".join(f"{axis}={sizes.get(axis, 2)}" for axis in found.needs),
         )
     return found
 
