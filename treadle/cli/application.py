@@ -188,7 +188,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.is_reported:
             raise typer.Exit(2) from None
-        error.hint = _with_exchanged_arguments(error) or error.hint
+        error.hint = _with_exchanged_arguments(error, name) or error.hint
         if isinstance(error.hint, Hint):
             error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
@@ -245,14 +245,14 @@ def _of_ranks(hint: str) -> str:
     return f"treadle launch -n {os.environ['WORLD_SIZE']} -- {hint.removeprefix('treadle ')}"
 
 
-def _with_exchanged_arguments(error: TreadleError) -> str | None:
+def _with_exchanged_arguments(error: TreadleError, name: str) -> str | None:
     """Return the command line with the argument MODEL, which names no model, and a later argument that does exchanged;
-    None for any other error, and if no argument names a model.
+    None for any other error, if no argument names a model, and for a command that takes several models.
     """
     from treadle.program.places import NoModelError, names_model
 
     words = sys.argv[1:]
-    if not isinstance(error, NoModelError) or error.name not in words:
+    if not isinstance(error, NoModelError) or error.name not in words or name in ("diff", "serve"):
         return None
     at = words.index(error.name)
     model = next((n for n in range(at + 1, len(words)) if names_model(words[n]) and words[n - 1][:1] != "-"), None)
