@@ -313,3 +313,31 @@ def test_options_of_other_libraries_lead_to_no_python_on_the_command_line() -> N
 def test_threads_are_left_out_of_a_page(tmp_path: Path) -> None:
     page = ["export", "gpt2", "--to", "web", "-o", str(tmp_path / "page"), "--threads", "2"]
     assert refused(*page)[1] == "leave out --target and --threads"
+
+
+def test_a_text_to_fill_has_a_mask(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    from tests.task_models import save, wordpiece
+
+    save(tmp_path / "bert", "BertForMaskedLM", wordpiece())
+    runs(*shlex.split(refused("fill", str(tmp_path / "bert"))[1])[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "gpt2", "--batch-size", "4"], "leave it out: a compiled model takes every size"),
+        (["compile", "gpt2", "--seq-len", "4"], "leave it out: a compiled model takes every size"),
+        (["report", "gpt2", "--batch-size", "4"], "treadle report has --sizes"),
+        (["run", "gpt2", "tokens=1", "2", "3"], "--input tokens=1,2,3"),
+    ],
+)
+def test_sizes_and_values_of_inputs_that_no_option_names(words: list[str], hint: str) -> None:
+    shown = CliRunner().invoke(app, words).output
+    assert hint in re.sub(r"[│\s]+", " ", shown)
+
+
+def test_the_configuration_has_no_size_of_a_batch() -> None:
+    assert refused("run", "gpt2", *SMALL, "--set", "batch_size=4")[1].startswith("leave it out: ")
+    assert refused("report", "gpt2", *SMALL, "--set", "batch_size=4")[1] == "--sizes, an option of treadle report"

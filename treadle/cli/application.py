@@ -23,6 +23,7 @@ from treadle.cli.command_options import (
     point_to_meant,
     point_to_place,
     refuse_several_values,
+    takes_every_size,
     without_other_options,
 )
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
@@ -270,7 +271,7 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
     known = options_by_name(group.commands[name].params)
     flags = {each: flag for each, flag in known.items() if flag.startswith("--")}
     meant = option if option in flags else meant_option(option, flags, 1.0 if hint else 0.75)
-    if meant is not None:
+    if meant is not None and (option == meant or meant != "sizes" or not takes_every_size(name)):
         return f"{flags[meant]}, an option of treadle {name}"
     return hint or f"treadle {name} --help, for its own options"
 
