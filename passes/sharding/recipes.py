@@ -104,11 +104,11 @@ def shard(
         stored = mesh.parts_of(known.stored) if known.stored else ()
         staged = known.staged
     elif not chosen:
-        names = dict(mesh.axes)
-        fitting = " or ".join(name for name, each in RECIPES.items() if names.keys() >= set(each.needs))
+        sizes_of = dict(mesh.axes)
+        fitting = " or ".join(name for name, each in RECIPES.items() if sizes_of.keys() >= set(each.needs))
         hint = Hint(f"recipe={fitting}", f"--recipe {fitting}")
         if not fitting:
-            over = next(iter(names))
+            over = next(iter(sizes_of))
             hint = Hint(f"axes={{'batch': {over!r}}}, or another axis", f"--axis batch={over}, or another axis")
         raise UsageError("the split of the model is not specified", hint=hint)
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
