@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import treadle.frontends.language as t
 from treadle.frontends.binding import Source, Table, Tied, consecutive
 from treadle.frontends.rotary import Scaling, temperature_of
-from treadle.ir.errors import FrontendError
+from treadle.ir.errors import FrontendError, Hint
 from treadle.models.family import Config, Family, choose_architecture, padding_rows, weights_and_biases
 from treadle.models.reading.llama_config import ARCHITECTURES, IRRELEVANT, read_kind, read_options
 
@@ -91,7 +91,9 @@ def llama(
                        positions that count the tokens
     """
     if head_dim is None and dim % heads:
-        raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")
+        even = max(dim // heads // 2 * 2, 2)  # rotary positions turn pairs
+        hint = Hint(f"head_dim={even}", f"--set head_dim={even}")
+        raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint=hint)
     for name, value, known in (("norm_place", norm_place, NORM_PLACES), ("qk_norm", qk_norm, (None, *QK_NORMS))):
         if value not in known:
             raise FrontendError(f"llama has no {name} {value!r}", hint="one of " + ", ".join(map(str, known)))

@@ -10,7 +10,7 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
 from treadle.ir.attention.masking import Masks
-from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.errors import CheckpointError, FrontendError, Hint
 from treadle.models.bert import pool
 from treadle.models.family import (
     Config,
@@ -91,7 +91,9 @@ def vit(
             by_teacher = t.linear(t.gather(x, t.constant(1), axis=1), labels, name="teacher_logits")
             return {"logits": (by_class + by_teacher) / 2.0}
         case "distilled_classifier":
-            raise FrontendError("a distilled_classifier needs a distillation token", hint="distilled=True")
+            raise FrontendError(
+                "a distilled_classifier needs a distillation token", hint=Hint("distilled=True", "--set distilled=True")
+            )
         case _:
             raise FrontendError(f"vit has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 

@@ -43,7 +43,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", "model.py"], ["named with its function", "one of model.py:small, "]),
         (["inspect", "none.py:small"], ["there is no file none.py"]),
         (["inspect", SMALL, "--set", "layer=2"], ["has no option layer", "layers"]),
-        (["inspect", SMALL, "--set", "layers"], ["NAME=VALUE", "--set layers=2"]),
+        (["inspect", SMALL, "--set", "layers"], ["NAME=VALUE", "--set layers=VALUE"]),
         (["inspect", SMALL, "--set", "act=t.relo"], ["the DSL has no 'relo'", "t.relu"]),
         (["inspect", SMALL, "--inputs", "length"], ["has no input length", "lengths"]),
         (["inspect", SMALL, "--after", "dead-cod"], ["no pass 'dead-cod'", "dead-code?"]),

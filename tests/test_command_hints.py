@@ -19,6 +19,8 @@ from treadle.cli import app
 from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import BackendError, Hint
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.sharding.recipes import RECIPES
 from treadle.passes.stages import left_out
 from treadle.program.given_texts import read_sentences
 
@@ -206,11 +208,20 @@ def test_a_file_in_place_of_a_model_is_exchanged_with_it(tmp_path: Path, monkeyp
     Path("cat.jpg").write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["treadle", "label", "cat.jpg", "minilm"])
     assert refused("label", "cat.jpg", "minilm")[1] == "treadle label minilm cat.jpg: the model comes first"
+    for command in ("diff", "serve"):  # their further arguments are models, too
+        monkeypatch.setattr("sys.argv", ["treadle", command, "nothing", "gpt2"])
+        assert "the model comes first" not in refused(command, "nothing", "gpt2")[1]
 
 
 @pytest.mark.parametrize("command", ["embed", "classify", "summarize"])
 def test_no_line_of_text_leads_to_an_argument(command: str) -> None:
     assert refused(command, "minilm")[1] == f'treadle {command} minilm "A sentence."'
+
+
+def test_an_argument_is_added_to_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["embed", "m.py:encoder", "--weights", "out"]
+    monkeypatch.setattr("sys.argv", ["treadle", *words])
+    assert refused(*words)[1] == "treadle embed m.py:encoder 'A sentence.' --weights out"
 
 
 @pytest.mark.parametrize(
@@ -225,3 +236,108 @@ def test_settings_of_another_option_name_it() -> None:
     text = ["generate", "minilm", "a"]
     assert refused(*text, "--system", "b")[1] == "--chat as well, or leave it out"
     assert refused(*text, "--best", "2")[1] == "--beams 4 as well, or leave it out"
+
+
+@pytest.mark.parametrize(
+    "chosen", [*([f"--recipe={name}"] for name in RECIPES), ["--axis=batch=dp", "--axis=heads=tp"], []]
+)
+def test_a_split_without_a_mesh_names_one_that_it_accepts(chosen: list[str]) -> None:
+    for command in (["shard", "gpt2"], ["explain", "gpt2", "sharding"]):
+        what, hint = refused(*command, *chosen)
+        assert what == "sharding needs a mesh"
+        runs(*command, *SMALL, *chosen, *hint.split())
+    if chosen:
+        for other in (["report", "gpt2"], ["run", "gpt2"], ["generate", "gpt2", "a"]):
+            assert refused(*other, *chosen)[1] == f"{hint} as well"
+    flags = refused("launch", "-n", "4", "run", "gpt2", *chosen)[1].split()
+    assert Mesh.of(flags[1]).ranks == 4
+    runs("shard", "gpt2", *SMALL, *chosen, *flags)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mesh_that_a_recipe_refuses_leads_to_one_that_it_accepts(recipe: str) -> None:
+    mesh = "dp=2" if recipe != "dp" and recipe != "fsdp" else "tp=2"
+    shard = ["shard", "gpt2", *SMALL, "--recipe", recipe, "--mesh"]
+    runs(*shard, refused(*shard, mesh)[1])
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "tp=2,dp=2", "lanes=2"])
+def test_a_mesh_without_a_split_names_those_that_it_accepts(mesh: str) -> None:
+    what, hint = refused("shard", "gpt2", *SMALL, "--mesh", mesh)
+    assert what == "the split of the model is not specified"
+    flag, *values = hint.partition(", or")[0].replace(" or ", " ").split()
+    for value in values:
+        runs("shard", "gpt2", *SMALL, "--mesh", mesh, flag, value)
+
+
+def test_ranks_without_a_command_get_a_mesh_of_their_number() -> None:
+    for count in (2, 4):
+        hint = refused("launch", "-n", str(count))[1]
+        assert f"launch -n {count} -- run MODEL --mesh tp={count} " in hint
+
+
+@pytest.mark.parametrize(
+    ("options", "alternatives"),
+    [
+        ("", ["--source", "--after fuse-attention", ""]),
+        ("--raw", ["--source", ""]),
+        ("--unfold", ["--after fuse-attention", ""]),
+        ("--follow S", [""]),
+        ("--entry step", [""]),
+    ],
+)
+def test_a_backend_that_changes_nothing_is_left_out_or_used(options: str, alternatives: list[str]) -> None:
+    given = ["inspect", "gpt2", *SMALL, *options.split()]
+    hint = refused(*given, "--backend", "numpy")[1]
+    assert [flag for flag in ("--source", "--after") if flag in hint] == [a.split()[0] for a in alternatives if a]
+    for alternative in alternatives:
+        runs(*given, *(["--backend", "numpy", *alternative.split()] if alternative else []))
+
+
+def test_values_of_heads_are_those_of_the_error() -> None:
+    """`None` is a value of the list, also on the command line."""
+    for value in refused("inspect", "gpt2", *SMALL, "--set", "head=nothing")[1].removeprefix("one of ").split(", "):
+        runs("inspect", "gpt2", *SMALL, "--set", f"head={value}")
+    vit = ["inspect", "vit", "--set", "layers=1", "--set", "head=distilled_classifier"]
+    runs(*vit, *refused(*vit)[1].split())
+    llama = ["inspect", "llama", "--set", "layers=1", "--set", "dim=32", "--set", "heads=3"]
+    runs(*llama, *refused(*llama)[1].split())
+
+
+def test_options_of_other_libraries_lead_to_no_python_on_the_command_line() -> None:
+    for name in ("use_cache", "mode", "sess_options", "task", "local_files_only"):
+        hint = refused("inspect", "gpt2", *SMALL, "--set", f"{name}=1")[1]
+        assert not re.search(r"\bt\.\w|=[\"T]", hint), hint
+
+
+def test_threads_are_left_out_of_a_page(tmp_path: Path) -> None:
+    page = ["export", "gpt2", "--to", "web", "-o", str(tmp_path / "page"), "--threads", "2"]
+    assert refused(*page)[1] == "leave out --target and --threads"
+
+
+def test_a_text_to_fill_has_a_mask(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    from tests.task_models import save, wordpiece
+
+    save(tmp_path / "bert", "BertForMaskedLM", wordpiece())
+    runs(*shlex.split(refused("fill", str(tmp_path / "bert"))[1])[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "gpt2", "--batch-size", "4"], "leave it out: a compiled model takes every size"),
+        (["compile", "gpt2", "--seq-len", "4"], "leave it out: a compiled model takes every size"),
+        (["report", "gpt2", "--batch-size", "4"], "treadle report has --sizes"),
+        (["run", "gpt2", "tokens=1", "2", "3"], "--input tokens=1,2,3"),
+    ],
+)
+def test_sizes_and_values_of_inputs_that_no_option_names(words: list[str], hint: str) -> None:
+    shown = CliRunner().invoke(app, words).output
+    assert hint in re.sub(r"[│\s]+", " ", shown)
+
+
+def test_the_configuration_has_no_size_of_a_batch() -> None:
+    assert refused("run", "gpt2", *SMALL, "--set", "batch_size=4")[1].startswith("leave it out: ")
+    assert refused("report", "gpt2", *SMALL, "--set", "batch_size=4")[1] == "--sizes, an option of treadle report"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "function": (lambda: compile(lambda x: x), "decorate the function with @t.model"),  # type: ignore[arg-type]
     "limits": (lambda: compile(example, limits={"nodes": 3}), "limits apply to a model"),
     "number": (lambda: compile(3), "a model must be a declaration, a graph, a name or a path"),  # type: ignore[arg-type]
+    "a state dict": (lambda: compile(OrderedDict(ONES)), "arrays by name are weights of a declaration"),  # type: ignore[arg-type]
     "weights": (lambda: compile(example, weights={**ONES, "head.wieght": 0}), "head.weight for head.wieght?"),  # type: ignore[dict-item]
     "too few weights": (lambda: compile(example, weights={"head.bias": ONES["head.bias"]}), "weights= lacks 1 of 2"),
 }
@@ -45,6 +47,16 @@ def test_unsupported_inputs_are_refused(case: str) -> None:
     with pytest.raises(TreadleError) as caught:
         use()
     assert said in str(caught.value)
+
+
+def test_weights_of_a_compiled_model_are_those_of_its_declaration_unless_they_are_quantized() -> None:
+    plain, quantized = compile(example), compile(example, quantize="int8")
+    with pytest.raises(UsageError) as caught:
+        compile(plain)  # type: ignore[arg-type]
+    assert "with weights=exe.weights for its weights, if they are not quantized" in str(caught.value.hint)
+    assert compile(example, weights=plain.weights).seed is None
+    with pytest.raises(TreadleError, match="must be f32"):
+        compile(example, weights=quantized.weights)
 
 
 def test_arguments_mean_what_they_say() -> None:

@@ -98,3 +98,13 @@ def test_the_way_to_a_new_head_of_a_folder_works(command: Treadle) -> None:
     trainer.step(tokens=[[1, 2, 3]], targets=[1])
     trainer.save("tuned")
     assert t.load("tuned", backend="numpy").classify("the cat").label in ("LABEL_0", "LABEL_1")
+
+
+def test_a_file_has_no_new_weights(command: Treadle) -> None:
+    """transformers reads no such file, so no hint leads there."""
+    pytest.importorskip("onnx")
+    assert command("export", "encoder.py:my_encoder", "--to", "onnx", "-o", "encoder.onnx").code == 0
+    with pytest.raises(UsageError, match="new_weights= are weights of a declaration") as caught:
+        t.Trainer("encoder.onnx", new_weights=["head.*"], backend="numpy")
+    assert str(caught.value.hint) == "leave it out: the file has all weights"
+    assert t.Trainer("encoder.onnx", backend="numpy").weights

@@ -43,6 +43,8 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
             wanted = f"has {known[meant]}: " if known[meant][0] == "-" else f"{known[meant]} is an argument"
             if command == "embed" and meant == "sizes":
                 wanted = "leave it out: texts are batched by length"
+            if command in ("compile", "run") and meant == "sizes":  # their --sizes are refused without --memory
+                wanted = "leave it out: a compiled model takes every size"
             assert what.startswith(f"No such option: {spelled}; ") and wanted in what
 
 
@@ -62,7 +64,8 @@ def test_another_name_of_an_option_leads_to_ours(command: str) -> None:
         ("chat", "--ctx-size", "--context"),
         ("serve", "--max-model-len", "--context"),
         ("serve", "--device", "--target"),
-        ("compile", "--batch-size", "--sizes"),
+        ("compile", "--batch-size", "leave it out"),
+        ("report", "--batch-size", "--sizes"),
         ("compile", "--trget", "--target"),
         ("classify", "--top-k", "--top"),
         ("compile", "-q", "has --quantize"),

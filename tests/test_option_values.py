@@ -84,12 +84,28 @@ def test_an_unknown_word_names_no_line_of_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "received"), [("layers", "layers"), ("=2", "=2"), ("layers=", "layers="), ("", "nothing")]
+    ("text", "received", "hint"),
+    [
+        ("ids", "ids", "--input ids=FILE.npy"),
+        ("=2", "=2", "--input NAME=FILE.npy, with the name of an input"),
+        ("ids=", "ids=", "--input ids=FILE.npy"),
+        ("", "nothing", "--input NAME=FILE.npy, with the name of an input"),
+    ],
 )
-def test_an_assignment_has_two_sides(text: str, received: str) -> None:
+def test_an_assignment_has_two_sides(text: str, received: str, hint: str) -> None:
     error = refusal(lambda: input_names([text]))
     assert (error.what, error.received) == ("an option must be NAME=VALUE", received)
-    assert error.hint == "--input tokens=ids.npy"
+    assert error.hint == hint
+
+
+def test_a_configuration_has_the_constants_of_python() -> None:
+    """`treadle models` prints them."""
+    assert parse_config(["head=None", "tied=True", "bias=False", "act=Nones"], ()) == {
+        "head": None,
+        "tied": True,
+        "bias": False,
+        "act": "Nones",
+    }
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -101,7 +117,7 @@ def test_sizes_are_positive_integers() -> None:
     for value in ("0", "-3", "x"):
         error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
         assert (error.what, error.received) == ("the size of S must be a positive integer", value)
-        assert parse_sizes(str(error.hint).removeprefix("--sizes ")) == {"S": 8}
+        assert parse_sizes(str(error.hint).removeprefix("--sizes ")) == {"S": 1}
     for value in (str(10**12), "9" * 5000):
         error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
         assert error.what == "the size of S is larger than the maximum"
@@ -174,7 +190,7 @@ def test_rows_of_different_lengths_lead_to_the_input_of_lengths() -> None:
 
 @pytest.mark.parametrize("value", ["1,2,3", "[[1,2]]", "some.npy"])
 def test_a_value_without_a_name_is_kept_in_the_hint(value: str) -> None:
-    assert refusal(lambda: input_names([value])).hint == f"--input tokens={value}"
+    assert refusal(lambda: input_names([value])).hint == f"--input NAME={value}, with the name of an input"
 
 
 def test_a_text_as_an_input_leads_to_the_commands_for_texts() -> None:
@@ -198,18 +214,21 @@ def test_a_file_of_numbers(tmp_path: Path) -> None:
 def test_nonnumeric_values_are_shown_in_part(text: str) -> None:
     error = refusal(lambda: parse_inputs([f"x={text}"], {"x": 1}))
     assert error.what == "input x is neither a .npy file nor numbers"
-    assert error.hint == "x=FILE.npy, x=1,2,3 or x=[[1,2],[3,4]]"
+    assert error.hint == "--input x=FILE.npy, x=1,2,3 or x=[[1,2],[3,4]]"
     assert len(str(error)) < 500
 
 
 @pytest.mark.parametrize("text", ["1 2 3", "[[1 2 3] [3 4 -5]]", "[[1 2], [3 4]]", "1.5  -2"])
 def test_spaces_between_numbers_lead_to_commas(text: str) -> None:
-    """The hint is followed."""
-    rank = 1 + (text[0] == "[")
-    hint = str(refusal(lambda: parse_inputs([f"x={text}"], {"x": rank})).hint)
-    assert parse_inputs([hint], {"x": rank})["x"] is not None and " " not in hint
-    shown = str(refusal(lambda: parse_inputs([text], {"x": rank})).hint)
-    assert parse_inputs([shown.replace("--input tokens", "x")], {"x": rank}) == parse_inputs([hint], {"x": rank})
+    """The hint is followed, also for an input with more axes than a row."""
+    for rank in (1, 2) if text[0] != "[" else (2,):
+        hint = str(refusal(lambda: parse_inputs([f"x={text}"], {"x": rank})).hint)  # noqa: B023
+        flag, value = hint.split()
+        made = parse_inputs([value], {"x": rank})
+        assert flag == "--input" and np.ndim(made["x"]) == rank
+        shown = str(refusal(lambda: parse_inputs([text], {"x": rank})).hint)  # noqa: B023
+        named = shown.removeprefix("--input ").removesuffix(", with the name of an input").replace("NAME", "x")
+        assert parse_inputs([named], {"x": rank}) == made
 
 
 def test_numbers_in_the_command_are_at_most_a_mebibyte() -> None:
@@ -307,7 +326,10 @@ def test_sizes_of_another_kind_are_refused() -> None:
     b = Builder(Graph("small"))
     b.outputs(y=b.relu(b.input("x", t.f32["B", 4])))
     assert choose_sizes(b.graph, {"B": np.int64(3)}) == {"B": 3}  # type: ignore[dict-item]
-    assert refusal(lambda: choose_sizes(b.graph, {"B": "3"})).received == "'B': '3'"  # type: ignore[dict-item]
+    b.graph.bound("B", Bounds(1, 6))
+    assert refusal(lambda: choose_sizes(b.graph, {"B": 0})).hint == "1 <= B <= 6"
+    error = refusal(lambda: choose_sizes(b.graph, {"B": "3"}))  # type: ignore[dict-item]
+    assert (error.received, error.hint) == ("'B': '3'", "sizes={'B': 1}, or memory(B=1)")
     assert refusal(lambda: choose_sizes(b.graph, {"B": True})).received == "'B': True"
     assert refusal(lambda: choose_sizes(b.graph, [("B", 3)])).received == "[('B', 3)]"  # type: ignore[arg-type]
 

@@ -19,7 +19,8 @@ number. A mesh may have more axes than a recipe needs: `megatron` splits the bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from treadle.ir.errors import Hint, UsageError
@@ -103,11 +104,13 @@ def shard(
         stored = mesh.parts_of(known.stored) if known.stored else ()
         staged = known.staged
     elif not chosen:
-        recipe_name = " or ".join(RECIPES)
-        raise UsageError(
-            "the split of the model is not specified",
-            hint=Hint(f"recipe={recipe_name}", f"--recipe {recipe_name}"),
-        )
+        sizes_of = dict(mesh.axes)
+        fitting = " or ".join(name for name, each in RECIPES.items() if sizes_of.keys() >= set(each.needs))
+        hint = Hint(f"recipe={fitting}", f"--recipe {fitting}")
+        if not fitting:
+            over = next(iter(sizes_of))
+            hint = Hint(f"axes={{'batch': {over!r}}}, or another axis", f"--axis batch={over}, or another axis")
+        raise UsageError("the split of the model is not specified", hint=hint)
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
         if not has_axis(graph, "batch"):
@@ -156,6 +159,18 @@ def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:
     upper = {s: sizes.get(s, graph.symbols[s].upper) for s in size.symbols}
     known = {s: n for s, n in upper.items() if n is not None}
     return [size.evaluate(known)] if len(known) == len(upper) else []
+
+
+def mesh_for(recipe: str | None, axes: Iterable[str], ranks: int | None = None) -> str:
+    """Return a mesh, `tp=2`, that has the mesh axes of a recipe and of named axes.
+
+    axes   mesh axes of named axes: `tp`, `dp tp`, `-`
+    ranks  the number of ranks; None: 2 along each mesh axis
+    """
+    needs = RECIPES[recipe].needs if recipe in RECIPES else ()
+    named = [name for each in axes for name in re.findall(r"[A-Za-z_]\w*", each)]
+    first, *others = dict.fromkeys([*needs, *named] or ["tp"])
+    return ",".join([f"{first}={ranks or 2}", *(f"{name}={2 if ranks is None else 1}" for name in others)])
 
 
 def _find(name: str, mesh: Mesh) -> SplitRecipe:

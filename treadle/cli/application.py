@@ -23,6 +23,7 @@ from treadle.cli.command_options import (
     point_to_meant,
     point_to_place,
     refuse_several_values,
+    takes_every_size,
     without_other_options,
 )
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
@@ -188,7 +189,7 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.is_reported:
             raise typer.Exit(2) from None
-        error.hint = _with_exchanged_arguments(error) or error.hint
+        error.hint = _with_exchanged_arguments(error, name) or error.hint
         if isinstance(error.hint, Hint):
             error.hint = _of_ranks(error.hint.on_command_line(["treadle", *_words_for(error.hint, name)]))
         if error.option is not None:
@@ -245,14 +246,14 @@ def _of_ranks(hint: str) -> str:
     return f"treadle launch -n {os.environ['WORLD_SIZE']} -- {hint.removeprefix('treadle ')}"
 
 
-def _with_exchanged_arguments(error: TreadleError) -> str | None:
+def _with_exchanged_arguments(error: TreadleError, name: str) -> str | None:
     """Return the command line with the argument MODEL, which names no model, and a later argument that does exchanged;
-    None for any other error, and if no argument names a model.
+    None for any other error, if no argument names a model, and for a command that takes several models.
     """
     from treadle.program.places import NoModelError, names_model
 
     words = sys.argv[1:]
-    if not isinstance(error, NoModelError) or error.name not in words:
+    if not isinstance(error, NoModelError) or error.name not in words or name in ("diff", "serve"):
         return None
     at = words.index(error.name)
     model = next((n for n in range(at + 1, len(words)) if names_model(words[n]) and words[n - 1][:1] != "-"), None)
@@ -270,7 +271,7 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
     known = options_by_name(group.commands[name].params)
     flags = {each: flag for each, flag in known.items() if flag.startswith("--")}
     meant = option if option in flags else meant_option(option, flags, 1.0 if hint else 0.75)
-    if meant is not None:
+    if meant is not None and (option == meant or meant != "sizes" or not takes_every_size(name)):
         return f"{flags[meant]}, an option of treadle {name}"
     return hint or f"treadle {name} --help, for its own options"
 

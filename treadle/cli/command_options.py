@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import typer
@@ -30,6 +31,7 @@ _SIMILAR, _SIMILAR_AND_ELSEWHERE = 0.75, 0.85
 _FEW = 6
 """The largest number of commands that an error names."""
 
+_NUMBERS = re.compile(r"[\[\d.,\]-]+")
 _TEXTS = "treadle generate, embed and classify take texts"
 _VERBOSE = ("v", "verbose", "debug", "log_level", "verbosity")
 
@@ -80,12 +82,20 @@ def point_to_meant(
     if meant == "sizes" and not {"TEXTS", "SENTENCES"}.isdisjoint(known.values()):
         error.message += "; leave it out: texts are batched by length, and the model determines the longest text"
         return
+    if meant == "sizes" and given != "sizes" and takes_every_size(name):
+        error.message += "; leave it out: a compiled model takes every size of its symbolic axes"
+        return
     flag = known[meant]
     if not flag.startswith("--"):
         error.message += f"; {flag} is an argument of treadle {name}, without an option"
         return
     param = next(each for each in params if flag in (*each.opts, *each.secondary_opts))
     error.message += f"; treadle {name} has {flag}: {param.help}"
+
+
+def takes_every_size(command: str) -> bool:
+    """Return True for a command whose --sizes are those of a memory budget alone, since it takes every size."""
+    return command in ("compile", "run")
 
 
 def point_to_place(error: Any, name: str, params: Sequence[Any], words: Sequence[str]) -> None:
@@ -107,8 +117,9 @@ def point_to_place(error: Any, name: str, params: Sequence[Any], words: Sequence
     elif "set" in known and option is not None:
         error.message += f"; {option} is an option of the model: --set {option}={value or extra}"
     elif "input" in known and value:
-        error.message += f"; a value of an input follows --input: --input {extra}"
-    elif "input" in known and re.fullmatch(r"[\[\d.,\]-]+|.*\.npy", extra):
+        given = ",".join([extra, *takewhile(_NUMBERS.fullmatch, words[words.index(extra) + 1 :])])
+        error.message += f"; a value of an input follows --input: --input {given}"
+    elif "input" in known and (_NUMBERS.fullmatch(extra) or extra.endswith(".npy")):
         given = ",".join(words[words.index(extra) :])
         error.message += (
             f"; --input {f'{before},{given}' if '=' in before else f'NAME={given}'}, with the name of an input"

@@ -46,7 +46,7 @@ def embed_sentences(
     from treadle.sentence_embedding import SentenceEmbedder
 
     check_folder(output, "embeddings.npy")
-    texts = read_sentences(sentences or [], file, column, command=f"embed {model}")
+    texts = read_sentences(sentences or [], file, column, command=["embed", model])
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(model, **keywords)
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe, mesh_flags
 from treadle.files.nearest_names import NearestNames, check_suffix
 from treadle.ir.errors import UsageError
 from treadle.program.option_table import EXPLAINED
@@ -87,6 +87,9 @@ def explain_sites(
 
     subject = _known_subject(model, subject)
     options = CompileOptions.of(f"explain {subject}", keywords)
+    if subject == "sharding" and mesh is None:
+        hint = mesh_flags(recipe, axis)
+        raise UsageError("sharding needs a mesh", received=f"explain {model} sharding", hint=hint)
     if subject not in ("memory", "sharding") and svg is not None:
         raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")
     if svg is not None:
@@ -217,10 +220,6 @@ def _sharding(
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    if split["mesh"] is None:
-        raise UsageError(
-            "sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2 --recipe megatron"
-        )
     asked = {name: value for name, value in split.items() if value is not None}
     with working(f"planning {model}", shown=not as_json):
         found = explain_sharding(model, **asked, **keywords)

@@ -189,6 +189,7 @@ def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str,
     from treadle.backends.tvm.executable import KernelExecutable
     from treadle.exporting.web_folders import export_web
     from treadle.files.shown_names import printable
+    from treadle.ir.target import Target
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
@@ -198,7 +199,8 @@ def _export_web(model: str, output: Path, sizes: str | None, keywords: dict[str,
     fixed = {"backend": "tvm", "target": "webgpu"}
     for name, value in fixed.items():
         if keywords.get(name, value) != value:
-            hint = f"leave out --{name}"
+            threads = " and --threads" if isinstance(keywords[name], Target) else ""
+            hint = f"leave out --{name}{threads}"
             raise UsageError(f"a page needs --{name} {value}", received=f"--{name} {keywords[name]}", hint=hint)
     with working(f"exporting {model}", shown=not as_json):
         given = {**keywords, **fixed}

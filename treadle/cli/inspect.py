@@ -53,6 +53,7 @@ def inspect_graph(
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
+    from treadle.artifacts.reading import is_artifact
     from treadle.backends.refusals import KINDS, refuse_target
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
@@ -73,9 +74,12 @@ def inspect_graph(
         refuse_target(backend, options.where)
     chosen = any(name in keywords for name in ("backend", "target"))
     if chosen and not (source or after or options.passes or options.certify):
+        prints_graph = follow is None and entry is None
+        also = ["--source as well, which prints the code"] if prints_graph and not unfold else []
+        also += ["--after with a pass of the backend"] if prints_graph and not raw and not is_artifact(model) else []
         raise UsageError(
             "--backend, --target and --threads change neither the optimized graph nor its costs",
-            hint="--source as well, which prints the code; or --after with a pass of the backend, or leave them out",
+            hint=", or ".join([*also, "leave them out"]),
         )
     with working(f"optimizing {model}", shown=not as_json):
         optimized, graph = _optimized(model, options, raw, after)

@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import app, command
-from treadle.cli.options import Mesh
+from treadle.cli.options import Mesh, mesh_flags
 from treadle.files.nearest_names import nearest_path_hint
 from treadle.files.shown_names import printable
 from treadle.ir.errors import TreadleError, UsageError
 
 _OWN = ("-n", "--ranks")
-_EXAMPLE = ("run", "MODEL", "--mesh", "tp=2", "--recipe", "megatron")
 
 
 @command("launch", passes_on=True)
@@ -45,12 +44,12 @@ def launch_command(
     from treadle.runtime.distributed.ranks import need_torch
 
     if not words:
-        raise UsageError("launch needs a command", hint=_corrected(_EXAMPLE, count))
+        raise UsageError("launch needs a command", hint=_example(count))
     if words[0].startswith("-"):
         raise UsageError(
             f"launch has no option {printable(words[0].partition('=')[0])}; options of the command follow it",
             received=printable(" ".join(words), 80),
-            hint=_corrected(_EXAMPLE, count),
+            hint=_example(count),
         )
     if count is None:
         after = any(word.partition("=")[0] in _OWN for word in words)
@@ -59,7 +58,6 @@ def launch_command(
             received=printable(" ".join(words), 80),
             hint=_corrected(words),
         )
-    has_mesh = any(word == "--mesh" or word.startswith("--mesh=") for word in words)
     received, able = printable(" ".join(words), 80), rank_commands()
     if words[0].endswith(".py"):
         if not Path(words[0]).is_file():
@@ -70,18 +68,18 @@ def launch_command(
         is_command = words[0] in COMMANDS
         what = f"{words[0]} cannot run as ranks" if is_command else f"unknown command {words[0]!r}"
         alone = f", or treadle {words[0]} without launch" if is_command else ""
-        names = ", ".join(f"{_spelled(name)} --mesh tp={count} --recipe megatron" for name in able)
+        names = ", ".join(f"{_spelled(name)} {mesh_flags(None, None, count)}" for name in able)
         raise UsageError(what, received=received, hint=f"{names}, a Python file{alone}")
-    elif not has_mesh:
-        for word in words:
-            refuse_artifact(word)
-        raise UsageError(
-            "ranks run a model that is split over a mesh",
-            received=received,
-            hint=f"--mesh tp={count} --recipe megatron",
-        )
     else:
-        _check_options(words)
+        given = _options(words)
+        if given["mesh"] is None:
+            for word in words:
+                refuse_artifact(word)
+            raise UsageError(
+                "ranks run a model that is split over a mesh",
+                received=received,
+                hint=mesh_flags(given["recipe"], given["axis"], count),
+            )
         need_torch()  # else every rank would report it
         started = [sys.executable, "-m", "treadle", *words]
     code = launch_ranks(started, count)
@@ -89,9 +87,10 @@ def launch_command(
         raise typer.Exit(code)
 
 
-def _check_options(words: Sequence[str]) -> None:
-    """Parse the words of a command, so that an error in its options is printed once, and not by every rank."""
-    _parser(words[0]).make_context(f"treadle {words[0]}", list(words[1:]), **(app.info.context_settings or {}))
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command. An error in them is printed once, and not by every rank."""
+    settings = app.info.context_settings or {}
+    return dict(_parser(words[0]).make_context(f"treadle {words[0]}", list(words[1:]), **settings).params)
 
 
 def _spelled(name: str) -> str:
@@ -103,6 +102,11 @@ def _spelled(name: str) -> str:
 def _parser(name: str) -> Any:
     commands: Any = typer.main.get_command(app)
     return commands.commands[name]
+
+
+def _example(count: int | None) -> str:
+    """Return a command line that starts this number of ranks."""
+    return _corrected(["run", "MODEL", *mesh_flags(None, None, count).split()], count)
 
 
 def _corrected(words: Sequence[str], count: int | None = None) -> str:

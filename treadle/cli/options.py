@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 from treadle.cli.completing import complete_backend, complete_model, complete_target
 from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
-from treadle.program.flag_values import parse_config
+from treadle.program.flag_values import parse_axes, parse_config
 from treadle.program.option_declarations import Option, declared
 from treadle.program.option_table import declared_options, taken_by
 from treadle.program.options import CompileOptions
@@ -156,6 +156,17 @@ def keywords_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     if given.get("threads") is not None:
         keywords["target"] = Target(keywords.get("target", "cpu"), given["threads"])
     return keywords
+
+
+def mesh_flags(recipe: str | None, axis: Sequence[str] | None, ranks: int | None = None) -> str:
+    """Return the flags that a command with these sharding options lacks: `--mesh dp=2` for `--recipe dp`.
+
+    ranks  the number of ranks; None: any
+    """
+    from treadle.passes.sharding.recipes import mesh_for
+
+    mesh = f"--mesh {mesh_for(recipe, parse_axes(axis or ()).values(), ranks)}"
+    return mesh if recipe is not None or axis else f"{mesh} --recipe megatron"
 
 
 def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Iterable[str] = ()) -> Compiled:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.cli.application import print_json
+from treadle.cli.options import mesh_flags
 from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
     """Raise UsageError for sharding options without a mesh."""
     if recipe is not None or axis:
-        raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2 as well")
+        hint = f"{mesh_flags(recipe, axis)} as well"
+        raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint=hint)
 
 
 def refuse_artifact(model: str) -> None:

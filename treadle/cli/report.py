@@ -13,7 +13,17 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Axis, Device, ModelName, OptionKeywords, Recipe, Sizes, load_with_options
+from treadle.cli.options import (
+    AsJson,
+    Axis,
+    Device,
+    ModelName,
+    OptionKeywords,
+    Recipe,
+    Sizes,
+    load_with_options,
+    mesh_flags,
+)
 from treadle.ir.errors import UsageError
 
 
@@ -63,7 +73,9 @@ def report_command(
     given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:
         raise UsageError(
-            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2 as well"
+            "--recipe, --axis and --device apply to a mesh",
+            received=f"report {model}",
+            hint=f"{mesh_flags(recipe, axis)} as well",
         )
     chosen = parse_sizes(sizes)
     if "memory" in keywords:

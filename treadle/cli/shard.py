@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
+from treadle.cli.options import AsJson, Axis, Device, ModelName, OptionKeywords, Recipe, mesh_flags
 from treadle.ir.errors import UsageError
 
 
@@ -79,7 +79,7 @@ def shard_command(
         plan = made.plan
     else:
         if mesh is None:
-            raise UsageError("sharding needs a mesh", received=f"shard {model}", hint="--mesh tp=2 --recipe megatron")
+            raise UsageError("sharding needs a mesh", received=f"shard {model}", hint=mesh_flags(recipe, axis))
         asked: dict[str, Any] = {
             "recipe": recipe,
             "axes": parse_axes(axis or ()),

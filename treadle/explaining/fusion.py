@@ -174,4 +174,4 @@ def parse_expected(texts: Sequence[str]) -> dict[str, int]:
         name, _, count = text.partition("=")
         if not name.strip() or not (count.strip().isascii() and count.strip().isdigit()) or len(count) > 12:
             raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint="--expect attention=12")
-    return {op: int(count) for op, count in parse_assignments(texts, "--expect attention=12").items()}
+    return {op: int(count) for op, count in parse_assignments(texts, "--expect 1", "an op").items()}

@@ -77,21 +77,17 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
     Raises UsageError for a symbol that the graph does not have, and for a requested size outside its bounds.
     """
     if not isinstance(asked, Mapping):
-        raise UsageError(
-            "sizes must be a mapping", received=printable(repr(asked))[:80], hint='sizes={"B": 8, "S": 128}'
-        )
+        raise UsageError("sizes must be a mapping", received=printable(repr(asked))[:80], hint=_example(graph))
     given: Mapping[Any, Any] = asked
     for named, size in given.items():
         if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
             shown = printable(f"{named!r}: {size!r}")[:80]
-            example = {name: 8 if index == 0 else 128 for index, name in enumerate(graph.symbols)} or {"B": 8}
-            each = ", ".join(f"{name}={count}" for name, count in example.items())
-            raise UsageError("a size must be an integer", received=shown, hint=f"sizes={example}, or memory({each})")
+            raise UsageError("a size must be an integer", received=shown, hint=_example(graph))
     unknown = [name for name in asked if name not in graph.symbols]
     if unknown:
         raise UsageError(
             f"{graph.name} has no symbolic axis {', '.join(map(printable, unknown))}",
-            hint="one of " + ", ".join(graph.symbols) if graph.symbols else "no sizes: all axes have fixed sizes",
+            hint="one of " + ", ".join(graph.symbols) if graph.symbols else _FIXED,
         )
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
     sizes = {}
@@ -100,9 +96,19 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
         if name not in asked:
             size = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
         if size not in bounds:
-            raise UsageError(f"the size of {name} cannot be {size}", within=graph.name, hint=bounds.around(name))
+            hint = f"{'1 <= ' if size < 1 == bounds.lower else ''}{bounds.around(name)}"
+            raise UsageError(f"the size of {name} cannot be {size}", within=graph.name, hint=hint)
         sizes[name] = size
     return sizes
+
+
+_FIXED = "no sizes: all axes have fixed sizes"
+
+
+def _example(graph: Graph) -> str:
+    """Return sizes of the graph's symbols as arguments, for the hint of an error."""
+    sizes = choose_sizes(graph, {})
+    return f"sizes={sizes}, or memory({', '.join(f'{n}={size}' for n, size in sizes.items())})" if sizes else _FIXED
 
 
 def step_sizes(derived: DerivedStep, rows: int, past: int) -> dict[str, int]:

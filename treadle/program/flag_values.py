@@ -19,7 +19,9 @@ _WORD = re.compile(r"t\.[A-Za-z]\w*")
 _VALUE = re.compile(r"[\[\d-][\[\]\d.,\s-]*|[^=]+\.npy")
 _MOST_SIZE = 10**12 - 1
 _MOST_LIMIT = 10**18 - 1
-_INPUT = "--input tokens=ids.npy"
+_OF_PYTHON = {"None": None, "True": True, "False": False}
+"""Constants as Python spells them, and as `treadle models` and errors show the values of a configuration."""
+_INPUT = ("--input FILE.npy", "an input")
 _ROWS = "one value; several rows are a list of lists: --input {name}=[[1,2],[3,4]]"
 
 
@@ -45,15 +47,15 @@ def outputs_of(text: str) -> tuple[str, ...]:
 
 
 def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[str, Any]:
-    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`. A value is JSON, a name of the DSL after `t.`, or else a
-    string.
+    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`. A value is JSON, None, True or False, a name of the DSL after
+    `t.`, or else a string.
 
     reserved  names that are options of compilation
 
     Raises UsageError for a reserved name; the error's `option` is that name.
     """
     config: dict[str, Any] = {}
-    for name, text in parse_assignments(assignments, "--set layers=2").items():
+    for name, text in parse_assignments(assignments, "--set VALUE", "an option of the model").items():
         if name in reserved:
             raise UsageError(f"--set {name}= is not part of a model's configuration", option=name)
         config[name] = config_value(text if _WORD.fullmatch(text) else _json_or_text(text))
@@ -90,20 +92,20 @@ def config_texts(config: Mapping[str, Any]) -> list[str]:
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
     """Parse `nodes=400000`, limits on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
-    for name, value in parse_assignments(assignments, "--limit nodes=400000").items():
-        limits[name] = _positive(f"the limit {name}", value, _MOST_LIMIT, f"--limit {name}")
+    for name, value in parse_assignments(assignments, "--limit 400000", "a limit").items():
+        limits[name] = _positive(f"the limit {name}", value, _MOST_LIMIT, f"--limit {name}", 400_000)
     return limits or None
 
 
 def parse_sizes(text: str | None) -> dict[str, int]:
     """Parse `B=1,S=128`. Raises UsageError for anything but positive integers."""
     sizes = {}
-    for name, value in parse_assignments(text.split(",") if text else (), "--sizes B=1,S=128").items():
-        sizes[name] = _positive(f"the size of {name}", value, _MOST_SIZE, f"--sizes {name}")
+    for name, value in parse_assignments(text.split(",") if text else (), "--sizes 1", "a symbolic axis").items():
+        sizes[name] = _positive(f"the size of {name}", value, _MOST_SIZE, f"--sizes {name}", 1)
     return sizes
 
 
-def _positive(what: str, text: str, most: int, option: str) -> int:
+def _positive(what: str, text: str, most: int, option: str, example: int) -> int:
     """Return a positive integer up to `most`. Raises UsageError for other text, with the reason."""
     if re.fullmatch(r"0*[1-9][0-9]*", text, re.ASCII):
         digits = text.lstrip("0")
@@ -112,12 +114,12 @@ def _positive(what: str, text: str, most: int, option: str) -> int:
         raise UsageError(
             f"{what} is larger than the maximum", received=printable(text), hint=f"{option}={most}, or less"
         )
-    raise UsageError(f"{what} must be a positive integer", received=printable(text), hint=f"{option}=8")
+    raise UsageError(f"{what} must be a positive integer", received=printable(text), hint=f"{option}={example}")
 
 
 def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
     """Parse `heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
-    return parse_assignments(assignments, "--axis heads=tp")
+    return parse_assignments(assignments, "--axis tp", "an axis of the model, such as heads")
 
 
 def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
     Raises UsageError for a value in none of these forms, CheckpointError for a file that cannot be read.
     """
     inputs: dict[str, Any] = {}
-    for name, text in parse_assignments(assignments, _INPUT, _ROWS).items():
+    for name, text in parse_assignments(assignments, *_INPUT, _ROWS).items():
         if text.endswith(".npy"):
             from treadle.npy_files import read_npy
 
@@ -137,7 +139,7 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
             continue
         leading = ranks.get(name, 1) - 1
         is_row = leading >= 0 and not text.startswith("[")
-        value = _numbers(name, f"[{text}]" if is_row else text)
+        value = _numbers(name, text, is_row)
         for _ in range(leading if is_row else 0):
             value = [value]
         shape = _shape(value)
@@ -169,13 +171,16 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
     """Return the names to which values are assigned."""
-    return tuple(parse_assignments(assignments, _INPUT, _ROWS))
+    return tuple(parse_assignments(assignments, *_INPUT, _ROWS))
 
 
-def parse_assignments(texts: Iterable[str], example: str, several: str = "one value for each name") -> dict[str, str]:
+def parse_assignments(
+    texts: Iterable[str], example: str, subject: str, several: str = "one value for each name"
+) -> dict[str, str]:
     """Parse texts `NAME=VALUE` into values by name.
 
-    example  an example with its flag, for the hint of an error
+    example  the flag with an example of a value, for the hint of an error
+    subject  what has such a name: "an input"
     several  the hint of the error for a name with two values; {name} is replaced
 
     Raises UsageError for any other form, and for a name with two values.
@@ -185,7 +190,9 @@ def parse_assignments(texts: Iterable[str], example: str, several: str = "one va
         name, _, value = (part.strip() for part in text.partition("="))
         if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
             received = printable(text) if text else "nothing"
-            hint = f"{example.partition('=')[0]}={_with_commas(text)}" if _VALUE.fullmatch(text) else example
+            flag, shown = example.split()
+            name, shown = ("", _with_commas(text)) if _VALUE.fullmatch(text) else (name, shown)
+            hint = f"{flag} {name}={shown}" if name else f"{flag} NAME={shown}, with the name of {subject}"
             raise UsageError("an option must be NAME=VALUE", received=received, hint=printable(hint))
         if name in found:
             raise UsageError(
@@ -208,6 +215,8 @@ def _word(name: str) -> Any:
 
 
 def _json_or_text(text: str) -> Any:
+    if text in _OF_PYTHON:
+        return _OF_PYTHON[text]
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -219,20 +228,21 @@ def _with_commas(text: str) -> str:
     return re.sub(r"(?<=[\d.\],])\s+(?=[\d\[-])", ",", text.strip()).replace(",,", ",")
 
 
-def _numbers(name: str, text: str) -> Any:
-    """Parse a number, or nested lists of numbers."""
+def _numbers(name: str, text: str, is_row: bool) -> Any:
+    """Parse a number, nested lists of numbers, or a row of numbers without brackets."""
+    content = f"[{text}]" if is_row else text
     try:
-        if len(text) > _INLINE_BYTES:
-            raise ValueError(f"{len(text)} characters")
-        value = json.loads(text)
+        if len(content) > _INLINE_BYTES:
+            raise ValueError(f"{len(content)} characters")
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         has_words = re.search("[A-Za-z]{2}", text[:80]) is not None
         others = "; texts and images are for treadle generate, embed, classify, label, ..." if has_words else ""
         separated = _with_commas(text)
-        meant = f"{name}={separated}" if separated != text and _VALUE.fullmatch(text) else None
+        meant = f"--input {name}={separated}" if separated != text and _VALUE.fullmatch(text) else None
         raise UsageError(
             f"input {name} is neither a .npy file nor numbers",
             received=f"{printable(text, 80)}: {error}",
-            hint=meant or f"{name}=FILE.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]{others}",
+            hint=meant or f"--input {name}=FILE.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]{others}",
         ) from None
     return value

@@ -22,19 +22,24 @@ _LONGEST_NAME = 200
 
 
 def read_sentences(
-    given: Sequence[str], file: str | None, column: str | None = None, *, command: str = "embed minilm"
+    given: Sequence[str],
+    file: str | None,
+    column: str | None = None,
+    *,
+    command: Sequence[str] = ("embed", "minilm"),
+    example: str = "A sentence.",
 ) -> list[str]:
     """Return sentences from the command line, or nonblank lines of a file or of standard input, or rows of a table.
 
     column   the column of a table, as in `read_column`
-    command  the command that reads them, for the hint of an error
+    command  the words of the command before the sentences, and an example of a sentence, for the hint of an error
 
     Raises UsageError if there is no sentence, if one is the name of a file that exists, or if the text is too long or
     not UTF-8, CheckpointError for a file that
     does not exist, and the errors of `read_column`.
     """
     if column is not None and file is None:
-        raise UsageError("a column is a column of a file", received=f"--column {column}", hint="--file as well")
+        raise UsageError("a column is a column of a file", received=f"--column {column}", hint="--file FILE as well")
     if given and file is not None:
         raise UsageError(
             "sentences were given both as arguments and in a file",
@@ -47,7 +52,7 @@ def read_sentences(
             refuse_file_name(text, whole if len(given) == 1 else f"--file {shlex.quote(text)}, without other texts")
         return list(given)
     if file is None and sys.stdin.isatty():
-        raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
+        raise UsageError("there is no sentence", hint=_with_sentence(command, example))
     if file is not None and not _exists(file):
         argument = f"{shlex.quote(printable(file))} without --file, as an argument" if _is_text(file) else None
         raise _no_file(file, argument or "the path of a file with a text on each line")
@@ -59,9 +64,15 @@ def read_sentences(
             "there is no sentence",
             received="no line of text",
             within=shown_source(file),
-            hint=f'treadle {command} "A sentence."',
+            hint=_with_sentence(command, example) if file in (None, "-") else "a file with a text in it",
         )
     return found
+
+
+def _with_sentence(command: Sequence[str], example: str) -> Hint:
+    """Return the hint to give a sentence as an argument."""
+    text = f'{shlex.join(["treadle", *command])} "{example}"'
+    return Hint(text, text, replaces=command[-1], words=(command[-1], example))
 
 
 def read_documents(files: Sequence[str], column: str | None = None) -> list[str]:

@@ -193,7 +193,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             source = model if isinstance(model, ModelSource) else self.open(model)
             return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)
         except CheckpointError as error:
-            if self.entry == "train" and error.missing and error.hint == OTHER_MODEL:
+            is_file = source.kind not in ("declaration", "graph", "safetensors")
+            if self.entry == "train" and error.missing and error.hint == OTHER_MODEL and not is_file:
                 error.hint = _new_weights_hint(source, error.missing)
             raise
         except TreadleError as error:
@@ -243,7 +244,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             value = printable(repr(self.config.get(name)))[:80]
             error.hint = Hint(_OF_TRAINING[name].replace("VALUE", value), command)
         elif name in _NOT_HERE or sizes:
-            error.hint = f"leave it out: {_NOT_HERE.get(name, _ANY_SIZE)}"
+            what = _NOT_HERE.get(name, _ANY_SIZE)
+            error.hint = Hint(f"leave it out: {what}", f"leave it out: {getattr(what, 'command', what)}")
         elif takes_target and "threads" in (name, *OTHER_NAMES.get(name, ())):
             count = printable(repr(self.config[name])) if name in self.config else 2
             error.hint = Hint(f'target=t.Target("cpu", threads={count})', f"--threads {count}")
@@ -282,23 +284,30 @@ def _is_dtype(value: object) -> bool:
 
 _ANY_SIZE = "a model is one graph, and symbolic axes, which dynamic= of t.from_torch names, take every size"
 _RANKS = "the command `treadle launch` starts ranks, and `treadle shard` plans them"
-_NOT_HERE = {
+_NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("fullgraph", "dynamic"), _ANY_SIZE),
     **dict.fromkeys(("mesh", "recipe", "tensor_parallel_size", "tp", "tp_size"), _RANKS),
-    "mode": 'torch_compile=True for the torch backend, or backend="tvm"',
+    "mode": Hint('torch_compile=True for the torch backend, or backend="tvm"', "no backend has modes of compilation"),
     "trust_remote_code": "no code of a model's folder is run",
     "low_cpu_mem_usage": "the weights of a checkpoint are mapped into memory",
     "use_fast": "the tokenizer of the model's folder is used",
-    "task": "the methods of the model that t.load returns are its tasks, such as model.classify",
-    "local_files_only": "a model is downloaded only by t.fetch_model",
+    "task": Hint(
+        "the methods of the model that t.load returns are its tasks, such as model.classify",
+        "the commands are the tasks, such as treadle classify",
+    ),
+    "local_files_only": Hint(
+        "a model is downloaded only by t.fetch_model", "a model is downloaded only by treadle fetch"
+    ),
     "attn_implementation": "the compiler chooses the kernels of attention",
-    "use_cache": "t.compile(model).session() has a key/value cache",
-    "sess_options": 'target=t.Target("cpu", threads=4) sets the threads',
+    "use_cache": Hint(
+        "t.compile(model).session() has a key/value cache", "treadle generate and serve have a key/value cache"
+    ),
+    "sess_options": Hint('target=t.Target("cpu", threads=4) sets the threads', "--threads 4 sets the threads"),
 }
 """Options of other libraries that have no effect here, with what there is."""
 
 
-_BATCHES = "leave it out: trainer.step(tokens=tokens, targets=targets) is called for each batch"
+_BATCHES = "leave it out: trainer.step is called with the inputs and targets of each batch"
 _SCHEDULE = 'learning_rate=t.Schedule(3e-4, warmup=100, steps=1000, shape="cosine")'
 _OF_TRAINING = {
     name: hint

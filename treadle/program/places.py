@@ -172,7 +172,7 @@ _OBJECTS = {
     **dict.fromkeys(
         ("Compiled", "Specializing"),
         "it is compiled already, and exe(...) runs it; for other options, or to train it, pass the model that was "
-        "compiled to t.compile or t.Trainer, with weights=exe.weights for its weights",
+        "compiled to t.compile or t.Trainer, with weights=exe.weights for its weights, if they are not quantized",
     ),
     "LoadedModel": "the model that t.load loaded, by its name or path",
     "Trainer": "trainer.compiled() returns the compiled model",
@@ -198,7 +198,8 @@ def _is_class_of(model: object, base: type) -> bool:
 def refuse_object(model: object) -> UsageError:
     """Return the error for an object that is not a model: another library's object, or an undecorated function."""
     torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
-    hint: str | None = _OBJECTS.get(type(model).__name__, 'a declaration, "folder", or "model.onnx"')
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    hint = next((_OBJECTS[kind] for kind in kinds if kind in _OBJECTS), 'a declaration, "folder", or "model.onnx"')
     if inspect.isfunction(model):
         hint = "decorate the function with @t.model"
     if torch is not None and (isinstance(model, torch.nn.Module) or _is_class_of(model, torch.nn.Module)):

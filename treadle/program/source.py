@@ -172,11 +172,11 @@ class ModelSource:
         config = {**more, **(config or {})}
         options = ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored, tuple(new_weights))
         if new_weights and self.kind not in ("declaration", "graph"):
-            raise UsageError(
+            what, whole = (
                 "new_weights= are weights of a declaration or an imported module",
-                received=self.label,
-                hint=self.new_head,
+                "leave it out: the file has all weights",
             )
+            raise UsageError(what, received=self.label, hint=self.new_head if self.kind == "safetensors" else whole)
         try:
             read = self.form.read(options)
         except CheckpointError as error:
@@ -230,8 +230,8 @@ class ModelSource:
     @property
     def new_head(self) -> Hint:
         """The hint for a head that a checkpoint folder lacks: transformers makes the folder of another class."""
-        folder = printable(repr(self.label))
-        made = f"transformers.AutoModelForSequenceClassification.from_pretrained({folder}, num_labels=2)"
+        folder, path = printable(repr(self.label)), printable(repr(str(self.path)))
+        made = f"transformers.AutoModelForSequenceClassification.from_pretrained({path}, num_labels=2)"
         made = f"a new head is made by {made}.save_pretrained('NEW')"
         return Hint(
             f"{made}, or by another AutoModelFor... class: then 'NEW', tokenizer={folder}",

@@ -66,7 +66,12 @@ def read_column(file: str, column: str | None) -> list[str] | None:
                 "only tables have columns",
                 received=f"column {printable(column)}",
                 within=shown_path(file),
-                hint="one of " + ", ".join(_READERS) + " as the file's ending",
+                hint=Hint(
+                    *(
+                        f"leave {name} out, or a file of the kind {', '.join(_READERS)}"
+                        for name in ("column=", "--column")
+                    )
+                ),
             )
         return None
     return list(_READERS[suffix](file, column))
@@ -184,7 +189,9 @@ def _index(names: Sequence[str], column: str | None, file: str) -> int:
             f"the table has {'no column' if not count else 'several columns'} {printable(name)}",
             received=f"columns {shown}" if names else "no columns",
             within=shown_path(file),
-            hint=Hint("column= with the name of the column of texts", "--column with the name of the column of texts"),
+            hint=Hint("column= with the name of the column of texts", "--column with the name of the column of texts")
+            if names
+            else "a file with a first row of names",
         )
     return list(names).index(name)
 

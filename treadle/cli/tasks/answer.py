@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +38,7 @@ def answer_questions(
     given = (
         list(texts)
         if texts and file is None
-        else [
-            "\n".join(
-                read_sentences(texts or [], file, column, command=f"answer {program.model} {shlex.quote(question)}")
-            )
-        ]
+        else ["\n".join(read_sentences(texts or [], file, column, command=["answer", str(program.model), question]))]
     )
     with working(f"compiling {program.model}", shown=not as_json):
         answerer = QuestionAnswerer.open(program)

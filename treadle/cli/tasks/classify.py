@@ -39,7 +39,7 @@ def classify_texts(
     from treadle.progress import counting, working
     from treadle.tasks.classifying import Text, TextClassifier
 
-    given = read_sentences(texts or [], file, column, command=f"classify {program.model}")
+    given = read_sentences(texts or [], file, column, command=["classify", str(program.model)])
     if pair and len(pair) != len(given):
         raise UsageError(f"{len(given)} texts, but {len(pair)} values of --pair", hint="one --pair for each text")
     asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]

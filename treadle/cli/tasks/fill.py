@@ -42,7 +42,9 @@ def fill_masks(
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
 
-    given = read_sentences(texts or [], file, column, command=f"fill {program.model}")
+    given = read_sentences(
+        texts or [], file, column, command=["fill", str(program.model)], example="A [MASK] sentence."
+    )
     with working(f"compiling {program.model}", shown=not as_json):
         filler = MaskFiller.open(program)
     with counting("filling", len(given), shown=not as_json) as progress:

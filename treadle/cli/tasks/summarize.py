@@ -35,7 +35,7 @@ def summarize_texts(
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 
-    given = read_sentences(texts or [], file, column, command=f"summarize {program.model}")
+    given = read_sentences(texts or [], file, column, command=["summarize", str(program.model)])
     search = beams_of(beams, length_penalty)
     with working(f"compiling {program.model}", shown=not as_json):
         rewriter = TextRewriter.open(program)

@@ -36,7 +36,7 @@ def tag_texts(
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger
 
-    given = read_sentences(texts or [], file, column, command=f"tag {program.model}")
+    given = read_sentences(texts or [], file, column, command=["tag", str(program.model)])
     with working(f"compiling {program.model}", shown=not as_json):
         tagger = TokenTagger.open(program)
     with counting("tagging", len(given), shown=not as_json) as progress:

@@ -53,7 +53,7 @@ def translate_texts(
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 
-    given = read_sentences(texts or [], file, column, command=f"translate {program.model}")
+    given = read_sentences(texts or [], file, column, command=["translate", str(program.model)])
     search = beams_of(beams, length_penalty)
     with working(f"compiling {program.model}", shown=not as_json):
         rewriter = TextRewriter.open(program)
