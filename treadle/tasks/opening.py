@@ -216,7 +216,7 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         elif source.kind == "declaration" and str(source.path) != source.label:
             hint = Hint(
                 f"{hint}; t.compile({source.label!r}) runs the declaration on arrays",
-                f"{hint}; `treadle run {label} --input NAME=FILE.npy` runs the declaration on arrays",
+                f"{hint}; `treadle run {shlex.quote(label)} --input NAME=FILE.npy` runs the declaration on arrays",
             )
         what = f"to {head.does} needs a checkpoint folder, not {_NO_FOLDERS[source.kind]}"
         raise UsageError(what, received=label, hint=hint)
@@ -225,7 +225,7 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
             f"to {head.does} needs a folder with config.json", received=source.place.name, hint=head.folders
         )
     is_converted = source.kind == "ctranslate2"  # without config.json; only Whisper is read in this layout
-    config = {"architectures": [*HEADS["transcribe"].ends]} if is_converted else source.config
+    config: Mapping[str, Any] = {"architectures": [*HEADS["transcribe"].ends]} if is_converted else source.config
     if is_converted or not head.is_of(config):
         received = ", ".join(map(printable, classes_of(config))) or "config.json names no class"
         raise UsageError(
