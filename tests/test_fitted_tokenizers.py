@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,22 @@ def test_a_model_of_few_tokens_gets_no_new_vocabulary(command: Treadle) -> None:
     refused(said, "--tokenizer FOLDER, of a model with the intended vocabulary")
     assert "--vocab" not in said.err
     refused(command(line, "--vocab 99"), "a model with more token ids")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "perplexity short.py:causal corpus.txt --weights causal/weights.safetensors",
+        "train short.py:causal corpus.txt -o new --steps 1 --length 8 --batch 1",
+    ],
+)
+def test_a_length_that_is_fixed_is_named_as_the_hint_says(line: str, command: Treadle) -> None:
+    Path("short.py").write_text(MODELS.replace('i64["B S"]', 'i64["1 8"]'), encoding="utf-8")
+    said = command(line, "--backend numpy --tokenizer fits")
+    refused(said, "the length of its inputs is fixed")
+    (axes,) = re.findall('names of the sizes, as ("[^"]*"): in the declaration of tokens', said.err)
+    Path("short.py").write_text(MODELS.replace('i64["B S"]', f"i64[{axes}]"), encoding="utf-8")
+    assert command(line, "--backend numpy --tokenizer fits").code == 0
 
 
 @pytest.mark.parametrize("option", ["draft", "teacher"])

@@ -31,7 +31,7 @@ from treadle.program.given_texts import read_documents
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
 from treadle.runtime.language_models import count_token_ids
-from treadle.tasks.causal_models import causality_of, logits_of
+from treadle.tasks.causal_models import causality_of, fixed_length, logits_of
 from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -232,10 +232,12 @@ def _check_model(resolved: Resolved, objective: str) -> None:
     axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
     shown = printable(resolved.source.label)
     if tokens is None or axis is None or len(takes) > 1:
+        fixed = None if tokens is None else fixed_length(graph.main.inputs)
         raise UsageError(
-            f"{shown} cannot be trained on texts: it is not a model of tokens alone",
+            f"{shown} cannot be trained on texts: "
+            + ("it is not a model of tokens alone" if fixed is None else "the length of its inputs is fixed"),
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
-            hint=_IN_PYTHON,
+            hint=fixed or _IN_PYTHON,
         )
     outputs = {name: value.type for name, value in graph.main.outputs.items()}
     scored = logits_of(graph)
