@@ -17,6 +17,7 @@ from treadle.ir.interpreter import solve_sizes
 from treadle.ir.naming import free_name
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.wording.call_spelling import spelled_keywords
 from treadle.ir.wording.fixed_sizes import named_sizes_hint
 
 Array = np.ndarray[Any, Any]
@@ -180,7 +181,7 @@ def _fixed_size(port: Port, shape: Sequence[int]) -> Hint | None:
 
 
 def _to_give(names: Sequence[str]) -> Hint | None:
-    return Hint(", ".join(f"{n}=..." for n in names), " ".join(f"--input {n}=..." for n in names)) if names else None
+    return Hint(spelled_keywords(names), " ".join(f"--input {n}=..." for n in names)) if names else None
 
 
 def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> str:
