@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import keyword
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from treadle.ir.interpreter import solve_sizes
 from treadle.ir.naming import free_name
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.wording.call_spelling import spelled_keywords
 from treadle.ir.wording.fixed_sizes import named_sizes_hint
 
 Array = np.ndarray[Any, Any]
@@ -181,8 +181,7 @@ def _fixed_size(port: Port, shape: Sequence[int]) -> Hint | None:
 
 
 def _to_give(names: Sequence[str]) -> Hint | None:
-    python = [f"{n}=..." if n.isidentifier() and not keyword.iskeyword(n) else f"**{{{n!r}: ...}}" for n in names]
-    return Hint(", ".join(python), " ".join(f"--input {n}=..." for n in names)) if names else None
+    return Hint(spelled_keywords(names), " ".join(f"--input {n}=..." for n in names)) if names else None
 
 
 def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> str:

@@ -341,3 +341,23 @@ def test_sizes_and_values_of_inputs_that_no_option_names(words: list[str], hint:
 def test_the_configuration_has_no_size_of_a_batch() -> None:
     assert refused("run", "gpt2", *SMALL, "--set", "batch_size=4")[1].startswith("leave it out: ")
     assert refused("report", "gpt2", *SMALL, "--set", "batch_size=4")[1] == "--sizes, an option of treadle report"
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("translate MODEL the", "run MODEL --input NAME=FILE.npy"),
+        ("generate gpt2 the --draft MODEL", "compile MODEL --weights FOLDER -o draft.treadle"),
+        ("train ARTIFACT texts.txt -o new", "run ARTIFACT"),
+    ],
+)
+def test_a_name_with_a_space_is_quoted_in_a_command(
+    line: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my models.py").write_text(DECLARATION.replace(": int,", ": int = 9,").replace("m: int)", "m: int = 8)"))
+    runs("compile", "my models.py:p3", "--backend", "numpy", "-o", "my model.treadle")
+    names = {"MODEL": "my models.py:p3", "ARTIFACT": "my model.treadle"}
+    _, hint = refused(*[names.get(word, word) for word in line.split()])
+    (named,) = re.findall(r"`treadle ([^`]*)`", hint)
+    assert shlex.split(named) == [names.get(word, word) for word in command.split()]

@@ -367,6 +367,23 @@ def test_bad_input_exits_with_2(treadle_command: Treadle, words: tuple[str, ...]
     refused(treadle_command("diff", SMALL, *words), part)
 
 
+@pytest.mark.parametrize("quantity", ["peak>1x", "kernels>100", "generic>100"])
+def test_a_build_without_a_plan_of_storage_is_completed_as_the_hint_says(
+    quantity: str, treadle_command: Treadle
+) -> None:
+    pytest.importorskip("tvm")
+    words = "diff", SMALL, "--backend", "tvm", "--fail-if", quantity
+    said = treadle_command(*words[:2], f"{SMALL}@legalize", *words[2:])
+    refused(said, "is not known in both builds", "leave out @legalize")
+    assert treadle_command(*words[:2], SMALL, *words[2:]).code == 0
+
+
+def test_a_build_without_a_pass_is_the_model(treadle_command: Treadle) -> None:
+    refused(treadle_command("diff", SMALL, f"{SMALL}@"), f"try       {SMALL}, or {SMALL}@PASS")
+    refused(treadle_command("diff", SMALL, "@fuse-gelu"), "try       MODEL, or MODEL@PASS")
+    assert treadle_command("diff", SMALL, SMALL).code == 0
+
+
 def test_options_of_a_side_come_after_the_common_ones(treadle_command: Treadle) -> None:
     said = treadle_command("diff", SMALL, "--set", "layers=3", "--a", "--set layers=1", "--json")
     assert {op: n for op, n in said.json["ops"].items() if op == "attention"} == {"attention": {"a": 1, "b": 3}}

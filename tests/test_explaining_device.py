@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch")
 
+from tests.command_line import with_last_values
 from treadle.cli import app
 from treadle.explaining.device import explain_device
 
@@ -72,6 +73,16 @@ def test_a_target_on_the_command_line_is_refused_if_it_is_not_a_device() -> None
         assert ("webgpu" in hint) == ("torch" not in more)
         followed = CliRunner().invoke(app, [*small, *more, *hint.split(",")[0].split()])
         assert followed.exit_code == 0 and " on cuda, " in followed.stdout
+
+
+def test_a_device_of_another_backend_is_refused_without_the_cpu() -> None:
+    words = "explain gpt2 device --set layers=1 --target opencl --backend torch"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 2
+    (hint,) = re.findall(r"try +(--backend .*)", done.stderr)
+    for way in hint.split("; or "):
+        followed = CliRunner().invoke(app, with_last_values("explain", f"{words} {way}"))
+        assert followed.exit_code == 0, followed.output
 
 
 def test_threads_do_not_apply_to_a_device() -> None:

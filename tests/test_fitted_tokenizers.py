@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ Lengths = Annotated[t.Tensor, t.i64["B"]]
 @t.model
 def causal(tokens: Tokens, *, vocab=270, dim=8):
     x = t.embed(tokens, vocab, dim, name="table")
+    return {"logits": t.unembed(x + t.self_attention(x, 2, causal=True, name="attn"), tied="table")}
+
+
+@t.model
+def named(tokens: Tokens, *, words=270, dim=8):
+    x = t.embed(tokens, words, dim, name="table")
     return {"logits": t.unembed(x + t.self_attention(x, 2, causal=True, name="attn"), tied="table")}
 
 
@@ -133,8 +140,58 @@ def test_a_new_vocabulary_must_fit_even_if_the_texts_have_no_such_token(command:
 
 
 def test_a_vocabulary_that_is_too_small_for_the_bytes_names_both_options(command: Treadle) -> None:
-    said = command("train models.py:causal corpus.txt --vocab 100 -o new --steps 1 --length 8 --batch 1")
-    refused(said, "257 tokens or more", "--vocab 8000 --set vocab=8000")
+    line = "train models.py:causal corpus.txt --backend numpy -o new --steps 1 --length 8 --batch 1"
+    refused(command(line, "--set vocab=100 --vocab 100"), "257 tokens or more", "--vocab 8000 --set vocab=8000")
+    refused(command(line, "--set vocab=100"), "--tokenizer FOLDER", "or --vocab 8000 --set vocab=8000, which")
+    assert command(line, "--vocab 8000 --set vocab=8000").code == 0
+
+
+@pytest.mark.parametrize("size", [100, 300])
+def test_a_new_vocabulary_fits_a_model_without_an_option_for_it(size: int, command: Treadle) -> None:
+    """A size that fits the model is in the hint."""
+    line = "train models.py:named corpus.txt --backend numpy -o new --steps 1 --length 8 --batch 1"
+    refused(command(line, f"--vocab {size}"), "try       --vocab 270\n")
+    assert command(line, "--vocab 270").code == 0
+
+
+def test_a_model_of_few_tokens_gets_no_new_vocabulary(command: Treadle) -> None:
+    line = "train models.py:named corpus.txt --set words=99 --backend numpy -o new --steps 1 --length 8 --batch 1"
+    said = command(line)
+    refused(said, "--tokenizer FOLDER, of a model with the intended vocabulary")
+    assert "--vocab" not in said.err
+    refused(command(line, "--vocab 99"), "a model with more token ids")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "perplexity short.py:causal corpus.txt --weights causal/weights.safetensors",
+        "train short.py:causal corpus.txt -o new --steps 1 --length 8 --batch 1",
+    ],
+)
+def test_a_length_that_is_fixed_is_named_as_the_hint_says(line: str, command: Treadle) -> None:
+    Path("short.py").write_text(MODELS.replace('i64["B S"]', 'i64["1 8"]'), encoding="utf-8")
+    said = command(line, "--backend numpy --tokenizer fits")
+    refused(said, "the length of its inputs is fixed")
+    (axes,) = re.findall('names of the sizes, as ("[^"]*"): in the declaration of tokens', said.err)
+    Path("short.py").write_text(MODELS.replace('i64["B S"]', f"i64[{axes}]"), encoding="utf-8")
+    assert command(line, "--backend numpy --tokenizer fits").code == 0
+
+
+@pytest.mark.parametrize("option", ["draft", "teacher"])
+def test_a_further_model_has_its_own_tokenizer(option: str, command: Treadle) -> None:
+    """--tokenizer names the tokenizer of the model alone."""
+    lines = {
+        "draft": "generate models.py:causal the --weights causal --tokens 2",
+        "teacher": "train models.py:causal corpus.txt -o new --steps 1 --length 8 --batch 1",
+    }
+    compiling = "compile models.py:causal --weights causal --backend numpy -o further.treadle"
+    assert command(compiling).code == 0
+    line = f"{lines[option]} --backend numpy --tokenizer fits --{option} further.treadle"
+    refused(command(line), f"a {option} is a model with its tokenizer", "a folder with tokenizer.json, or an artifact")
+    write_tokenizer(Path("causal"), with_added(260))
+    assert command(compiling).code == 0
+    assert command(line).code == 0
 
 
 def test_added_tokens_beyond_the_table_are_refused_in_texts_alone(command: Treadle) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from treadle.tasks.loaded import LoadedModel
 from treadle.tasks.matching import Matched
 from treadle.tasks.rewriting import Rewritten, TextRewriter
 from treadle.tasks.scoring import Scored
+from treadle.training.weight_files import write_weights
 
 BEAMS = Beams(2)
 
@@ -153,6 +154,31 @@ def test_explanations_match_compilation() -> None:
 def test_a_value_that_no_model_accepts_is_an_error_of_load(option: dict[str, Any], what: str) -> None:
     with pytest.raises(TreadleError, match=what):
         load("minilm", **option)
+
+
+def test_check_is_an_option_of_artifacts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not accept check") as caught:
+        load("minilm", check=False)
+    assert caught.value.hint == "leave it out"
+    path = str(tmp_path / "two.treadle")
+    t.compile(two, backend="numpy").save(path)
+    with pytest.raises(UsageError, match="does not accept check") as caught:
+        load(path, check=False)
+    assert caught.value.hint == f"treadle.load_artifact({path!r}, check=False)"
+    assert t.load_artifact(path, check=False).name == "two"
+
+
+@t.model
+def two(x: Annotated[t.Tensor, t.f32["B 2"]]):  # type: ignore[no-untyped-def]
+    return {"y": x * 2}
+
+
+def test_a_call_names_the_task_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"], "vocab_size": 9}', encoding="utf-8")
+    write_weights(tmp_path / "model.safetensors", {})
+    with pytest.raises(UsageError, match="a loaded model is called by its tasks") as caught:
+        LoadedModel(Program.of(str(tmp_path)))("a cat")
+    assert caught.value.hint == "model.embed(...), the task of its class"
 
 
 def test_an_option_that_an_artifact_does_not_accept_is_an_error_of_load(tmp_path: Path) -> None:

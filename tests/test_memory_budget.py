@@ -153,6 +153,19 @@ def test_a_bound_of_nothing_is_not_told() -> None:
     assert "no plan" not in str(refused.value.within)
 
 
+@t.model
+def fixed(image: Annotated[t.Tensor, t.f32["4 8"]]):  # type: ignore[no-untyped-def]
+    return {"y": t.softmax(t.linear(image, 8, name="proj"), axis=-1)}
+
+
+def test_a_model_of_fixed_sizes_cannot_be_run_at_smaller_ones() -> None:
+    with raises_freely(BackendError, match="does not fit") as refused:
+        t.compile(fixed, backend="tvm", memory=1)
+    name, _, least = str(refused.value.hint).partition("=")
+    assert name == "memory"
+    t.compile(fixed, backend="tvm", memory=int(least))
+
+
 def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
     kept = within("gpt2", int(peak_of("gpt2") * 0.6))
     assert kept.memory_fit is not None

@@ -554,8 +554,9 @@ def test_a_report_that_fails_is_the_error_of_its_tab() -> None:
 
 
 def test_a_profile_needs_a_compiled_model_on_tvm(exe: t.Compiled) -> None:
-    with pytest.raises(UsageError, match="profiled"):
+    with pytest.raises(UsageError, match="profiled") as caught:
         exe.report(profile=2)
+    assert caught.value.hint == 't.compile(model, backend="tvm").report(profile=2)'
 
 
 def test_a_profile_has_the_times_of_kernels() -> None:

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,26 @@ def test_a_value_is_compiled_once(tmp_path: Path, runs: list[str], backend: str)
         np.testing.assert_array_equal(got["values"], wanted["values"])
         np.testing.assert_array_equal(got["places"], wanted["places"])
     assert runs == ["f32[B, 3], i64[B, 3]", "f32[B, 5], i64[B, 5]"]
+
+
+def test_hints_for_names_that_python_does_not_have(tmp_path: Path) -> None:
+    """Names of ONNX files may have dots and hyphens."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(TOP)
+    for at, name in enumerate(("input.1", "my-k")):
+        proto.graph.input[at].name = proto.graph.node[0].input[at] = name
+    exe = opened(tmp_path, proto)
+    names = {"exe": exe, "x": ROWS, "k": [3]}
+    for call, filled in ((exe.at, ["k"]), (partial(exe, ROWS, [3], 1), ["x", "k"])):
+        with pytest.raises(TreadleError) as caught:
+            call()
+        hint = str(caught.value.hint)
+        for value in filled:
+            hint = hint.replace("...", value, 1)
+        eval(hint, names)
+    with pytest.raises(BackendError, match="no value for my-k") as caught:
+        exe(ROWS)
+    eval(f"exe(x, {str(caught.value.hint).replace('...', 'k')})", names)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

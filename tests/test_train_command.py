@@ -330,6 +330,14 @@ def test_other_tokens_of_the_same_texts_are_refused(train: Treadle, monkeypatch:
     refused(said, "other tokens of the same texts", "the same texts and tokenizer")
 
 
+def test_other_tokens_are_named_next_to_other_settings(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(f"gpt2 texts.txt {SMALL} --state half").code == 0
+    ids = TextTokenizer.ids
+    monkeypatch.setattr(TextTokenizer, "ids", lambda self, texts: [each[::-1] for each in ids(self, texts)])
+    said = train(f"gpt2 texts.txt {SMALL} --resume half --steps 6 --seed 1")
+    refused(said, "other tokens of the same texts", "--seed 0, the same texts and tokenizer; or")
+
+
 def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadle) -> None:
     assert train(f"gpt2 texts.txt {SMALL} --state half --learning-rate 0.01").code == 0
     said = train(
@@ -615,6 +623,7 @@ REFUSED = {
     ),
     "--save-every 3": ("--save-every only applies together with --state", "--state FILE as well"),
     "--resume none": ("there is no file none", "a file that --state wrote"),
+    "--resume texts.txt": ("the header is longer than the file", "a file that --state wrote, undamaged"),
     "--state .": ("the state cannot be written: this is a folder", "a file in a folder"),
     "--state none/s": ("the state cannot be written: its folder does not exist", "mkdir -p none"),
     "--optimizer adam": ("there is no optimizer 'adam'", "adamw or sgd"),

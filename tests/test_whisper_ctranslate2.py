@@ -117,6 +117,13 @@ def test_the_command_line_takes_it(folder: Path, tmp_path: Path) -> None:
     assert json.loads(ran.stdout)["outputs"]["logits"]["shape"] == [2, 5, SMALL["vocab"]]
 
 
+@pytest.mark.parametrize("command", ["classify", "label", "translate", "summarize"])
+def test_other_tasks_name_its_own(command: str, folder: Path) -> None:
+    done = CliRunner().invoke(app, [command, str(folder), "a.png"])
+    assert done.exit_code == 2 and "has no head to" in done.stderr, done.output
+    assert f"treadle transcribe {folder}, the task of its class" in done.stderr
+
+
 def test_another_architecture_is_refused(folder: Path) -> None:
     (folder / "model.bin").write_bytes(model(variable("a", np.zeros(3, "<f4")), specification="TransformerSpec"))
     with pytest.raises(CheckpointError, match="the file does not contain a Whisper model") as caught:

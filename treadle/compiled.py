@@ -21,6 +21,7 @@ from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
+from treadle.ir.wording.call_spelling import spelled_keywords
 from treadle.ir.wording.checked_calls import with_checked_call, with_checked_methods
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.ir.wording.other_interfaces import COMPILED_ATTRIBUTES
@@ -210,7 +211,7 @@ class Compiled:
             wrong = f"input {', '.join(twice)} is passed twice"
         if wrong:
             received = ", ".join([f"{len(ordered)} by position", *(f"{printable(name)}=..." for name in arrays)])
-            hint = f"exe({', '.join(f'{name}=...' for name in names)})"
+            hint = f"exe({spelled_keywords(names)})"
             raise BackendError(wrong, received=received, within=repr(self), hint=hint)
         return {**dict(zip(names, ordered, strict=False)), **arrays}
 

@@ -350,7 +350,7 @@ class TextWriter:
             raise UsageError(
                 f"{self.model.name} has no chat template: it was not trained for conversations",
                 hint=Hint(
-                    "generate, without chat=True, continues a prompt",
+                    "the method generate continues a prompt",
                     "treadle generate, without --chat, continues a prompt",
                 ),
             )

@@ -41,6 +41,10 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     program = Program.of(model if path is None else path, **options)  # type: ignore[arg-type]
     name = program.source.label if path is None else path
     program.options.check_values()
+    if "check" in options:
+        what = "a model that is loaded for tasks does not accept check"
+        hint = f"treadle.load_artifact({name!r}, check=False)" if is_artifact(name) else "leave it out"
+        raise UsageError(what, received=name, hint=hint)
     if is_artifact(name):
         program.options.refuse_for_artifact(name, also=("cache", "tokenizer"))
     if program.options.doubtful:  # a misspelled option is reported here, not by the first task
@@ -55,9 +59,6 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
                 received=name,
                 hint=f"treadle.load_artifact({name!r}); or, for a model that continues text, tokenizer=FOLDER",
             )
-    if "check" in options:
-        what = "a model that is loaded for tasks does not accept check"
-        raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
     if path is None or not is_fetched(path):  # a fetched model is looked up at its first task
         source = program.source
         if not source.has_weights or (source.path is None and source.text_source is source):

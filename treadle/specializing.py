@@ -35,6 +35,7 @@ from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.target import Target
+from treadle.ir.wording.call_spelling import spelled_keywords
 from treadle.ir.wording.checked_calls import with_checked_methods
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
@@ -158,7 +159,7 @@ class Specializing(Compiled):
         return html_title(repr(self)[1:-1]) + ports + (html_code("specializations", kept) if kept else "")
 
     def _to_save(self, path: str) -> str:
-        return f'exe.at({_assigned(self.static)}).save("{path}")'
+        return f'exe.at({spelled_keywords(self.static)}).save("{path}")'
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -191,7 +192,7 @@ class Specializing(Compiled):
             raise UsageError(
                 f"{', '.join(map(printable, more))} does not determine a shape where {where}",
                 received=", ".join(map(printable, static)),
-                hint=f"exe.at({_assigned([c.name for c in way])})",
+                hint=f"exe.at({spelled_keywords([c.name for c in way])})",
             )
         return compiled
 
@@ -206,7 +207,7 @@ class Specializing(Compiled):
                 raise UsageError(
                     f"the value of {printable(found)} determines a shape",
                     received=", ".join(map(printable, given)) or "no value",
-                    hint=f"exe.at({_assigned(names)})",
+                    hint=f"exe.at({spelled_keywords(names)})",
                 )
             way = (*way, self._chosen(self._ports[found], given[found]))
 
@@ -291,7 +292,7 @@ class Specializing(Compiled):
         raise UsageError(
             f"{what} on the value of {', '.join(map(printable, names))}",
             received=repr(self),
-            hint=f"exe.at({_assigned(names)}).{asked}",
+            hint=f"exe.at({spelled_keywords(names)}).{asked}",
         )
 
 
@@ -299,7 +300,3 @@ def _keep(known: OrderedDict[Way, Held], way: Way, value: Held, most: int) -> No
     known[way] = value
     if len(known) > most:
         known.popitem(last=False)
-
-
-def _assigned(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(f"{printable(name)}=..." for name in names)

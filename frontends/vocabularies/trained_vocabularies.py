@@ -17,6 +17,11 @@ USUAL_VOCABULARY = 8000
 _BYTES = 256
 
 
+def least_vocabulary(*, mask: bool = False) -> int:
+    """Return the number of tokens without merges: the 256 bytes, END, and MASK if it is requested."""
+    return _BYTES + 1 + mask
+
+
 def train_tokenizer(texts: Sequence[str], size: int, *, mask: bool = False) -> TextTokenizer:
     """Train a tokenizer of up to `size` tokens: END, MASK if it is requested, the 256 bytes, and merges of frequent
     pairs. Equal texts give equal tokenizers.
@@ -26,8 +31,7 @@ def train_tokenizer(texts: Sequence[str], size: int, *, mask: bool = False) -> T
     import tokenizers
 
     special = [END, MASK] if mask else [END]
-    least = _BYTES + len(special)
-    if size < least:
+    if size < (least := least_vocabulary(mask=mask)):
         raise UsageError(
             f"a vocabulary has a token for each byte and {len(special)} special: {least} tokens or more",
             received=f"{size}",

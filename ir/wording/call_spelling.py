@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import keyword
+from collections.abc import Sequence
 from inspect import Parameter, Signature
 
 from treadle.ir.wording.other_spellings import LEFT_OUT_OPTIONS, OTHER_OPTIONS
@@ -21,6 +23,15 @@ def spelled_call(name: str, signature: Signature) -> str:
     if by_name and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
         spelled.insert(by_name[0], "*")
     return f"{name}({', '.join(spelled)})"
+
+
+def spelled_keywords(names: Sequence[str]) -> str:
+    """Return keyword arguments of these names, such as `x=..., y=...`. If one is not a name in Python, as in ONNX
+    files, the text is `**{'input.1': ..., 'y': ...}`.
+    """
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in names):
+        return ", ".join(f"{name}=..." for name in names)
+    return f"**{{{', '.join(f'{name!r}: ...' for name in names)}}}"
 
 
 def nearest_option(wanted: str, signature: Signature) -> str | None:

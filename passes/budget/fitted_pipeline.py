@@ -163,11 +163,12 @@ def _does_not_fit(search: Fitting, graph: Graph, budget: MemoryLimit) -> Backend
     bound = min(search.bound, least)
     # At smaller sizes, an output may be too small for the temporaries that it holds at these sizes.
     alone = f", {whole.here:,} at these sizes alone" if whole.here < whole.bytes else ""
+    smaller = ", or smaller sizes" if graph.symbols else ""
     return BackendError(
         "a run does not fit into its memory limit",
         received=f"{budget}, without weights, inputs and outputs",
         within=f"{graph.name}: {whole.bytes:,} bytes without a budget{alone}; the least that was reached is {least:,}"
         + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
         + cut,
-        hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
+        hint=Hint(f"memory={least}{smaller}", f"--memory {least}{smaller and ', or smaller --sizes'}"),
     )

@@ -72,6 +72,11 @@ class Build:
             return self.lowered.graph
         return self.optimized.graph
 
+    @property
+    def is_unplanned(self) -> bool:
+        """True if the requested pass of the backend precedes the plan of storage."""
+        return self.is_backend_stage and self.lowered is not None and self.lowered.plan is None
+
     def origins(self, node: Node) -> frozenset[Node]:
         """Return the nodes of `source` that a node of `graph` computes; empty if no pass recorded them."""
         if self.is_backend_stage and self.lowered is not None:
@@ -173,7 +178,7 @@ def split_pass(model: AnyModel) -> tuple[AnyModel, str]:
         raise UsageError(
             "a build is MODEL or MODEL@PASS",
             received=printable(model),
-            hint="gpt2@fuse-gelu",
+            hint=f"{printable(name)}, or {printable(name)}@PASS" if name else "MODEL, or MODEL@PASS",
         )
     return name, stage
 

@@ -62,11 +62,18 @@ class DiffCondition:
     number: Fraction
     is_ratio: bool
 
-    def holds(self, quantity: Quantity) -> bool:
-        """Return True if the condition holds. Raises UsageError if the backend does not determine the quantity."""
+    def holds(self, quantity: Quantity, *stages: str) -> bool:
+        """Return True if the condition holds.
+
+        stages  the passes of builds that end before storage is planned
+
+        Raises UsageError if a build ends too early, or if the backend does not determine the quantity.
+        """
         if quantity.b is None or (self.is_ratio and quantity.a is None):
             needs = "tvm" if self.quantity in ("kernels", "generic") else "numpy"
             hint = Hint(f'backend="{needs}"', f"--backend {needs}")
+            if stages:
+                hint = Hint(*2 * [f"leave out {' and '.join(f'@{each}' for each in stages)}: storage is planned later"])
             raise UsageError(f"{self.quantity} is not known in both builds", received=self.text, hint=hint)
         limit = self.number * Fraction(quantity.a or 0) if self.is_ratio else self.number
         return _COMPARISONS[self.comparison](Fraction(quantity.b), limit)
@@ -95,7 +102,8 @@ def check_conditions(
 ) -> tuple[ConditionOutcome, ...]:
     """Evaluate conditions on a comparison. Raises UsageError as `DiffCondition.holds` does."""
     quantities = [comparison.quantity(each.quantity) for each in conditions]
-    return tuple([ConditionOutcome(c, q, c.holds(q)) for c, q in zip(conditions, quantities, strict=True)])
+    early = [each.stage for each in (comparison.a, comparison.b) if each.is_unplanned]
+    return tuple([ConditionOutcome(c, q, c.holds(q, *early)) for c, q in zip(conditions, quantities, strict=True)])
 
 
 def parse_conditions(text: str) -> tuple[DiffCondition, ...]:

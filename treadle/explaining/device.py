@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.refusals import KINDS, refuse_target
 from treadle.explaining.layouts import optimized_for
-from treadle.ir.errors import Hint, PassError, UsageError
+from treadle.ir.errors import BackendError, Hint, PassError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.stages import DeriveStep, run
@@ -81,7 +81,11 @@ def explain_device(model: AnyModel, **options: Any) -> DeviceReport | LaunchRepo
     if backend not in ("torch", "tvm"):
         what = "programs for devices are those of the torch and the tvm backend"
         raise UsageError(what, received=f"backend {backend}", hint=Hint('backend="tvm"', "--backend tvm"))
-    refuse_target(backend, chosen.where)
+    try:
+        refuse_target(backend, chosen.where)
+    except BackendError as error:  # whose hint names the CPU, which is no device
+        error.hint = Hint('backend="tvm"; or target="cuda"', "--backend tvm; or --target cuda")
+        raise
     if backend == "tvm":
         from treadle.explaining.device_launches import explain_launches
 

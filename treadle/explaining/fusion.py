@@ -16,6 +16,7 @@ from typing import Any
 
 from treadle.artifacts.reading import is_artifact
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
+from treadle.files.shown_names import printable
 from treadle.ir.analysis.run_counts import count_calls, count_run_ops
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
@@ -173,5 +174,6 @@ def parse_expected(texts: Sequence[str]) -> dict[str, int]:
     for text in texts:
         name, _, count = text.partition("=")
         if not name.strip() or not (count.strip().isascii() and count.strip().isdigit()) or len(count) > 12:
-            raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint="--expect attention=12")
+            hint = f"--expect {printable(name.strip()) or 'attention'}=12"
+            raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint=hint)
     return {op: int(count) for op, count in parse_assignments(texts, "--expect 1", "an op").items()}

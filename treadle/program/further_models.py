@@ -7,6 +7,7 @@ all of these: a folder with a checkpoint, a GGUF file, or an artifact.
 from __future__ import annotations
 
 from treadle.files.shown_names import printable
+from treadle.frontends.vocabularies.folder_vocabulary import FILE
 from treadle.ir.errors import Hint, UsageError
 from treadle.program.forms.finding import compiling_with_weights
 from treadle.program.source import ModelSource
@@ -17,11 +18,17 @@ def open_further(name: str, option: str) -> ModelSource:
     """Find the model of an option, "draft" or "teacher".
 
     Raises UsageError for a declaration without weights, and for weights of a declaration in Python, with the command
-    that writes both to one file; and as `ModelSource.open` does.
+    that writes both to one file; for a model without a tokenizer; and as `ModelSource.open` does.
     """
     source, file = ModelSource.open(name), f"{option}.treadle"
     found = compiled_apart(source, name, file)
     if found is None:
+        if not source.has_tokenizer:
+            raise UsageError(
+                f"a {option} is a model with its tokenizer, which --tokenizer does not name",
+                received=f"--{option} {printable(name)}",
+                hint=f"a folder with {FILE}, or an artifact that was compiled from such a folder",
+            )
         return source
     received, command = found
     raise UsageError(

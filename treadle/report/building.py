@@ -228,7 +228,10 @@ class _Collected:
             raise UsageError(
                 "only a model without states, compiled for the tvm backend, can be profiled",
                 received=f"{model.name} on {model.backend}",
-                hint=Hint('t.compile(model, backend="tvm").report()', self._with(backend="tvm", profile=rounds)),
+                hint=Hint(
+                    f't.compile(model, backend="tvm").report(profile={rounds})',
+                    self._with(backend="tvm", profile=rounds),
+                ),
             )
         calls = time_calls(exe, draw_inputs(graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()

@@ -5,9 +5,14 @@ causality_of(resolved)  # True; False for an encoder; None for a large model tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from treadle.ir.analysis.causal_runs import causality_in_runs
 from treadle.ir.analysis.causality import is_causal
-from treadle.ir.graph import Graph
+from treadle.ir.errors import Hint
+from treadle.ir.graph import Graph, Value
+from treadle.ir.types import i64
+from treadle.ir.wording.fixed_sizes import named_sizes_hint
 from treadle.passes.stages import Recognize, run
 from treadle.program.source import Resolved
 
@@ -30,3 +35,11 @@ def causality_of(resolved: Resolved) -> bool | None:
     if is_causal(run(graph, [Recognize()]).graph, axis, logits_of(graph)):
         return True
     return causality_in_runs(graph, axis, logits_of(graph), resolved.weights)
+
+
+def fixed_length(inputs: Sequence[Value]) -> Hint | None:
+    """Return the hint for a model of tokens alone that takes one number of them; None for another model."""
+    if len(inputs) != 1 or inputs[0].type.dtype is not i64 or inputs[0].type.rank != 2:
+        return None
+    tokens = inputs[0]
+    return None if tokens.type.shape[-1].constant is None else named_sizes_hint(tokens.name, "i64", "B S")

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, overload
 
 from treadle.files.contained_files import PathLike
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.wording.checked_calls import with_checked_call
 from treadle.ir.wording.other_interfaces import LOADED_ATTRIBUTES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
 from treadle.program.program import Program
+from treadle.tasks.heads import task_of
 from treadle.tasks.option_hints import with_task_calls
 
 if TYPE_CHECKING:
@@ -318,11 +320,11 @@ class LoadedModel:
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Raise UsageError: a model has a method for each task, while Hugging Face's pipeline has one task."""
-        raise UsageError(
-            "a loaded model is called by its tasks",
-            received=repr(self),
-            hint='model.generate("Once upon a time"), model.classify("I like it."), model.embed("a cat"), ...',
-        )
+        hint = 'model.generate("Once upon a time"), model.classify("I like it."), model.embed("a cat"), ...'
+        with suppress(TreadleError):  # a model without a class, or a damaged folder
+            if task := task_of(self.program.source.config):
+                hint = f"model.{task}(...), the task of its class"
+        raise UsageError("a loaded model is called by its tasks", received=repr(self), hint=hint)
 
     def __repr__(self) -> str:
         return f"<model {self.program.model} for tasks, backend {self.program.options.backend}>"

@@ -30,7 +30,7 @@ from treadle.program.source import ModelSource
 from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.fitted_tokenizers import fit_tokenizer, no_tokens
-from treadle.tasks.heads import Head, classes_of, task_of
+from treadle.tasks.heads import HEADS, Head, classes_of, task_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -216,7 +216,7 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         elif source.kind == "declaration" and str(source.path) != source.label:
             hint = Hint(
                 f"{hint}; t.compile({source.label!r}) runs the declaration on arrays",
-                f"{hint}; `treadle run {label} --input NAME=FILE.npy` runs the declaration on arrays",
+                f"{hint}; `treadle run {shlex.quote(label)} --input NAME=FILE.npy` runs the declaration on arrays",
             )
         what = f"to {head.does} needs a checkpoint folder, not {_NO_FOLDERS[source.kind]}"
         raise UsageError(what, received=label, hint=hint)
@@ -224,11 +224,13 @@ def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[s
         raise UsageError(
             f"to {head.does} needs a folder with config.json", received=source.place.name, hint=head.folders
         )
-    config = source.config
-    if not head.is_of(config):
+    is_converted = source.kind == "ctranslate2"  # without config.json; only Whisper is read in this layout
+    config: Mapping[str, Any] = {"architectures": [*HEADS["transcribe"].ends]} if is_converted else source.config
+    if is_converted or not head.is_of(config):
+        received = ", ".join(map(printable, classes_of(config))) or "config.json names no class"
         raise UsageError(
             f"{printable(source.label)} has no head to {head.does}",
-            received=", ".join(map(printable, classes_of(config))) or "config.json names no class",
+            received="a folder in CTranslate2's layout" if is_converted else received,
             hint=_own_task(source.label, config, head),
         )
     return source.folder, config

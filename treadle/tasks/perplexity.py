@@ -37,6 +37,7 @@ from treadle.models.family import LANGUAGE_ONLY
 from treadle.passes.stepping.last_position import with_all_positions
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
+from treadle.tasks.causal_models import fixed_length
 from treadle.tasks.classifying import Progress
 from treadle.tasks.fitted_tokenizers import are_logits, fit_tokenizer
 from treadle.tasks.opening import token_positions
@@ -243,8 +244,11 @@ def _check_causal(graph: Graph, source: ModelSource, weights: Mapping[str, Array
             )
     takes = ", ".join(f"{value.name}: {value.type}" for value in inputs)
     gives = ", ".join(f"{name}: {value.type}" for name, value in outputs.items())
+    why, hint = "it is not a causal language model of tokens alone", _CAUSAL
+    if source.kind == "gguf":
+        hint = LANGUAGE_ONLY
+    elif logits is not None and (fixed := fixed_length(inputs)) is not None:
+        why, hint = "the length of its inputs is fixed", fixed
     raise UsageError(
-        f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
-        received=f"({takes}) -> ({gives})",
-        hint=LANGUAGE_ONLY if source.kind == "gguf" else _CAUSAL,
+        f"{printable(source.label)} has no perplexity: {why}", received=f"({takes}) -> ({gives})", hint=hint
     )

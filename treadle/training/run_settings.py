@@ -48,14 +48,15 @@ def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple
         changed.pop(_TOKENS, None)
     others = [name for name in _OF_BATCHES if name in changed]
     if others:
-        same = " ".join(f"--{name} {printable(changed[name][0])}" for name in others if name not in (_TEXTS, _TOKENS))
+        flags = " ".join(f"--{name} {printable(changed[name][0])}" for name in others if name not in (_TEXTS, _TOKENS))
+        texts = "the same texts and tokenizer" if changed.keys() & {_TEXTS, _TOKENS} else ""
         raise UsageError(
             "a resumed run needs the same batches as the original run",
             received="; ".join(_difference(name, *changed[name]) for name in others),
             within=shown_path(state),
             hint=Hint(
                 "the same data, or train the saved model in a new run",
-                f"{same or 'the same texts and tokenizer'}; or train the saved model without --resume",
+                f"{', '.join(filter(None, (flags, texts)))}; or train the saved model without --resume",
             ),
         )
     return changed

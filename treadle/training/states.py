@@ -18,7 +18,7 @@ from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import check_writable, reporting_failed_writes
 from treadle.frontends.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
@@ -135,7 +135,7 @@ def _refuse_pickle(path: PathLike) -> None:
         raise UsageError(
             "a training state is not stored as a pickle, but the file name has a pickle extension",
             received=shown_path(path),
-            hint=f"{name.stem}.state",
+            hint=shown_path(name.with_suffix(".state")),
         )
 
 
@@ -144,7 +144,7 @@ def _opened(path: PathLike) -> SafetensorsFile:
         file = SafetensorsFile.open(path)
     except CheckpointError as error:
         if Path(path).is_file():
-            error.hint = "a file that `save_state` wrote, undamaged"
+            error.hint = Hint("a file that `save_state` wrote, undamaged", "a file that --state wrote, undamaged")
         raise
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:

@@ -19,7 +19,7 @@ from treadle.continuation import need_for_text
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.frontends.vocabularies.trained_vocabularies import USUAL_VOCABULARY, train_tokenizer
+from treadle.frontends.vocabularies.trained_vocabularies import USUAL_VOCABULARY, least_vocabulary, train_tokenizer
 from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
@@ -31,7 +31,7 @@ from treadle.program.given_texts import read_documents
 from treadle.program.source import ModelSource, Resolved
 from treadle.program.trained_folders import family_of_declaration
 from treadle.runtime.language_models import count_token_ids
-from treadle.tasks.causal_models import causality_of, logits_of
+from treadle.tasks.causal_models import causality_of, fixed_length, logits_of
 from treadle.tasks.fitted_tokenizers import fit_tokenizer
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -136,12 +136,12 @@ class TextData:
         _check_model(resolved, objective)
         documents: Sequence[str] = ()
         if vocab is None:
-            opened = _tokenizer(resolved)
+            opened = _tokenizer(resolved, objective)
         else:
             _refuse_vocab(source)
             documents = read_documents(files, column)
-            opened = _trained_tokenizer(documents, vocab, resolved, is_masked=objective == MASKED_TOKEN)
-        opened = _fitting(opened, resolved)
+            opened = _trained_tokenizer(documents, vocab, resolved, objective)
+        opened = _fitting(opened, resolved, None if vocab is None else _new_vocabulary(resolved, objective))
         if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
             raise UsageError(
                 "a teacher must have the same vocabulary as the model that it teaches",
@@ -232,10 +232,12 @@ def _check_model(resolved: Resolved, objective: str) -> None:
     axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
     shown = printable(resolved.source.label)
     if tokens is None or axis is None or len(takes) > 1:
+        fixed = None if tokens is None else fixed_length(graph.main.inputs)
         raise UsageError(
-            f"{shown} cannot be trained on texts: it is not a model of tokens alone",
+            f"{shown} cannot be trained on texts: "
+            + ("it is not a model of tokens alone" if fixed is None else "the length of its inputs is fixed"),
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
-            hint=_IN_PYTHON,
+            hint=fixed or _IN_PYTHON,
         )
     outputs = {name: value.type for name, value in graph.main.outputs.items()}
     scored = logits_of(graph)
@@ -271,24 +273,33 @@ def _has_masked_head(resolved: Resolved) -> bool:
         return False
 
 
-def _usual_size(resolved: Resolved) -> int:
-    """Return a usual size of a new vocabulary, at most the number of token ids of the model."""
-    return min(USUAL_VOCABULARY, count_token_ids(resolved.graph.main, "tokens") or USUAL_VOCABULARY)
+def _new_vocabulary(resolved: Resolved, objective: str) -> Hint | None:
+    """Return the options for a new vocabulary that fits the model; None if the model has too few token ids, and no
+    option for their number.
+    """
+    count, usual = count_token_ids(resolved.graph.main, "tokens"), USUAL_VOCABULARY
+    if count is None or count >= least_vocabulary(mask=objective == MASKED_TOKEN):
+        size = min(usual, count or usual)
+        return Hint(f"vocab={size}", f"--vocab {size}")
+    if resolved.model is None or "vocab" not in resolved.model.defaults:
+        return None
+    return Hint(f"vocab={usual}, and vocab={usual} of the model", f"--vocab {usual} --set vocab={usual}")
 
 
-def _tokenizer(resolved: Resolved) -> TextTokenizer:
+def _tokenizer(resolved: Resolved, objective: str) -> TextTokenizer:
     """Return the tokenizer of a model, or of the other model whose tokenizer it uses. Raises UsageError if that model
     has no folder.
     """
-    source, size = resolved.source, _usual_size(resolved)
+    source, new = resolved.source, _new_vocabulary(resolved, objective)
     need_packages(f"training {printable(source.label)} on texts", "tokenizers")
     if source.text_source.path is None:
         raise UsageError(
             f"{printable(source.label)} has no folder, and so no tokenizer",
             hint=Hint(
-                f"tokenizer=FOLDER, of a model with the intended vocabulary; or vocab={size} trains a new one",
-                "--tokenizer FOLDER, of a model with the intended vocabulary; "
-                f"or --vocab {size}, which trains a new one",
+                "tokenizer=FOLDER, of a model with the intended vocabulary"
+                + ("" if new is None else f"; or {new}, which trains a new one"),
+                "--tokenizer FOLDER, of a model with the intended vocabulary"
+                + ("" if new is None else f"; or {new.command}, which trains a new one"),
             ),
         )
     need_for_text(source.text_source)
@@ -311,12 +322,12 @@ def _other_way(resolved: Resolved) -> str:
     """Return a hint for a masked-token objective and a vocabulary without a mask token."""
     source = resolved.source
     if source.kind == "declaration" and source.path is None:
-        size = _usual_size(resolved)
-        return Hint(
-            f"vocab={size} in place of tokenizer=, which trains a vocabulary with a mask token",
-            f"--vocab {size} in place of --tokenizer, which trains a vocabulary with a mask token",
-        )
-    if causality_of(resolved):
+        if (new := _new_vocabulary(resolved, MASKED_TOKEN)) is not None:
+            return Hint(
+                f"{new} in place of tokenizer=, which trains a vocabulary with a mask token",
+                f"{new.command} in place of --tokenizer, which trains a vocabulary with a mask token",
+            )
+    elif causality_of(resolved):
         return Hint(f"objective={NEXT_TOKEN!r}", f"--objective {NEXT_TOKEN}")
     return Hint("tokenizer=FOLDER, with a mask token", "--tokenizer FOLDER, with a mask token")
 
@@ -338,24 +349,24 @@ def _end_of_text(source: ModelSource | None, tokenizer: TextTokenizer) -> int | 
     return next(iter(FolderRules.read(source).end), None) if found is None and source is not None else found
 
 
-def _trained_tokenizer(documents: Sequence[str], vocab: int, resolved: Resolved, *, is_masked: bool) -> TextTokenizer:
-    """Train a tokenizer. If `vocab` is too small, the hint includes a larger number of token ids of the model."""
+def _trained_tokenizer(documents: Sequence[str], vocab: int, resolved: Resolved, objective: str) -> TextTokenizer:
+    """Train a tokenizer. If `vocab` is too small, the hint is a size that fits the model."""
     try:
-        return train_tokenizer(documents, vocab, mask=is_masked)
+        return train_tokenizer(documents, vocab, mask=objective == MASKED_TOKEN)
     except UsageError as error:
-        count = count_token_ids(resolved.graph.main, "tokens")
-        if error.hint is not None and count is not None and count < int(error.hint):
-            error.hint = Hint(
-                f"vocab={error.hint}, and vocab={error.hint} of the model",
-                f"--vocab {error.hint} --set vocab={error.hint}",
-            )
+        error.hint = _new_vocabulary(resolved, objective) or "a model with more token ids"
         raise
 
 
-def _fitting(tokenizer: TextTokenizer, resolved: Resolved) -> TextTokenizer:
-    """Return the tokenizer for the model that is trained. Raises UsageError if the model lacks some of its tokens."""
+def _fitting(tokenizer: TextTokenizer, resolved: Resolved, new: Hint | None) -> TextTokenizer:
+    """Return the tokenizer for the model that is trained. Raises UsageError if the model lacks some of its tokens.
+
+    new  the hint for a new vocabulary that fits the model; None if the tokenizer is another model's
+    """
     count, model, source = count_token_ids(resolved.graph.main, "tokens"), resolved.model, resolved.source
-    if count is None or model is None or source.path is not None or "vocab" not in model.defaults:
+    if count is not None and model is not None and source.path is None and "vocab" in model.defaults:
+        size = len(tokenizer.vocabulary())
+        new = Hint(f"vocab={size}", f"--set vocab={size}")
+    if count is None or new is None:
         return fit_tokenizer(tokenizer, source, resolved.graph.main)
-    size = len(tokenizer.vocabulary())
-    return tokenizer.for_model(count, resolved.name, hint=Hint(f"vocab={size}", f"--set vocab={size}"))
+    return tokenizer.for_model(count, resolved.name, hint=new)

@@ -48,6 +48,7 @@ from treadle.ir.transforms.training_losses import (
     with_squared_error,
 )
 from treadle.ir.types import f32
+from treadle.ir.wording.call_spelling import spelled_keywords
 from treadle.ir.wording.checked_calls import with_checked_constructor, with_checked_methods
 from treadle.ir.wording.other_interfaces import TRAINER_ATTRIBUTES
 from treadle.ir.wording.unknown_attributes import with_attribute_hints
@@ -354,7 +355,7 @@ class Trainer:
         `inputs`, UsageError for targets that are not class indices, and for arrays without a name.
         """
         if ordered:
-            call = ", ".join(f"{port.name}=..." for port in self.inputs)
+            call = spelled_keywords([port.name for port in self.inputs])
             what, received = f"{method} takes arrays by name", f"{len(ordered)} without a name"
             raise UsageError(what, received=received, hint=f"trainer.{method}({call})")
         given = dict(arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from shlex import quote
 
 from treadle.artifacts.reading import Artifact, open_artifact
 from treadle.files.shown_names import printable
@@ -45,6 +46,6 @@ class ArtifactForm(ModelForm):
         model = "the model that it was compiled from"
         hint = Hint(
             f"{model}; treadle.load_artifact({self.label!r}) runs it on arrays",
-            f"{model}; `treadle run {printable(self.label)}` runs it on arrays",
+            f"{model}; `treadle run {quote(printable(self.label))}` runs it on arrays",
         )
         raise UsageError("an artifact is compiled already", received=self.label, hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 
 from treadle.files.shown_names import printable
 from treadle.frontends.declaration_files import load_declaration, python_file
@@ -27,7 +28,7 @@ Unopened = Model | Graph | TorchModel | str | Path
 
 def compiling_with_weights(model: str, file: str, folder: str = "FOLDER") -> str:
     """Return the command that writes a declaration and its weights to one file, which then is a model."""
-    return f"treadle compile {printable(model)} --weights {printable(folder)} -o {file}"
+    return f"treadle compile {quote(printable(model))} --weights {quote(printable(folder))} -o {file}"
 
 
 def find_form(model: Unopened, weights: str | Path | None, limits: Limits) -> ModelForm:
