@@ -81,7 +81,7 @@ def load_declaration(path: Path, function: str) -> Model:
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
         near = NearestNames(models).of(function) or NearestNames(models).of(function.lower())
-        meant = vars(module).get(function)
+        meant: Any = vars(module).get(function)
         hint = "one of " + ", ".join(models) if models else f"{path}:FUNCTION, a function with the decorator @t.model"
         if _is_torch_module(meant):
             made = f"{function}({'...' if _required(meant) else ''})" if inspect.isclass(meant) else function
