@@ -164,10 +164,11 @@ class Builder(OpMethods):
             raise GraphError(
                 _attribute_fault(cls, attributes) or f"{cls.name} cannot have these attributes: {error}",
                 source=self.place(),
-                hint=_call_hint(cls, attributes),
+                hint=_by_keyword(cls, operands, attributes) or _call_hint(cls, attributes),
             ) from None
         except TreadleError as error:
-            error.source, error.hint = error.source or self.place(), error.hint or _call_hint(cls, attributes)
+            error.source = error.source or self.place()
+            error.hint = error.hint or _by_keyword(cls, operands, attributes) or _call_hint(cls, attributes)
             raise
         try:
             values = self._values(op, given) if given else values
@@ -290,6 +291,22 @@ def _attribute_fault(cls: type[Op], names: Collection[str]) -> str | None:
     required = [field.name for field in fields(cls) if field.name not in cls.attribute_defaults()]  # type: ignore[arg-type]
     missing = next((name for name in required if name not in names), None)
     return None if missing is None else f"{cls.name}: attribute {missing} is missing"
+
+
+def _by_keyword(cls: type[Op], operands: Sequence[Any], given: Mapping[str, Any]) -> str | None:
+    """Return the call with attributes by keyword, after a call that has them behind the operands: softmax(x, -1)."""
+    most = cls.arity[1]
+    extra = [] if most is None else operands[most:]
+    names = [field.name for field in fields(cls) if field.name not in given]  # type: ignore[arg-type]
+    if not 0 < len(extra) <= len(names) or not all(isinstance(each, int | float | tuple | str) for each in extra):
+        return None
+    meant = {**dict(zip(names, extra, strict=False)), **given}
+    try:
+        cls.make(**meant)
+    except (TreadleError, TypeError):
+        return None
+    spelled = [*list(cls.operands)[:most], *(f"{n}={value!r}" for n, value in meant.items())]
+    return f"{'t.' * cls.is_word}{cls.name}({', '.join(spelled)})"
 
 
 def _call_hint(cls: type[Op], given: Mapping[str, Any]) -> str:

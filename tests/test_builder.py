@@ -397,3 +397,23 @@ def test_scopes() -> None:
         b.softmax(x, axis=9)
     b.gelu(x)
     assert [n.scope for n in b.function.nodes] == ["h.0.attn", "h.0.attn", ""]
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda x: t.softmax(x, -1), "t.softmax(x, axis=-1)"),
+        (lambda x: t.slice(x, 1, 0, 2), "t.slice(x, axis=1, start=0, stop=2)"),
+        (lambda x: t.cumsum(x, 1), "t.cumsum(x, axis=1)"),
+    ],
+)
+def test_attributes_behind_the_operands_are_spelled_by_keyword(call: Callable[[Any], Any], hint: str) -> None:
+    def declared(x: t.f32["B 8"]) -> Any:
+        return function(x)
+
+    function = call
+    with pytest.raises(GraphError) as caught:
+        t.model(declared).graph()
+    assert caught.value.hint == hint
+    function = eval(f"lambda x: {hint}", {"t": t})
+    assert t.model(declared).graph().main.outputs

@@ -111,10 +111,11 @@ OTHER_COMMANDS = {
     for ours, others in {
         "train": "finetune fine-tune tune fit pretrain",
         "fetch": "pull download get install",
+        "compile": "quantize",
         "embed": "encode embeddings",
         "verify": "test",
         "report": "plot draw visualize viz",
-        "export": "convert quantize",
+        "export": "convert",
         "models": "list ls",
         "bench": "benchmark",
         "perplexity": "eval evaluate ppl",

@@ -218,6 +218,8 @@ class ServedWriter:
                 self.scheduler.check(tuple(prompt.ids))
             return self.scheduler.session.prompt(prompt.ids, **prompt.inputs)
         except TreadleError as error:
+            if self.writer.template is None:
+                error.hint = "/v1/completions, which continues a prompt"
             raise refused(error, field="messages") from error
 
     def _template_values(self, template: ChatTemplate, variables: Mapping[str, Any]) -> dict[str, Any]:
