@@ -395,6 +395,8 @@ def test_the_hint_for_a_labelled_size_in_a_shape_works() -> None:
         (lambda x: x.to(torch.bfloat16), ".to takes a dtype of Treadle, not 'torch.bfloat16'", "x.to(t.bf16)"),
         (lambda x: x.to("cuda"), ".to takes a dtype of Treadle, not 'cuda'", "x  # leave it out"),
         (lambda x: x.add_(1), "a tensor of a model has no .add_", "x = x.add(...)"),
+        (lambda x: x.reshap(2, -1), "a tensor of a model has no .reshap", "x.reshape(...)"),
+        (lambda x: x.layer_nrom(), "a tensor of a model has no .layer_nrom", 't.layer_norm(x, name="ln")'),
         (lambda x: x.eq(1), "a tensor of a model has no .eq", "x == 1"),
         (
             lambda x: x - x.max(-1, keepdim=True),

@@ -50,11 +50,12 @@ class Counting(nn.Module):  # type: ignore[misc]
         (Applied(lambda x: torch.linalg.svd(x)[1]), "svd"),
         (Applied(lambda x: x[x > 0]), "index.Tensor: a mask is not supported"),
         (Applied(torch.fft.rfft), "complex|fft"),
+        (Applied(lambda x: torch.linalg.inv(x[:, :3])), "linalg_inv_ex.default: the operator is not supported"),
         (nn.Dropout(0.5), "dropout in training mode is not supported"),
         (Counting(), "changes an argument or a tensor"),
         (Applied(lambda x: x.undefined()), "cannot trace the module"),
     ],
-    ids=["branch", "operator", "mask", "complex", "training", "buffer", "attribute"],
+    ids=["branch", "operator", "mask", "complex", "effects", "training", "buffer", "attribute"],
 )
 def test_unknown_arguments_are_refused(module: Any, words: str) -> None:
     with pytest.raises(treadle.TreadleError, match=words) as caught:

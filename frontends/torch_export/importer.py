@@ -70,6 +70,7 @@ that need no guard.
 """
 
 
+_SPLIT = "operators that compute the same; or keep this part in PyTorch, before or after the compiled model"
 _DYNAMIC = 'dynamic={"input_ids": "B S"}'
 _ELSEWHERE = {
     "dynamic_axes": _DYNAMIC,
@@ -268,6 +269,8 @@ class TorchImporter:
                 type = Type(_dtype_of(node.name, val), tuple(Dim.of(self.symbols.size(n)) for n in val.shape))
                 self.values[node] = self.b.input(node.name, type)
                 inputs.append(node.name)
+            elif kind == "TOKEN":  # it orders operators with side effects, which are refused
+                self.values[node] = None
             elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 if node.users:
                     self.values[node] = self._weight(str(spec.target))
@@ -358,7 +361,7 @@ class TorchImporter:
                 self.values[node] = error
             return
         if name is None:
-            raise unsupported(node, "the operator is not supported")
+            raise unsupported(node, "the operator is not supported", _SPLIT)
         schema = node.target._schema.arguments
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments |= {a.name: self._plain(x) for a, x in zip(schema, node.args, strict=False)}
@@ -368,7 +371,7 @@ class TorchImporter:
         if made is None:
             handler = OPERATORS.get(name)
             if handler is None:
-                raise unsupported(node, "the operator is not supported")
+                raise unsupported(node, "the operator is not supported", _SPLIT)
             made = handler(site)
         self.operators[name] += 1
         results = list(made) if isinstance(made, list | tuple) else [made]

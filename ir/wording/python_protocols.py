@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import GraphError
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
@@ -150,8 +151,14 @@ class PythonProtocols:
             f"a tensor of a model has no .{name}: use an op instead",
             received=str(self.type),
             source=self.builder.place(),
-            hint=spelled or "dir(treadle) lists the ops",
+            hint=spelled or self._nearest(name) or "dir(treadle) lists the ops",
         )
+
+    def _nearest(self, name: str) -> str | None:
+        """Return the method or the op whose name is most similar."""
+        methods = [each for each in dir(type(self)) if not each.startswith("_") and callable(getattr(type(self), each))]
+        near = next(iter(NearestNames([*methods, *OPS]).of(name, 1, 0.85)), None)
+        return f"x.{near}(...)" if near in methods else near and replacement(near, 1)
 
     def _refusal(self, what: str, hint: str | None) -> GraphError:
         return GraphError(what, received=str(self.type), source=self.builder.place(), hint=hint)
