@@ -429,7 +429,7 @@ def test_training_is_saved_after_ctrl_c(train: Treadle, monkeypatch: pytest.Monk
         assert said.json["interrupted"] and said.json["steps"] == 2
         assert said.json["held_out"]["after"] == {"loss": None, "perplexity": None}
     else:
-        assert "interrupted after 2 steps of 128 tokens" in said.out
+        assert "interrupted after 2 steps, 128 tokens" in said.out
 
 
 def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:

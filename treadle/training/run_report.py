@@ -95,7 +95,7 @@ class RunReport:
         seconds = sum(line.seconds for line in self.lines)
         count = self.steps - self.first
         pace = f", {done / seconds:,.0f} tokens per second" if seconds else ""
-        found = [f"{counted(count, 'step')} of {counted(done, 'token')} in {seconds:.1f} s{pace}"]
+        found = [f"{counted(count, 'step')}, {counted(done, 'token')}, in {seconds:.1f} s{pace}"]
         if self.interrupted:
             found[0] = f"interrupted after {found[0]}"
         if self.before is not None:
