@@ -44,9 +44,9 @@ class DType:
             return parse_type(f"{self.name}[{dims}]")
         return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
 
-    def __call__(self, *arguments: object) -> NoReturn:
+    def __call__(self, *_: object) -> NoReturn:
         """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
-        name, dims = f"t.{'boolean' if self.name == 'bool' else self.name}", arguments or ("B S",)
+        name, dims = "t.boolean" if self.name == "bool" else f"t.{self.name}", _ or ("B S",)
         if len(dims) == 1 and isinstance(dims[0], tuple):  # a shape
             dims = dims[0]
         each = ", ".join(f'"{dim}"' if isinstance(dim, str) else repr(dim) for dim in dims)

@@ -63,8 +63,9 @@ def test_missing_options_of_a_declaration(tmp_path: Path) -> None:
 
 def test_a_symbol_as_an_option() -> None:
     what, hint = refused("inspect", "gpt2", *SMALL, "--set", "S=4")
-    assert what == "model gpt2 has no option S" and hint.startswith("--sizes S=4, or, for treadle run, an --input")
-    runs("inspect", "gpt2", *SMALL, *hint.partition(",")[0].split())
+    assert what == "model gpt2 has no option S" and hint.startswith("leave it out: S is an axis of the inputs")
+    command, flags = re.findall(r"`treadle (\w+)` takes (--sizes S=4)", hint)[0]
+    runs(command, "gpt2", *SMALL, *flags.split())
     assert "--sizes" not in refused("inspect", "gpt2", *SMALL, "--set", "T=4")[1]
 
 
@@ -257,8 +258,8 @@ def test_a_split_without_a_mesh_names_one_that_it_accepts(chosen: list[str]) -> 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_mesh_that_a_recipe_refuses_leads_to_one_that_it_accepts(recipe: str) -> None:
     mesh = "dp=2" if recipe != "dp" and recipe != "fsdp" else "tp=2"
-    shard = ["shard", "gpt2", *SMALL, "--recipe", recipe, "--mesh"]
-    runs(*shard, refused(*shard, mesh)[1])
+    shard = ["shard", "gpt2", *SMALL, "--recipe", recipe]
+    runs(*shard, *refused(*shard, "--mesh", mesh)[1].split())
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "tp=2,dp=2", "lanes=2"])

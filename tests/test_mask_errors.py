@@ -59,7 +59,7 @@ WRONG: list[tuple[Callable[[t.Tensor], Any], str, str]] = [
     (lambda x: t.t5_relative(np.ones((8, 2), np.float32), buckets="8"), "buckets must be an integer", "buckets=8"),  # type: ignore[arg-type]
     (lambda x: t.linear(x, "8", name="l"), "linear: out must be a size", "out=8"),
     (lambda x: t.embed(t.cast(x, to=t.i64), 4, " 8 ", name="e"), "embed: dim must be a size", "dim=8"),
-    (lambda x: t.stack("h", 2).__enter__(), "stack 'h' is a loop", 'for i in t.stack("h", 12):'),  # type: ignore[attr-defined]
+    (lambda x: t.stack("h", 2).__enter__(), "stack 'h' is a loop", 'for i in t.stack("h", 2):'),  # type: ignore[attr-defined]
 ]
 
 

@@ -72,12 +72,12 @@ def test_a_module_of_pytorch_in_a_file_leads_to_its_import(monkeypatch: pytest.M
     torch = pytest.importorskip("torch")
     text = "import torch\nNet = torch.nn.Identity\nnet = torch.nn.Linear(3, 2)\nother = 3\n"
     Path("m.py").write_text(text, encoding="utf-8")
-    names: dict[str, Any] = {"x": torch.ones(1, 3), "treadle": t}
+    names: dict[str, Any] = {"input": torch.ones(1, 3), "treadle": t}
     exec(text, names)
     for name in ("Net", "net"):
         with raises_freely(t.UsageError) as caught:
             t.compile(f"m.py:{name}")
-        code = str(caught.value.hint).removeprefix("in Python: ").partition(", where")[0]
+        code = str(caught.value.hint).removeprefix("in Python: ").partition(", with")[0]
         assert isinstance(eval(code, names), t.Compiled)
     with raises_freely(t.UsageError) as caught:
         t.compile("m.py:other")

@@ -174,6 +174,6 @@ def parse_expected(texts: Sequence[str]) -> dict[str, int]:
     for text in texts:
         name, _, count = text.partition("=")
         if not name.strip() or not (count.strip().isascii() and count.strip().isdigit()) or len(count) > 12:
-            hint = f"--expect {printable(name.strip()) or 'attention'}=12"
+            hint = f"--expect {printable(name.strip())}=12" if name.strip() else "--expect attention=12"
             raise UsageError("an expected count must be OP=NUMBER", received=repr(text), hint=hint)
     return {op: int(count) for op, count in parse_assignments(texts, "--expect 1", "an op").items()}
