@@ -19,7 +19,7 @@ from typing import Annotated, Union, get_args, get_origin
 from treadle.ir.errors import FrontendError
 from treadle.ir.generated_values import GeneratedValue
 from treadle.ir.sizing.sizes import VARIABLE
-from treadle.ir.types import OptionalType, Type
+from treadle.ir.types import DType, OptionalType, Type
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
     name, what = parameter.name, f"input {parameter.name} of model {model}"
     declared, optional = _read(parameter.annotation)
     if declared is None or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-        raise FrontendError(
-            f"{what} needs a type",
-            hint=f'{name}: Annotated[t.Tensor, t.i64["B S"]] for an input; or *, before configuration',
-        )
+        raise _without_type(parameter, what)
     if parameter.default is not parameter.empty and not (parameter.default is None and optional):
         raise FrontendError(
             f"{what} has a default, which an input cannot have",
@@ -58,6 +55,21 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
     if any(size.constant is not None and size.constant < 0 for size in sized.shape):
         raise FrontendError(f"{what} has a negative size", received=str(sized), hint=VARIABLE)
     return DeclaredInput(name, sized, optional, _generated(parameter.annotation))
+
+
+def _without_type(parameter: inspect.Parameter, what: str) -> FrontendError:
+    """Return the error for a parameter whose annotation is no type of a tensor."""
+    name, annotation = parameter.name, parameter.annotation
+    notes = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    dtype = next((note for note in notes if isinstance(note, DType)), None)
+    if dtype is not None:
+        form = f'{dtype.declared_name}["B S{" 16" * dtype.is_float}"]'
+        hint = f"{name}: Annotated[t.Tensor, {form}], with a name or a number for each axis"
+        return FrontendError(f"the type of {what} has no axes", received=dtype.declared_name, hint=hint)
+    types = 't.i64["B S"]] for an input of token ids, t.f32["B S 16"] for one of vectors'
+    return FrontendError(
+        f"{what} needs a type", hint=f"{name}: Annotated[t.Tensor, {types}; or *, before configuration"
+    )
 
 
 def _generated(annotation: object) -> GeneratedValue | None:

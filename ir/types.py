@@ -46,7 +46,7 @@ class DType:
 
     def __call__(self, *_: object) -> NoReturn:
         """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
-        name, dims = "t.boolean" if self.name == "bool" else f"t.{self.name}", _ or ("B S",)
+        name, dims = self.declared_name, _ or ("B S",)
         if len(dims) == 1 and isinstance(dims[0], tuple):  # a shape
             dims = dims[0]
         each = ", ".join(f'"{dim}"' if isinstance(dim, str) else repr(dim) for dim in dims)
@@ -69,7 +69,12 @@ class DType:
             return NotImplemented
         from treadle.ir.wording.other_spellings import dtype_word
 
-        return dtype_word(other) == f"t.{'boolean' if self.kind == 'bool' else self.name}"
+        return dtype_word(other) == self.declared_name
+
+    @property
+    def declared_name(self) -> str:
+        """The name in declarations: `t.f32`, `t.boolean`."""
+        return f"t.{'boolean' if self.kind == 'bool' else self.name}"
 
     @property
     def numpy(self) -> np.dtype[Any] | None:

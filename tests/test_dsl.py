@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -104,6 +105,20 @@ def test_inputs_need_types(function: Callable[..., Any]) -> None:
             use()
         assert caught.value.what == f"input {name} of model {function.__name__} needs a type"
         assert caught.value.source == f"{FILE}:{inspect.getsourcelines(function)[1]}, model {function.__name__}"
+
+
+@pytest.mark.parametrize("annotation", [t.f32, Annotated[t.Tensor, t.f32]], ids=["short", "annotated"])
+def test_a_dtype_without_axes_leads_to_a_type(annotation: Any) -> None:
+    def layer(x):
+        return t.linear(x, 4, name="l")
+
+    layer.__annotations__["x"] = annotation
+    with pytest.raises(FrontendError, match="the type of input x of model layer has no axes") as caught:
+        t.model(layer).graph()
+    mended = re.match(r"x: (.*\]), with", str(caught.value.hint))
+    assert mended is not None
+    layer.__annotations__["x"] = eval(mended[1], {"t": t, "Annotated": Annotated})
+    assert t.model(layer).graph().main.outputs
 
 
 Vectors = Annotated[t.Tensor, t.f32["B 4"]]
