@@ -17,6 +17,7 @@ _OTHERS = {
     "quantize=int4-int8": "w4a8",
 }
 """Names in other tools (llama.cpp, bitsandbytes, vLLM, torchao), without dashes and underscores, by the option here."""
+_OF_A_FOLDER = "as-stored"  # it applies to folders with quantized weights
 _MEANT = {other: named for named, others in _OTHERS.items() for other in others.split()}
 
 
@@ -32,5 +33,5 @@ def value_hint(option: str, value: object, values: Sequence[str], *, alone: bool
     name, _, meant = named.partition("=")
     if (plain in _MEANT or plain in ("int8", "int4", "bf16", "f32")) and not (alone and name != option):
         return Hint(f"{name}={meant!r}", f"--{name} {meant}")
-    near = NearestNames(values).of(text, 1, 0.8) or list(values)
+    near = NearestNames(values).of(text, 1, 0.8) or [each for each in values if each != _OF_A_FOLDER]
     return Hint(f"{option}={' or '.join(map(repr, near))}", f"--{option} {' or '.join(near)}")

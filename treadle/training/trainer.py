@@ -376,10 +376,13 @@ class Trainer:
         if targets is not None and self._classes is not None:
             wrong = targets[((targets < 0) | (targets >= self._classes)) & (targets != IGNORED)]
             if wrong.size:
+                fitting = f"{IGNORED} in place of {wrong[0]}, if these positions do not count"
+                if wrong[0] >= 0:
+                    fitting = f"an output of {wrong.max() + 1:,} classes or more"
                 raise UsageError(
                     f"targets must be classes from 0 to {self._classes - 1}, or {IGNORED}, which is not counted",
                     received=f"{wrong[0]}",
-                    hint=f'loss="{SQUARED_ERROR}", if targets are numbers to predict',
+                    hint=f'{fitting}; loss="{SQUARED_ERROR}", if targets are numbers to predict',
                 )
         return held
 
