@@ -218,7 +218,7 @@ class ServedWriter:
                 self.scheduler.check(tuple(prompt.ids))
             return self.scheduler.session.prompt(prompt.ids, **prompt.inputs)
         except TreadleError as error:
-            if self.writer.template is None:
+            if self._template is None:
                 error.hint = "/v1/completions, which continues a prompt"
             raise refused(error, field="messages") from error
 
