@@ -155,7 +155,8 @@ print("done", flush=True)
 def filling(folder: Path, count: int) -> subprocess.Popen[str]:
     """Start a process that compiles `count` kernels into a folder; return the process."""
     command = [sys.executable, "-c", FILL, str(ROOT), str(folder), str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+    temporary = {**os.environ, "TMPDIR": str(folder.parent)}  # a killed process leaves its folders there
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=temporary)
 
 
 def test_processes_that_fill_it_at_once(tmp_path: Path) -> None:
