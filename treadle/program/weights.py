@@ -176,8 +176,9 @@ def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
     missing = [name for name in names if name not in weights]
     if missing:
         raise UsageError(
-            f"weights= lacks {len(missing)} of {len(names)} parameter{'s' * (len(names) != 1)}",
-            received=_few(missing),
+            f"weights= lacks {len(missing)} of {len(names)} parameter{'s' * (len(names) != 1)}: {_few(missing)}",
+            received=_few([*weights]) or "no weights",
+            hint=f"weights={{**weights, {missing[0]!r}: array}}" + ", and the others" * (len(missing) > 1),
         )
     return {name: weights[name] for name in names}
 
