@@ -178,7 +178,7 @@ def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
         raise UsageError(
             f"weights= lacks {len(missing)} of {len(names)} parameter{'s' * (len(names) != 1)}: {_few(missing)}",
             received=_few([*weights]) or "no weights",
-            hint=f"weights={{**weights, {missing[0]!r}: array}}" + ", and the others" * (len(missing) > 1),
+            hint=f"an array for {missing[0]}" + ", and for the others" * (len(missing) > 1),
         )
     return {name: weights[name] for name in names}
 
