@@ -46,7 +46,8 @@ class DType:
 
     def __call__(self, *_: object) -> NoReturn:
         """Raise GraphError: a dtype is neither a constructor of types nor a conversion."""
-        name, dims = self.declared_name, _ or ("B S",)
+        name = self.declared_name
+        dims = _ or ("B S",)  # the dimensions of a type, or a value to convert
         if len(dims) == 1 and isinstance(dims[0], tuple):  # a shape
             dims = dims[0]
         each = ", ".join(f'"{dim}"' if isinstance(dim, str) else repr(dim) for dim in dims)

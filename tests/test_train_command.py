@@ -322,20 +322,19 @@ def test_a_run_with_other_batches_is_not_resumed(train: Treadle, words: str) -> 
     assert len(FakeTrainer.made) == 1, "it is refused before anything is compiled"
 
 
-def test_other_tokens_of_the_same_texts_are_refused(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("other", "hint"),
+    [("", "the same texts and tokenizer"), ("--seed 1", "--seed 0, the same texts and tokenizer; or")],
+    ids=["alone", "next to another setting"],
+)
+def test_other_tokens_of_the_same_texts_are_refused(
+    other: str, hint: str, train: Treadle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train(f"gpt2 texts.txt {SMALL} --state half").code == 0
     ids = TextTokenizer.ids
     monkeypatch.setattr(TextTokenizer, "ids", lambda self, texts: [each[::-1] for each in ids(self, texts)])
-    said = train(f"gpt2 texts.txt {SMALL} --resume half --steps 6")
-    refused(said, "other tokens of the same texts", "the same texts and tokenizer")
-
-
-def test_other_tokens_are_named_next_to_other_settings(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train(f"gpt2 texts.txt {SMALL} --state half").code == 0
-    ids = TextTokenizer.ids
-    monkeypatch.setattr(TextTokenizer, "ids", lambda self, texts: [each[::-1] for each in ids(self, texts)])
-    said = train(f"gpt2 texts.txt {SMALL} --resume half --steps 6 --seed 1")
-    refused(said, "other tokens of the same texts", "--seed 0, the same texts and tokenizer; or")
+    said = train(f"gpt2 texts.txt {SMALL} --resume half --steps 6 {other}")
+    refused(said, "other tokens of the same texts", hint)
 
 
 def test_settings_that_leave_the_batches_as_they_were_are_reported(train: Treadle) -> None:

@@ -71,9 +71,9 @@ class DiffCondition:
         """
         if quantity.b is None or (self.is_ratio and quantity.a is None):
             needs = "tvm" if self.quantity in ("kernels", "generic") else "numpy"
-            hint = Hint(f'backend="{needs}"', f"--backend {needs}")
+            hint: str = Hint(f'backend="{needs}"', f"--backend {needs}")
             if stages:
-                hint = Hint(*2 * [f"leave out {' and '.join(f'@{each}' for each in stages)}: storage is planned later"])
+                hint = f"leave out {' and '.join(f'@{each}' for each in stages)}: storage is planned later"
             raise UsageError(f"{self.quantity} is not known in both builds", received=self.text, hint=hint)
         limit = self.number * Fraction(quantity.a or 0) if self.is_ratio else self.number
         return _COMPARISONS[self.comparison](Fraction(quantity.b), limit)

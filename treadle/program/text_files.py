@@ -62,16 +62,12 @@ def read_column(file: str, column: str | None) -> list[str] | None:
     suffix = PurePath(file).suffix.lower()
     if suffix not in _READERS:
         if column is not None:
+            tables = f"a file of the kind {', '.join(_READERS)}"
             raise UsageError(
                 "only tables have columns",
                 received=f"column {printable(column)}",
                 within=shown_path(file),
-                hint=Hint(
-                    *(
-                        f"leave {name} out, or a file of the kind {', '.join(_READERS)}"
-                        for name in ("column=", "--column")
-                    )
-                ),
+                hint=Hint(f"leave column= out, or {tables}", f"leave --column out, or {tables}"),
             )
         return None
     return list(_READERS[suffix](file, column))
